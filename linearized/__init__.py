@@ -1,0 +1,27 @@
+"""Turn a softmax language model into a linear one, and decode with it.
+
+    model = linearized.linearize(path, linearized.LinearConfig(attention="grouped", augment=True))
+    out = linearized.generate(model, prompt, max_new_tokens=64, drafter="ngram")
+
+Importing it registers linearized models with transformers' `from_pretrained`.
+"""
+
+from linearized import ops
+from linearized.config import LinearConfig
+from linearized.models import commit, extend, fingerprint, linearize, load, new_state, verify
+from linearized.speculative import generate
+from linearized.state import DecodeState
+
+__all__ = [
+    "DecodeState",
+    "LinearConfig",
+    "commit",
+    "extend",
+    "fingerprint",
+    "generate",
+    "linearize",
+    "load",
+    "new_state",
+    "ops",
+    "verify",
+]
