@@ -1,13 +1,13 @@
 """Every error that this project raises on purpose. Knows nothing of HTTP or exit codes.
 
-    LinearizedError
-    ├── ConfigError        a setting has a value that cannot work
-    ├── ModelError         a model cannot be linearized, loaded or driven as asked
-    ├── StateError         a decode state does not fit the model or call it is given to
-    ├── DataError          a corpus, tokenizer or packed file cannot be read
-    ├── RequestError       one generation request cannot be served (carries the parameter's name)
-    ├── ClusterError       a Ray cluster did not start, answer or end
-    └── JobError           a submitted job failed (carries its name, status and last log lines)
+LinearizedError
+├── ConfigError        a setting has a value that cannot work
+├── ModelError         a model cannot be linearized, loaded or driven as asked
+├── StateError         a decode state does not fit the model or call it is given to
+├── DataError          a corpus, tokenizer or packed file cannot be read
+├── RequestError       one generation request cannot be served (carries the parameter's name)
+├── ClusterError       a Ray cluster did not start, answer or end
+└── JobError           a submitted job failed (carries its name, status and last log lines)
 """
 
 from __future__ import annotations

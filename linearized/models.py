@@ -263,9 +263,7 @@ def _forward(
 
 
 def _nodes(parents: Tensor, state: DecodeState) -> ops.Nodes:
-    return ops.Nodes.of(
-        parents, state.length, group=state.layers.group, taps=state.layers.taps
-    )
+    return ops.Nodes.of(parents, state.length, group=state.layers.group, taps=state.layers.taps)
 
 
 def _check_rows(tokens: Tensor, state: DecodeState) -> None:

@@ -53,9 +53,7 @@ def attend(
     Raises:
         ConfigError: shapes that do not fit each other. StateError: a state of other shapes.
     """
-    out = mix(
-        q, k, v, alpha=alpha, taps=taps, group=group, state=state, mask=mask, backend=backend
-    )
+    out = mix(q, k, v, alpha=alpha, taps=taps, group=group, state=state, mask=mask, backend=backend)
     if state is None:
         state = reference.empty_state(k, v, group=group, taps=taps)
     return out, choose(backend).fold(state, k, v, mask)
@@ -105,9 +103,7 @@ def attend_tree(
     """
     _check(q, k, v, alpha, taps, group, state)
     check_parents(parents, q.shape[0], q.shape[2])
-    return choose(backend).attend_tree(
-        q, k, v, parents, state, alpha=alpha, taps=taps, group=group
-    )
+    return choose(backend).attend_tree(q, k, v, parents, state, alpha=alpha, taps=taps, group=group)
 
 
 def fold(

@@ -61,8 +61,8 @@ def attend(
         out = out + far.view(kv_heads, -1, 1, group, num_tail) @ windows[:, :, None]
     if alpha is not None:
         wide = torch.promote_types(k.dtype, torch.float32)
-        added = (keys.transpose(-1, -2) @ values).to(wide).squeeze(2)  # B K C D E
-        memory = added.cumsum(2) - added  # earlier groups only
+        added = keys[:, :, 0, :-1].transpose(-1, -2) @ values[:, :, 0, :-1]  # B K C-1 D E
+        memory = F.pad(added.to(wide).cumsum(2), (0, 0, 0, 0, 1, 0))  # earlier groups only
         if state is not None:
             memory = memory + state.memory[:, :, None]
         scaled = queries * alpha.view(kv_heads, -1, 1, 1, 1)
@@ -141,9 +141,7 @@ def fold(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) ->
     """The state after T more tokens; see `reference.fold`. The given state is unchanged."""
     rows, _, num_tokens, _ = k.shape
     grid = _Grid.of(rows, num_tokens, state.group, state, mask, k.device)
-    count = (
-        torch.full_like(state.length, num_tokens) if mask is None else mask.sum(1)
-    )
+    count = torch.full_like(state.length, num_tokens) if mask is None else mask.sum(1)
     keys = grid.prepend(grid.place(unit(k)), state.keys)  # B K C·G D
     values = grid.prepend(grid.place(v), state.values)
     closed = (state.length % state.group + count) // state.group * state.group  # B slots

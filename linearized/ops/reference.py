@@ -32,9 +32,11 @@ def attend(
     """Outputs [B, H, T, E] of T tokens that follow the state's in time. Writes nothing. Where
     `mask` is False there is no token: it takes no position, nobody sees it, its output is zero."""
     state = empty_state(k, v, group=group, taps=taps) if state is None else state
-    mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if (
-        mask is None
-    ) else mask.bool()
+    mask = (
+        torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+        if (mask is None)
+        else mask.bool()
+    )
     positions = state.length[:, None] + mask.cumsum(1) - 1  # B T
     visible = (positions[:, None, :] <= positions[:, :, None]) & mask[:, None, :]  # B T T
     out = _attend(q, k, v, positions, visible, alpha=alpha, taps=taps, group=group, state=state)
@@ -163,4 +165,3 @@ def _attend(
         values = torch.cat([state.tail, v], dim=2).repeat_interleave(repeats, dim=1)
         out = out + weights @ values
     return out
-

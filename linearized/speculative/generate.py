@@ -75,7 +75,9 @@ def generate(  # type: ignore[misc]
     return texts if many else texts[0]
 
 
-def _drafter(drafter: Drafter | PreTrainedModel | str | None, model: PreTrainedModel) -> Drafter | None:
+def _drafter(
+    drafter: Drafter | PreTrainedModel | str | None, model: PreTrainedModel
+) -> Drafter | None:
     if isinstance(drafter, str):
         if drafter != "ngram":
             raise ConfigError(f"unknown drafter {drafter!r}; choose from ngram, or give a model")

@@ -57,9 +57,7 @@ class Sampling:
             probabilities = ordered.softmax(1)
             before = probabilities.cumsum(1) - probabilities
             dropped = torch.zeros_like(before, dtype=torch.bool)
-            logits = logits.masked_fill(
-                dropped.scatter(1, order, before >= self.top_p), -math.inf
-            )
+            logits = logits.masked_fill(dropped.scatter(1, order, before >= self.top_p), -math.inf)
         if self.min_p > 0:
             best = logits.amax(1, keepdim=True)
             logits = logits.masked_fill(logits < best + math.log(self.min_p), -math.inf)

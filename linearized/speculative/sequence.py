@@ -58,7 +58,10 @@ class Sequence:
         return done + len(chunk) == self.num_prompt - 1
 
     def step(self, tree: TokenTree = TokenTree.empty) -> list[int]:
-        """One round: verify the tree, walk it, commit. Returns the new tokens, one or more."""
+        """One round: verify the tree, walk it, commit. Returns the new tokens, one or more. A tree
+        with a token outside the vocabulary is left aside: a drafter is not trusted."""
+        if any(not 0 <= token < self.model.config.vocab_size for token in tree.tokens):
+            tree = TokenTree.empty
         ids = self._ids([self.tokens[-1], *tree.tokens])
         parents = self._ids([-1, *(parent + 1 for parent in tree.parents)])
         logits, pending = verify(self.model, ids, parents, self.state)

@@ -40,7 +40,9 @@ class TokenTree:
         """Follow the model down the tree. `chosen[0]` is the token it wants after the sequence's
         last token, `chosen[1 + i]` the one after node i. Returns the accepted nodes and the new
         tokens: theirs, then one that the tree did not hold (or whose node has no children)."""
-        children = {(p, t): n for n, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
+        children = {
+            (p, t): n for n, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
         path: list[int] = []
         new = [chosen[0]]
         while (node := children.get((path[-1] if path else -1, new[-1]))) is not None:

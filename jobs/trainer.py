@@ -1,0 +1,386 @@
+"""Training under Ray Train with DeepSpeed ZeRO: the one door to both.
+
+A `Run` is data: a student, maybe a teacher, and stages to go through. Every worker runs `_train`:
+build, then for each stage one engine, then export. Batches are a pure function of the step, so a
+run that is interrupted goes on where its last checkpoint was, with the same batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.progress import Progress, note
+from linearized.config import LinearConfig
+from linearized.errors import ConfigError, DataError, JobError
+from linearized.training.optim import Optim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Llama to train from scratch."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    max_context: int = 65536
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "heads", "intermediate", "max_context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden % (2 * self.heads):
+            raise ConfigError(
+                f"hidden must be a multiple of 2 x heads (rotary pairs), got hidden={self.hidden}, "
+                f"heads={self.heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """So many steps towards one objective."""
+
+    objective: str
+    steps: int
+    optim: Optim
+    batch: int = 16
+    """Blocks a step, over all workers."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; each stage ends with one whatever this is."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who trains: one process a worker, all of ZeRO's ranks."""
+
+    count: int = 2
+    cpus: int = 1
+    """Reserved by each worker; also its number of threads."""
+    gpu: bool = False
+    zero: int = 2
+    """ZeRO stage, 0 to 3."""
+    max_failures: int = 1
+    """How often a run is taken up again from its last checkpoint after a worker died."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.cpus < 1:
+            raise ConfigError(f"workers need a count and cpus of at least 1, got {self}")
+        if self.zero not in (0, 1, 2, 3):
+            raise ConfigError(f"zero must be 0, 1, 2 or 3, got {self.zero}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    name: str
+    data: Path
+    """What jobs.data wrote."""
+    out: Path
+    """Becomes a Hugging Face folder."""
+    student: Path | Shape
+    linear: LinearConfig | None
+    """How to linearize the student; None: it stays as it is."""
+    teacher: Path | None
+    stages: tuple[Stage, ...]
+    workers: Workers
+    seed: int = 0
+    eval_blocks: int = 256
+    """Held-out blocks that perplexity is measured on."""
+    fresh: bool = field(default=False, compare=False, repr=False)
+    """Start over even if this run has finished or left a checkpoint."""
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Train, export to `run.out`, and return what `run.out/run.json` holds. A run that finished
+    with the same settings and inputs is not repeated."""
+    run = _absolute(run)
+    key = _key(run)
+    report = run.out / "run.json"
+    if run.fresh:
+        shutil.rmtree(run.out, ignore_errors=True)
+        shutil.rmtree(_storage(run), ignore_errors=True)
+    if report.exists():
+        done = json.loads(report.read_text())
+        if done.get("key") == key:
+            note(f"{run.name}: reused {run.out}")
+            return done
+    started = time.perf_counter()
+    result = _trainer(run, key).fit()
+    if result.error is not None:
+        raise JobError(f"training {run.name} failed: {result.error}", job=run.name, status="FAILED")
+    done = {
+        "name": run.name,
+        "key": key,
+        "seconds": round(time.perf_counter() - started, 1),
+        **json.loads((run.out / "training.json").read_text()),
+    }
+    (run.out / "training.json").unlink()
+    report.write_text(json.dumps(done, indent=2) + "\n")
+    shutil.rmtree(_storage(run), ignore_errors=True)
+    return done
+
+
+def _trainer(run: Run, key: str) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers = run.workers
+    return TorchTrainer(
+        _train,
+        train_loop_config={"run": run},
+        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=key,  # a run of this name that left a checkpoint is taken up again by Ray
+            storage_path=str(_storage(run)),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+
+
+def _train(config: dict[str, Any]) -> None:
+    """What every worker runs."""
+    import torch
+    from ray import train
+
+    from linearized.training.blocks import Blocks
+
+    run: Run = config["run"]
+    torch.set_num_threads(run.workers.cpus)
+    torch.manual_seed(run.seed)
+    context = train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    blocks, held_out = Blocks(run.data / "train"), Blocks(run.data / "held_out")
+    student, teacher = _models(run)
+    measure = functools.partial(_perplexity, held_out=held_out, run=run, rank=rank, world=world)
+    perplexity: dict[str, float] = {}
+    resume = _resume()
+    if run.linear is not None and isinstance(run.student, Path):
+        perplexity["before"] = measure(student)
+    losses: list[list[float]] = []
+    for index, stage in enumerate(run.stages):
+        if resume is not None and index < resume["stage"]:
+            continue
+        losses += _stage(run, index, student, teacher, blocks, resume)
+        resume = None
+    perplexity["after"] = measure(student)
+    if rank == 0:
+        results = {
+            "perplexity": perplexity,
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "tokens": sum(stage.steps * stage.batch for stage in run.stages) * blocks.block,
+            "losses": losses,
+        }
+        _export(run, student, results)
+    train.report({"perplexity": perplexity["after"]})
+
+
+def _stage(
+    run: Run, index: int, student: Any, teacher: Any, blocks: Any, resume: dict[str, Any] | None
+) -> list[list[float]]:
+    """Train one stage; the loss of every few steps as [stage, step, loss]."""
+    import torch
+    from ray import train
+
+    from linearized.training.objective import OBJECTIVES
+
+    stage = run.stages[index]
+    context = train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    objective = OBJECTIVES[stage.objective]
+    engine = _engine(objective(student, teacher if objective.needs_teacher else None), run, stage)
+    first = 0
+    if resume is not None:
+        engine.load_checkpoint(resume["folder"], tag="state")
+        first = resume["step"]
+    losses: list[list[float]] = []
+    title = run.name if len(run.stages) == 1 else f"{run.name}: {stage.objective}"
+    with Progress(title, total=stage.steps, unit="steps", quiet=rank != 0) as progress:
+        started = time.perf_counter()
+        for step in range(first, stage.steps):
+            tokens = blocks.batch(
+                step, batch_size=stage.batch, rank=rank, world_size=world, seed=run.seed + index
+            )
+            loss = engine(tokens.to(engine.device))
+            engine.backward(loss)
+            engine.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DataError(f"the loss is {value} at step {step}; lower the learning rate")
+            if step % 10 == 0 or step + 1 == stage.steps:
+                losses.append([index, step, round(value, 4)])
+            rate = (step + 1 - first) * stage.batch * blocks.block / (time.perf_counter() - started)
+            progress.update(step + 1, loss=round(value, 3), tokens_per_second=round(rate))
+            if (step + 1) % stage.checkpoint_every == 0 or step + 1 == stage.steps:
+                _checkpoint(engine, index, step + 1, value)
+    engine.destroy()
+    torch.distributed.barrier()
+    return losses
+
+
+def _engine(objective: Any, run: Run, stage: Stage) -> Any:
+    import deepspeed
+    import torch
+
+    groups = stage.optim.groups(objective)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    scale = functools.partial(stage.optim.scale, steps=stage.steps)
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, scale),
+        config={
+            "train_micro_batch_size_per_gpu": _per_worker(stage.batch, run.workers.count),
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": stage.optim.clip,
+            "zero_optimization": {"stage": run.workers.zero},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": run.workers.gpu},
+            "steps_per_print": 1_000_000_000,
+        },
+    )
+    return engine
+
+
+def _models(run: Run) -> tuple[Any, Any]:
+    """(student, teacher or None) on this worker."""
+    import transformers
+
+    import linearized
+
+    if isinstance(run.student, Path):
+        student = linearized.load(run.student)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(run.data / "tokenizer")
+        student = transformers.LlamaForCausalLM(_llama(run.student, tokenizer))
+    if run.linear is not None:
+        linearized.linearize(student, run.linear)
+    teacher = None if run.teacher is None else linearized.load(run.teacher)
+    if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
+        raise ConfigError(
+            f"teacher {run.teacher} has a vocabulary of {teacher.config.vocab_size}, the student "
+            f"of {student.config.vocab_size}; they must share one tokenizer"
+        )
+    return student.train(), teacher
+
+
+def _llama(shape: Shape, tokenizer: Any) -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.max_context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _perplexity(model: Any, *, held_out: Any, run: Run, rank: int, world: int) -> float:
+    """Of all workers together, each on its share of the held-out blocks."""
+    import torch
+
+    from linearized.evaluation.perplexity import negative_log_likelihood
+
+    count = min(run.eval_blocks, len(held_out))
+    mine = range(rank, count, world)
+    batches = (held_out.rows(mine[i : i + 8]) for i in range(0, len(mine), 8))
+    sums = torch.tensor(negative_log_likelihood(model, batches), dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return round(math.exp(sums[0] / sums[1]), 4)
+
+
+def _checkpoint(engine: Any, stage: int, step: int, loss: float) -> None:
+    """Every rank writes its shard; Ray gathers them into one checkpoint."""
+    from ray import train
+
+    with tempfile.TemporaryDirectory(prefix="lin-") as folder:
+        engine.save_checkpoint(
+            folder, tag="state", client_state={"stage": stage, "step": step}, save_latest=False
+        )
+        (Path(folder) / "at.json").write_text(json.dumps({"stage": stage, "step": step}))
+        metrics = {"stage": stage, "step": step, "loss": loss}
+        train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
+
+
+def _resume() -> dict[str, Any] | None:
+    """Where the last checkpoint of this run was, if there is one."""
+    from ray import train
+
+    checkpoint = train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    folder = checkpoint.to_directory()
+    return {"folder": folder, **json.loads((Path(folder) / "at.json").read_text())}
+
+
+def _export(run: Run, student: Any, results: dict[str, Any]) -> None:
+    """A Hugging Face folder with its tokenizer, complete or not there at all."""
+    part = run.out.with_name(run.out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    student.save_pretrained(part)
+    for file in (run.data / "tokenizer").iterdir():
+        shutil.copy(file, part / file.name)
+    (part / "training.json").write_text(json.dumps(results))
+    shutil.rmtree(run.out, ignore_errors=True)
+    part.rename(run.out)
+
+
+def _key(run: Run) -> str:
+    """Equal for runs with equal settings and equal inputs."""
+    digest = hashlib.blake2b(repr(run).encode(), digest_size=8)
+    folders = [run.data, run.teacher, run.student if isinstance(run.student, Path) else None]
+    for folder in filter(None, folders):
+        if not folder.exists():
+            raise DataError(f"{run.name}: there is no {folder}; run the job that makes it first")
+        for file in sorted(folder.iterdir()):
+            if file.suffix == ".json":
+                digest.update(file.name.encode() + file.read_bytes())
+            elif file.is_file():
+                digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def _storage(run: Run) -> Path:
+    return run.out.parent / "checkpoints" / run.name
+
+
+def _absolute(run: Run) -> Run:
+    from dataclasses import replace
+
+    student = run.student.absolute() if isinstance(run.student, Path) else run.student
+    teacher = None if run.teacher is None else run.teacher.absolute()
+    return replace(
+        run, data=run.data.absolute(), out=run.out.absolute(), student=student, teacher=teacher
+    )
+
+
+def _per_worker(batch: int, workers: int) -> int:
+    if batch % workers:
+        raise ConfigError(f"batch {batch} must be a multiple of the {workers} workers")
+    return batch // workers

@@ -1,0 +1,1 @@
+"""From text to trained parameters: corpus, tokenizer, blocks, objectives, optimizer."""

@@ -1,0 +1,117 @@
+"""What a step of training minimises. Knows models and tokens; knows nothing of optimizers.
+
+An objective is a module around the student, so that DeepSpeed wraps one thing. The teacher hangs
+beside it, unregistered: it is frozen, and neither optimized, sharded nor saved with the student.
+Each returns a scalar loss for tokens [B, T].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from linearized.errors import ConfigError
+from linearized.models import attention_modules
+
+
+class Objective(nn.Module):
+    """Predict the next token: cross-entropy, nats a token."""
+
+    needs_teacher = False
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None = None) -> None:
+        super().__init__()
+        if self.needs_teacher != (teacher is not None):
+            wants = "a" if self.needs_teacher else "no"
+            raise ConfigError(f"objective {type(self).__name__} takes {wants} teacher")
+        self.student = student
+        self._beside = [teacher.eval().requires_grad_(False)] if teacher is not None else []
+        for parameter in student.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trained():
+            parameter.requires_grad_(True)
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._beside[0]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that this objective trains."""
+        return list(self.student.parameters())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return cross_entropy(self.student(input_ids=tokens, use_cache=False).logits, tokens)
+
+
+class Transfer(Objective):
+    """Attention transfer: each layer's linear attention, given what the teacher's layer was
+    given, reproduces what the teacher's layer gave. Trains attention modules only. The loss is
+    the squared error relative to the teacher's output, averaged over layers, so that no layer
+    outweighs another. (Zhang et al., "LoLCATs", 2024.)"""
+
+    needs_teacher = True
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for module in attention_modules(self.student) for p in module.parameters()]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+        def record(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            calls.append((args, kwargs, output[0]))
+
+        hooks = [
+            module.register_forward_hook(record, with_kwargs=True)
+            for module in attention_modules(self.teacher)
+        ]
+        try:
+            with torch.no_grad():
+                self.teacher.base_model(input_ids=tokens, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        losses = []
+        for module, (args, kwargs, wanted) in zip(
+            attention_modules(self.student), calls, strict=True
+        ):
+            given = module(*args, **{**kwargs, "attention_mask": None})[0]
+            losses.append(F.mse_loss(given, wanted) / wanted.square().mean())
+        return torch.stack(losses).mean()
+
+
+class Distillation(Objective):
+    """Half cross-entropy on the text, half Kullback–Leibler divergence from the teacher's
+    distribution, nats a token. The teacher may be the softmax model or any other with the same
+    vocabulary."""
+
+    needs_teacher = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.student(input_ids=tokens, use_cache=False).logits
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+        divergence = F.kl_div(
+            logits.log_softmax(-1).flatten(0, 1),
+            wanted.log_softmax(-1).flatten(0, 1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        return (cross_entropy(logits, tokens) + divergence) / 2
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "next_token": Objective,
+    "transfer": Transfer,
+    "distillation": Distillation,
+}
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over [B, T-1] of the next token's negative log-likelihood, in float32."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())

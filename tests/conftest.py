@@ -1,0 +1,57 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+
+import linearized
+
+torch.set_num_threads(1)
+
+
+def tiny_llama(
+    *, vocab: int = 61, hidden: int = 32, layers: int = 2, kv_heads: int = 2, seed: int = 0
+) -> transformers.LlamaForCausalLM:
+    """A random softmax Llama, float32, eval mode."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=65536,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tiny_linear(
+    *, dtype: torch.dtype = torch.float64, group: int = 8, taps: int = 5, **settings: int
+) -> transformers.PreTrainedModel:
+    """A random linearized Llama whose new parameters are not zero."""
+    model = tiny_llama(**settings).to(dtype)
+    config = linearized.LinearConfig(attention="grouped", group=group, taps=taps)
+    linearized.linearize(model, config)
+    for parameter in linearized.models.new_parameters(model):
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.fixture
+def llama() -> Callable[..., transformers.LlamaForCausalLM]:
+    return tiny_llama
+
+
+@pytest.fixture
+def linear() -> Callable[..., transformers.PreTrainedModel]:
+    return tiny_linear

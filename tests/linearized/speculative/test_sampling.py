@@ -1,0 +1,126 @@
+"""Noise and filters: the one rule by which target and draft choose tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from linearized.errors import ConfigError
+from linearized.speculative import Sampling
+from linearized.speculative.noise import gumbel
+
+
+def test_noise_is_a_pure_function_of_its_key():
+    positions = torch.tensor([0, 5, 17])
+    whole = gumbel(7, positions, 100)
+    assert torch.equal(whole, gumbel(7, positions, 100))
+    assert torch.equal(whole[1:2], gumbel(7, torch.tensor([5]), 100))
+    assert torch.equal(whole[:, :60], gumbel(7, positions, 60))
+    for other in (gumbel(8, positions, 100), gumbel(7, positions, 100, choice=1)):
+        assert not torch.isclose(whole, other).any()
+    assert whole.isfinite().all()
+
+
+def test_noise_is_the_hash_it_says_it_is():
+    """Against plain Python integers: a change of the hash would change every sampled text."""
+    mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    for seed, choice, position, token in [(0, 0, 0, 0), (1234, 0, 3, 5), (-7, 2, 10**6, 99)]:
+        key = mix(mix(seed & mask) ^ ((choice + 1) * golden & mask))
+        key = mix((key + position * golden) & mask)
+        bits = mix(mix((key + (token + 1) * golden) & mask))
+        want = -math.log(-math.log(((bits >> 11) + 0.5) / 2**53))
+        noise = gumbel(seed, torch.tensor([position]), 100, choice=choice)
+        assert float(noise[0, token]) == pytest.approx(want, abs=1e-12)
+
+
+def test_seeds_of_any_size_are_taken():
+    for seed in (0, -1, 2**63, 2**64 + 5, -(2**70)):
+        assert gumbel(seed, torch.tensor([0]), 3).isfinite().all()
+
+
+def test_noise_is_gumbel():
+    """Moments and Kolmogorov distance of a large sample, and no correlation along either key."""
+    noise = gumbel(0, torch.arange(400), 500)
+    assert noise.mean() == pytest.approx(0.5772156649, abs=0.01)
+    assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.03)
+    ordered = noise.flatten().sort().values
+    exact = torch.exp(-torch.exp(-ordered))
+    empirical = torch.arange(1, ordered.numel() + 1) / ordered.numel()
+    assert (exact - empirical).abs().max() < 1.63 / math.sqrt(ordered.numel())
+    for a, b in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):
+        correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+        assert abs(correlation) < 0.01
+
+
+FILTERS = [
+    {"temperature": 1.0},
+    {"temperature": 0.5},
+    {"temperature": 1.5, "top_k": 3},
+    {"temperature": 1.0, "top_p": 0.7},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_sampled_tokens_have_the_filtered_distribution(settings):
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.2, 0.0, -0.5, -1.0, -3.0], dtype=torch.float64)
+    want = expected(logits, **settings)
+    draws = 20_000
+    sampling = Sampling(**settings, seed=11)
+    chosen = sampling.scores(logits.expand(draws, -1), torch.arange(draws)).argmax(1)
+    counts = torch.bincount(chosen, minlength=8).double()
+    assert counts[want == 0].sum() == 0
+    kept = want > 0
+    chi_square = ((counts - draws * want)[kept] ** 2 / (draws * want[kept])).sum()
+    freedom = int(kept.sum()) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 6  # far beyond the 99.9 % point
+
+
+def expected(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution by its words, one token at a time."""
+    probabilities = (logits / temperature).softmax(0)
+    order = probabilities.argsort(descending=True).tolist()
+    kept = order[:top_k] if top_k else order
+    total = sum(probabilities[i] for i in kept)
+    nucleus, reached = [], 0.0
+    for i in kept:
+        if reached < top_p:
+            nucleus.append(i)
+        reached += probabilities[i] / total
+    best = probabilities[order[0]]
+    result = torch.zeros_like(probabilities)
+    for i in nucleus:
+        if probabilities[i] >= min_p * best:
+            result[i] = probabilities[i]
+    return result / result.sum()
+
+
+def test_temperature_zero_is_the_best_token():
+    logits = torch.randn(5, 40)
+    scores = Sampling(temperature=0, seed=3).scores(logits, torch.arange(5))
+    assert torch.equal(scores.argmax(1), logits.argmax(1))
+
+
+@pytest.mark.parametrize(
+    "settings,words",
+    [
+        ({"temperature": -1}, "temperature.*-1"),
+        ({"temperature": float("nan")}, "temperature.*nan"),
+        ({"top_p": 0}, "top_p.*0"),
+        ({"top_p": 1.2}, "top_p.*1.2"),
+        ({"top_k": -4}, "top_k.*-4"),
+        ({"min_p": 2}, "min_p.*2"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        Sampling(**settings)

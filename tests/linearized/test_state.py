@@ -1,0 +1,83 @@
+"""Decode states: bytes, rows, and what `commit` refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import linearized
+from linearized.errors import StateError
+
+
+def extended(model, length: int, batch: int = 1, seed: int = 0) -> linearized.DecodeState:
+    generator = torch.Generator().manual_seed(seed)
+    state = linearized.new_state(model, batch_size=batch)
+    tokens = torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
+    linearized.extend(model, tokens, state)
+    return state
+
+
+def test_bytes_round_trip(linear):
+    model = linear()
+    state = extended(model, 21, batch=2)
+    back = linearized.DecodeState.from_bytes(state.to_bytes())
+    back.check(linearized.fingerprint(model))
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    want = linearized.extend(model, tokens, state)
+    assert torch.equal(want, linearized.extend(model, tokens, back))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda blob: b"",
+        lambda blob: b"hello",
+        lambda blob: blob[: len(blob) // 2],
+        lambda blob: blob.replace(b"linearized-state/1", b"linearized-state/9"),
+        lambda blob: b"\x80\x04K\x01." + blob,
+        lambda blob: (1 << 62).to_bytes(8, "little") + blob[8:],
+    ],
+    ids=["empty", "text", "cut", "version", "pickle", "huge header"],
+)
+def test_damaged_bytes_are_refused(linear, damage):
+    blob = damage(extended(linear(), 5).to_bytes())
+    with pytest.raises(StateError):
+        linearized.DecodeState.from_bytes(blob)
+
+
+def test_another_model_is_refused(linear):
+    state = extended(linear(seed=0), 5)
+    with pytest.raises(StateError, match="belongs to model"):
+        state.check(linearized.fingerprint(linear(seed=1)))
+    with pytest.raises(StateError, match="belongs to model"):
+        extended(linear(seed=1), 5).copy_(state)
+
+
+def test_rows(linear):
+    model = linear()
+    state = extended(model, 13, batch=3)
+    picked = state.select([2, 0])
+    assert picked.batch_size == 2 and picked.num_layers == 2
+    assert torch.equal(picked.layers.memory[:, 0], state.layers.memory[:, 2])
+    assert picked.nbytes * 3 == state.nbytes * 2
+    with pytest.raises(StateError, match="2 rows"):
+        state.copy_(picked)
+
+
+def test_commit_refuses_what_is_no_path(linear):
+    model = linear()
+    state = extended(model, 9)
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    parents = torch.tensor([[-1, 0, 0, 1]])
+    _, pending = linearized.verify(model, tokens, parents, state)
+    for path in ([1], [0, 3], [0, 1, 2], [0, 4], [-1], [0, 0]):
+        with pytest.raises(StateError, match="no path"):
+            linearized.commit(state, pending, [path])
+    with pytest.raises(StateError, match="one path a row"):
+        linearized.commit(state, pending, [[0], [0]])
+    linearized.commit(state, pending, [[]])
+    assert state.length.tolist() == [9]
+    linearized.commit(state, pending, [[0, 1, 3]])
+    assert state.length.tolist() == [12]
+    with pytest.raises(StateError, match="verify again"):
+        linearized.commit(state, pending, [[0]])
