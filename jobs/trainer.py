@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.progress import Progress, note
+
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, DataError, JobError
 from linearized.training.optim import Optim
@@ -159,9 +160,8 @@ def _trainer(run: Run, key: str) -> Any:
 def _train(config: dict[str, Any]) -> None:
     """What every worker runs."""
     import torch
-    from ray import train
-
     from linearized.training.blocks import Blocks
+    from ray import train
 
     run: Run = config["run"]
     torch.set_num_threads(run.workers.cpus)
@@ -176,7 +176,7 @@ def _train(config: dict[str, Any]) -> None:
     if run.linear is not None and isinstance(run.student, Path):
         perplexity["before"] = measure(student)
     losses: list[list[float]] = []
-    for index, stage in enumerate(run.stages):
+    for index in range(len(run.stages)):
         if resume is not None and index < resume["stage"]:
             continue
         losses += _stage(run, index, student, teacher, blocks, resume)

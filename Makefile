@@ -1,0 +1,41 @@
+# make demo    the main job on this machine: train, linearize, serve, report (FRESH=1 starts over,
+#              MODEL=path linearizes that Hugging Face folder instead of a model trained here)
+# make test    the tests;  make test-all    those that take long, too
+# make check   formatting, lint, types, import floors
+# Every target first builds .venv from pyproject.toml, once.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all check setup clean
+
+demo: $(STAMP)
+	@$(PY) -m jobs.demo demo $(if $(filter-out 0,$(FRESH)),fresh=true) $(if $(MODEL),model=$(MODEL))
+
+test: $(STAMP)
+	@$(PY) -m pytest
+
+test-all: $(STAMP)
+	@$(PY) -m pytest -m "not gpu or gpu"
+
+check: $(STAMP)
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(PY) -m pytest tests/test_floors.py
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "linearized needs Python 3.11 or newer; $$($(PYTHON) --version) found. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up .venv (once; a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --editable '.[dev]' 2>.venv/install.log || \
+		{ cat .venv/install.log; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,116 @@
+"""Who may import whom: design's floors, and one door for each foreign library.
+
+    jobs/  serve_apps/
+    cluster/
+    linearized/speculative  linearized/training  linearized/evaluation
+    linearized/models.py
+    linearized/attention/
+    linearized/ops/
+    linearized/state.py
+    linearized/config.py  linearized/errors.py
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {  # room: floor; a longer name is the closer match
+    "jobs": 8,
+    "serve_apps": 8,
+    "cluster": 7,
+    "linearized": 7,
+    "linearized.speculative": 6,
+    "linearized.training": 6,
+    "linearized.evaluation": 6,
+    "linearized.models": 5,
+    "linearized.attention": 4,
+    "linearized.ops": 3,
+    "linearized.state": 2,
+    "linearized.config": 1,
+    "linearized.errors": 0,
+}
+DOORS = {
+    "triton": ("linearized.ops",),
+    "deepspeed": ("jobs",),
+    "ray": ("jobs", "serve_apps", "cluster"),
+    "fastapi": ("serve_apps",),
+}
+
+
+def sources() -> list[tuple[str, Path]]:
+    found = []
+    for top in ("linearized", "cluster", "jobs", "serve_apps"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found.append((name, path))
+    return found
+
+
+def room(module: str) -> str | None:
+    matches = [r for r in ROOMS if module == r or module.startswith(r + ".")]
+    return max(matches, key=len) if matches else None
+
+
+def imports(path: Path) -> list[str]:
+    """Modules that a file imports anywhere in it; `from a import b` counts as a.b too, if b is
+    a room of its own."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.append(full if room(full) != room(node.module or "") else node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("module,path", sources(), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_go_downward_only(module, path):
+    mine = room(module)
+    for name in imports(path):
+        theirs = room(name)
+        if theirs is not None and theirs != mine:
+            assert ROOMS[theirs] < ROOMS[mine], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module,path", sources(), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_foreign_library_has_its_door(module, path):
+    for name in imports(path):
+        doors = DOORS.get(name.split(".")[0])
+        if doors is not None:
+            assert any(module == d or module.startswith(d + ".") for d in doors), (
+                f"{module} imports {name}"
+            )
+
+
+def test_the_library_needs_neither_ray_nor_deepspeed():
+    """Kernels and models are used with torch and transformers alone."""
+    script = """
+import sys
+for name in ("ray", "deepspeed", "fastapi", "datasets", "pyarrow"):
+    sys.modules[name] = None
+import linearized, linearized.training.objective, linearized.evaluation.perplexity
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_top_level_holds_what_it_should():
+    done = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in done.stdout.split()}
+    allowed = {
+        "cluster", "linearized", "jobs", "serve_apps", "tests", "pyproject.toml", "cluster.yaml",
+        "README.md", "LICENSE", "CHANGELOG.md", "Makefile", ".ci", ".gitignore",
+    }  # fmt: skip
+    assert top <= allowed
