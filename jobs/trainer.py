@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.progress import Progress, note
-
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, DataError, JobError
 from linearized.training.optim import Optim
@@ -119,6 +120,7 @@ def fit(run: Run) -> dict[str, Any]:
             note(f"{run.name}: reused {run.out}")
             return done
     started = time.perf_counter()
+    _join_cluster(run.workers)
     result = _trainer(run, key).fit()
     if result.error is not None:
         raise JobError(f"training {run.name} failed: {result.error}", job=run.name, status="FAILED")
@@ -132,6 +134,19 @@ def fit(run: Run) -> dict[str, Any]:
     report.write_text(json.dumps(done, indent=2) + "\n")
     shutil.rmtree(_storage(run), ignore_errors=True)
     return done
+
+
+def _join_cluster(workers: Workers) -> None:
+    """The cluster that this job was submitted to, or one of this process's own."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    joining = "RAY_ADDRESS" in os.environ
+    ray.init(
+        num_cpus=None if joining else workers.count * workers.cpus,
+        logging_level=logging.ERROR,
+    )
 
 
 def _trainer(run: Run, key: str) -> Any:
@@ -160,8 +175,9 @@ def _trainer(run: Run, key: str) -> Any:
 def _train(config: dict[str, Any]) -> None:
     """What every worker runs."""
     import torch
-    from linearized.training.blocks import Blocks
     from ray import train
+
+    from linearized.training.blocks import Blocks
 
     run: Run = config["run"]
     torch.set_num_threads(run.workers.cpus)
@@ -173,7 +189,9 @@ def _train(config: dict[str, Any]) -> None:
     measure = functools.partial(_perplexity, held_out=held_out, run=run, rank=rank, world=world)
     perplexity: dict[str, float] = {}
     resume = _resume()
-    if run.linear is not None and isinstance(run.student, Path):
+    if teacher is not None:
+        perplexity["teacher"] = measure(teacher)
+    if isinstance(run.student, Path):
         perplexity["before"] = measure(student)
     losses: list[list[float]] = []
     for index in range(len(run.stages)):
@@ -267,14 +285,15 @@ def _models(run: Run) -> tuple[Any, Any]:
 
     import linearized
 
+    teacher = None if run.teacher is None else linearized.load(run.teacher)
     if isinstance(run.student, Path):
         student = linearized.load(run.student)
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(run.data / "tokenizer")
-        student = transformers.LlamaForCausalLM(_llama(run.student, tokenizer))
+        vocab_size = len(tokenizer) if teacher is None else teacher.config.vocab_size
+        student = transformers.LlamaForCausalLM(_llama(run.student, tokenizer, vocab_size))
     if run.linear is not None:
         linearized.linearize(student, run.linear)
-    teacher = None if run.teacher is None else linearized.load(run.teacher)
     if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
         raise ConfigError(
             f"teacher {run.teacher} has a vocabulary of {teacher.config.vocab_size}, the student "
@@ -283,11 +302,11 @@ def _models(run: Run) -> tuple[Any, Any]:
     return student.train(), teacher
 
 
-def _llama(shape: Shape, tokenizer: Any) -> Any:
+def _llama(shape: Shape, tokenizer: Any, vocab_size: int) -> Any:
     import transformers
 
     return transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,

@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from linearized import ops
 from linearized.attention import VARIANTS
@@ -50,7 +51,7 @@ def linearize(model: PreTrainedModel | str | Path, config: LinearConfig) -> PreT
     if isinstance(model, str | Path):
         model = load(model)
     _refuse_unsupported(model)
-    _attach(model.base_model, config)
+    _attach(cast(PreTrainedModel, model.base_model), config)
     model.set_attn_implementation(NAME)
     return model
 
@@ -62,20 +63,26 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     Raises:
         ModelError: there is none, or its weights do not fit its config.
     """
+    show = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"cannot load a causal language model from {path}: {reason}") from error
+    finally:
+        if show:
+            hf_logging.enable_progress_bar()
+    model, info = opened
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{path} lacks {len(missing)} of the weights its config asks for, among them "
             f"{', '.join(missing[:3])}"
         )
-    return model.eval()
+    return cast(PreTrainedModel, model.eval())
 
 
 def linear_config(model: PreTrainedModel) -> LinearConfig:
@@ -435,7 +442,7 @@ def _register() -> None:
             self.config._attn_implementation = NAME
         post_init(self)
 
-    PreTrainedModel.post_init = attach_first
+    PreTrainedModel.post_init = attach_first  # type: ignore[method-assign]
 
 
 _register()

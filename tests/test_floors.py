@@ -1,13 +1,13 @@
 """Who may import whom: design's floors, and one door for each foreign library.
 
-    jobs/  serve_apps/
-    cluster/
-    linearized/speculative  linearized/training  linearized/evaluation
-    linearized/models.py
-    linearized/attention/
-    linearized/ops/
-    linearized/state.py
-    linearized/config.py  linearized/errors.py
+jobs/  serve_apps/
+cluster/
+linearized/speculative  linearized/training  linearized/evaluation
+linearized/models.py
+linearized/attention/
+linearized/ops/
+linearized/state.py
+linearized/config.py  linearized/errors.py
 """
 
 from __future__ import annotations

@@ -71,9 +71,7 @@ def test_transfer_trains_attention_only_and_brings_it_closer(pair):
     before = copy.deepcopy(student.state_dict())
     losses = train(Transfer(student, teacher), 40, lr=3e-3)
     assert losses[-1] < 0.5 * losses[0]
-    attention = {
-        id(p) for module in attention_modules(student) for p in module.parameters()
-    }
+    attention = {id(p) for module in attention_modules(student) for p in module.parameters()}
     for name, parameter in student.named_parameters():
         assert torch.equal(before[name], parameter) == (id(parameter) not in attention), name
 

@@ -1,0 +1,122 @@
+"""The main job, end to end, on this machine: a cluster, training, serving, a report.
+
+Starts a local Ray head, submits each stage to it as users would (`ray job submit`), deploys the
+app, measures it over HTTP, and stops all that it started, whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from cluster.local import LocalCluster
+from cluster.submit import submit
+from jobs import cli, report
+from linearized.errors import ClusterError
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 180.0
+"""An app that is not healthy by then does not become so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    run: Path = Path("runs/demo")
+    """Everything that the demo makes lies here."""
+    model: Path | None = None
+    """A Hugging Face folder to linearize; None: a small softmax Llama is trained first."""
+    source: str = "stdlib"
+    """The corpus, as jobs.data takes it."""
+    fresh: bool = False
+    """Start over instead of reusing finished stages."""
+
+
+def demo() -> DemoConfig:
+    """Everything small enough for two CPU cores and twelve minutes."""
+    return DemoConfig()
+
+
+RECIPES = {"demo": demo}
+
+
+def main(config: DemoConfig) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    console = Console(highlight=False)
+    run = config.run.absolute()
+    if config.fresh:
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    console.print("Starting a local Ray cluster")
+    cpus = max(2, os.cpu_count() or 2)
+    with LocalCluster(num_cpus=cpus, log=run / "logs" / "head.log") as cluster:
+        seconds = {"cluster": round(time.perf_counter() - began, 1)}
+        stages = {**_training(run, config), "serve": _serving(run, cluster.http_port)}
+        for name, entrypoint in stages.items():
+            started = time.perf_counter()
+            _submit(cluster, run, name, entrypoint)
+            if name == "serve":
+                _wait_until_healthy(cluster.http_port)
+            seconds[name] = round(time.perf_counter() - started, 1)
+        url = f"http://127.0.0.1:{cluster.http_port}"
+        settings = [f"run={run}", f"url={url}", f"seconds={json.dumps(json.dumps(seconds))}"]
+        _submit(cluster, run, "report", ["python", "-m", "jobs.report", "demo", *settings])
+    done = json.loads((run / "report.json").read_text())
+    done["seconds"]["total"] = round(time.perf_counter() - began, 1)
+    (run / "report.json").write_text(json.dumps(done, indent=2) + "\n")
+    report.show(done, console)
+    console.print(f"\nReport: {run / 'report.json'}, {run / 'report.png'}")
+
+
+def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:
+    """Stage by stage, the command of its job."""
+    teacher = (config.model or run / "teacher").absolute()
+    data = [f"source={config.source}", f"out={run / 'data'}"]
+    if config.model is not None:
+        data.append(f"tokenizer={teacher}")
+    stages = {"data": ["jobs.data", "demo", *data]}
+    if config.model is None:
+        stages["teacher"] = ["jobs.pretrain", "demo", f"out={teacher}"]
+    target, draft = run / "target", run / "draft"
+    stages["linearize"] = ["jobs.finetune", "demo", f"model={teacher}", f"out={target}"]
+    stages["draft"] = ["jobs.draft", "demo", f"target={target}", f"out={draft}"]
+    for name, command in stages.items():
+        if name != "data":
+            command.append(f"data={run / 'data'}")
+    return {name: ["python", "-m", *command] for name, command in stages.items()}
+
+
+def _serving(run: Path, port: int) -> list[str]:
+    """The app is started as users start it, by Ray Serve's own command."""
+    start = f"serve start --http-host 127.0.0.1 --http-port {port}"
+    app = f"serve_apps.app:build target={run / 'target'} draft={run / 'draft'}"
+    return ["bash", "-c", f"{start} && serve run --non-blocking {app}"]
+
+
+def _submit(cluster: LocalCluster, run: Path, name: str, entrypoint: list[str]) -> None:
+    log = run / "logs" / f"{name}.log"
+    submit(cluster.env, entrypoint, name=name, working_dir=ROOT, log=log)
+
+
+def _wait_until_healthy(port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    raise ClusterError(f"the app on port {port} was not healthy within {START_S:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.run(RECIPES, main, __doc__)

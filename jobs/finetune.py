@@ -1,0 +1,62 @@
+"""Linearize a softmax model and fine-tune it: attention transfer, then distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import cli
+from jobs.trainer import Run, Stage, Workers, fit
+from linearized.config import LinearConfig
+from linearized.training.optim import Optim
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    model: Path = Path("runs/demo/teacher")
+    """A Hugging Face folder: the teacher, and where the student begins."""
+    data: Path = Path("runs/demo/data")
+    """What jobs.data wrote, with the model's own tokenizer."""
+    out: Path = Path("runs/demo/target")
+    linear: LinearConfig
+    transfer: Stage
+    finetune: Stage
+    workers: Workers
+    seed: int = 1
+    eval_blocks: int = 256
+    fresh: bool = False
+
+
+def demo() -> FinetuneConfig:
+    """Two minutes on two CPU cores, for the teacher of the demo."""
+    return FinetuneConfig(
+        linear=LinearConfig(attention="grouped", augment=True),
+        transfer=Stage(objective="transfer", steps=40, optim=Optim(lr=1e-3)),
+        finetune=Stage(objective="distillation", steps=140, optim=Optim(lr=1e-3)),
+        workers=Workers(),
+    )
+
+
+RECIPES = {"demo": demo}
+
+
+def main(config: FinetuneConfig) -> None:
+    fit(
+        Run(
+            name="linearize",
+            data=config.data,
+            out=config.out,
+            student=config.model,
+            linear=config.linear,
+            teacher=config.model,
+            stages=(config.transfer, config.finetune),
+            workers=config.workers,
+            seed=config.seed,
+            eval_blocks=config.eval_blocks,
+            fresh=config.fresh,
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run(RECIPES, main, __doc__)

@@ -1,0 +1,236 @@
+"""Measure a served model over HTTP, beside what its training left, and write the report."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from cluster.progress import Progress
+from jobs import cli
+from linearized.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    run: Path = Path("runs/demo")
+    """Holds data, teacher, target and draft, as the jobs before wrote them."""
+    url: str = "http://127.0.0.1:8000"
+    """Where the app answers."""
+    prompts: int = 6
+    prompt_tokens: int = 96
+    new_tokens: int = 160
+    seconds: str = "{}"
+    """JSON object, seconds of each stage before, to be shown with the rest."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def demo() -> ReportConfig:
+    """Six prompts of held-out code, greedy, plain and speculative in turn."""
+    return ReportConfig()
+
+
+RECIPES = {"demo": demo}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One completion, as a client saw it."""
+
+    prompt: str
+    text: str
+    tokens: int
+    rounds: int
+    """Verifications it took the target."""
+    drafted: int
+    accepted: int
+    seconds: float
+
+
+def main(config: ReportConfig) -> None:
+    started = time.perf_counter()
+    prompts = _prompts(config)
+    plain, speculative = _measure(config, prompts)
+    target, draft = _training(config.run / "target"), _training(config.run / "draft")
+    trained = {"linearized": target, "draft": draft}
+    if (config.run / "teacher").exists():  # else it is the user's own model
+        trained = {"teacher": _training(config.run / "teacher"), **trained}
+    seconds = {**json.loads(config.seconds), "report": round(time.perf_counter() - started, 1)}
+    report = {
+        "perplexity": {
+            "teacher": target["perplexity"]["teacher"],
+            "swapped": target["perplexity"]["before"],
+            "linearized": target["perplexity"]["after"],
+            "draft": draft["perplexity"]["after"],
+        },
+        "parameters": {name: done["parameters"] for name, done in trained.items()},
+        "training_tokens": {name: done["tokens"] for name, done in trained.items()},
+        "tokens_per_second": {"plain": _speed(plain), "speculative": _speed(speculative)},
+        "accepted_length": round(
+            sum(a.tokens for a in speculative) / sum(a.rounds for a in speculative), 2
+        ),
+        "accepted_share": round(
+            sum(a.accepted for a in speculative) / max(sum(a.drafted for a in speculative), 1), 3
+        ),
+        "texts_equal": [a.text for a in plain] == [a.text for a in speculative],
+        "seconds": seconds,
+        "completions": [{"prompt": a.prompt, "text": a.text} for a in speculative[:2]],
+    }
+    (config.run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    losses = {name: done["losses"] for name, done in trained.items()}
+    draw(report, losses, config.run / "report.png")
+    show(report, Console(width=100))
+    if not report["texts_equal"]:
+        raise DataError(
+            "greedy speculative text differs from greedy plain text; both are in "
+            f"{config.run / 'report.json'} and this must never be: please report it"
+        )
+
+
+def _prompts(config: ReportConfig) -> list[str]:
+    """The beginnings of held-out blocks, spread over them all."""
+    import transformers
+
+    from linearized.training.blocks import Blocks
+
+    held_out = Blocks(config.run / "data" / "held_out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.run / "data" / "tokenizer")
+    step = max(len(held_out) // config.prompts, 1)
+    rows = held_out.rows([(i * step + step // 2) % len(held_out) for i in range(config.prompts)])
+    ids = rows[:, : config.prompt_tokens].tolist()
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+
+
+def _measure(config: ReportConfig, prompts: list[str]) -> tuple[list[Answer], list[Answer]]:
+    """Each prompt plainly and speculatively in turn, after one of each that does not count."""
+    answers: dict[str, list[Answer]] = {"none": [], "model": []}
+    with (
+        httpx.Client(base_url=config.url, timeout=120) as client,
+        Progress("report: requests", total=2 * len(prompts), unit="requests") as progress,
+    ):
+        for mode in answers:
+            _complete(client, prompts[0], mode, config.new_tokens)
+        for i, prompt in enumerate(prompts):
+            # The order changes from prompt to prompt, so that neither mode always comes second.
+            for mode in ("none", "model") if i % 2 else ("model", "none"):
+                answers[mode].append(_complete(client, prompt, mode, config.new_tokens))
+            progress.update(2 * i + 2)
+    return answers["none"], answers["model"]
+
+
+def _complete(client: httpx.Client, prompt: str, mode: str, new_tokens: int) -> Answer:
+    models = client.get("/v1/models").raise_for_status().json()
+    body = {
+        "model": models["data"][0]["id"],
+        "prompt": prompt,
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "speculate": mode,
+    }
+    started = time.perf_counter()
+    response = client.post("/v1/completions", json=body)
+    seconds = time.perf_counter() - started
+    if response.status_code != 200:
+        raise DataError(f"the app answered {response.status_code}: {response.text[:500]}")
+    answer = response.json()
+    usage = answer["usage"]
+    details = usage["completion_tokens_details"]
+    return Answer(
+        prompt=prompt,
+        text=answer["choices"][0]["text"],
+        tokens=usage["completion_tokens"],
+        rounds=details["verification_rounds"],
+        drafted=details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"],
+        accepted=details["accepted_prediction_tokens"],
+        seconds=seconds,
+    )
+
+
+def _speed(answers: list[Answer]) -> float:
+    """Median over requests of tokens a second, prefill and HTTP included."""
+    return round(statistics.median(a.tokens / a.seconds for a in answers), 1)
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    file = folder / "run.json"
+    if not file.exists():
+        raise DataError(f"there is no {file}; run the job that trains {folder.name} first")
+    return dict(json.loads(file.read_text()))
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The report as one table, and two completions."""
+    table = Table(show_header=False, pad_edge=False)
+    perplexity, sizes = report["perplexity"], report["parameters"]
+    ratio = perplexity["linearized"] / perplexity["teacher"]
+    table.add_row("held-out perplexity", "teacher (softmax)", f"{perplexity['teacher']:.2f}")
+    table.add_row("", "swapped, untrained", f"{perplexity['swapped']:.2f}")
+    table.add_row("", "linearized", f"{perplexity['linearized']:.2f}  ({ratio:.3f} x teacher)")
+    table.add_row("", "draft", f"{perplexity['draft']:.2f}")
+    table.add_section()
+    for i, (name, count) in enumerate(sizes.items()):
+        tokens = report["training_tokens"][name]
+        table.add_row(
+            "" if i else "parameters",
+            name,
+            f"{count / 1e6:.2f} M, trained on {tokens / 1e6:.2f} M tokens",
+        )
+    table.add_section()
+    speeds = report["tokens_per_second"]
+    gain = speeds["speculative"] / speeds["plain"]
+    table.add_row("tokens a second", "plain", f"{speeds['plain']:.1f}")
+    table.add_row(
+        "over HTTP, greedy", "speculative", f"{speeds['speculative']:.1f}  ({gain:.2f} x)"
+    )
+    table.add_row("", "tokens a round", f"{report['accepted_length']:.2f}")
+    table.add_row("", "texts equal", "yes" if report["texts_equal"] else "NO")
+    table.add_section()
+    for i, (stage, seconds) in enumerate(report["seconds"].items()):
+        table.add_row("" if i else "seconds", stage, f"{seconds:.1f}")
+    console.print(table)
+    for completion in report["completions"]:
+        console.rule("held-out code, and how the model goes on", style="dim")
+        console.print(completion["prompt"][-200:], style="dim", markup=False, end="")
+        console.print(completion["text"], markup=False)
+
+
+def draw(report: dict[str, Any], losses: dict[str, list[list[float]]], file: Path) -> None:
+    """One picture of the whole run; the format follows the file's suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for name, points in losses.items():
+        kept = [p for p in points if len(points) == 0 or p[0] == points[-1][0]]
+        left.plot([p[1] for p in kept], [p[2] for p in kept], label=name)
+    left.set(title="loss while training (last stage)", xlabel="step", ylabel="nats a token")
+    left.legend(frameon=False)
+    perplexity = report["perplexity"]
+    bars = middle.bar(list(perplexity), list(perplexity.values()), color="C0")
+    middle.bar_label(bars, fmt="%.1f")
+    middle.set(title="held-out perplexity", yscale="log")
+    speeds = report["tokens_per_second"]
+    bars = right.bar(list(speeds), list(speeds.values()), color="C2", width=0.5)
+    right.bar_label(bars, fmt="%.0f")
+    right.set(title=f"tokens/s over HTTP ({report['accepted_length']} tokens a round)")
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(RECIPES, main, __doc__)
