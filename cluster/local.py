@@ -21,7 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,8 +37,6 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS_ALLOW_REGEX": "^::",  # progress and notes are never held back
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each driver prints a FutureWarning on it
-    "RAY_TQDM": "0",
     "NO_COLOR": "1",
 }
 # Ray replaces 127.0.0.1 by the address of the first network interface, and then listens there,
@@ -83,7 +81,7 @@ class LocalCluster:
         self.temp = Path(tempfile.mkdtemp(prefix="lin-"))
         self.log = self._log or self.temp / "head.log"
         self.token = secrets.token_hex(32)
-        gcs, dashboard, client, agent, self.http_port = _free_ports(5)
+        gcs, dashboard, client, agent, self.http_port, *metrics = _free_ports(7)
         self.address = f"127.0.0.1:{gcs}"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.env = {
@@ -101,6 +99,7 @@ class LocalCluster:
                 f"--dashboard-port={dashboard}",
                 f"--ray-client-server-port={client}",
                 f"--dashboard-agent-listen-port={agent}",
+                metrics=metrics,
             )
             self._wait_until_up()
         except BaseException:
@@ -116,8 +115,8 @@ class LocalCluster:
     ) -> None:
         self._stop()
 
-    def _start(self, *ports: str) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    def _start(self, *ports: str, metrics: Sequence[int]) -> None:
+        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *ports]
         command += [f"--temp-dir={self.temp}", "--include-dashboard=true"]
         command += ["--disable-usage-stats", "--log-style=record", "--log-color=false"]
@@ -125,10 +124,15 @@ class LocalCluster:
             command.append(f"--num-cpus={self._num_cpus}")
         # Jobs say `python` and mean the one that has this project.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        env = {**os.environ, "PATH": path, **self.env, **self._extra}
+        env = {**os.environ, "PATH": path, **self._extra, **self.env}
         del env["RAY_ADDRESS"], env["RAY_API_SERVER_ADDRESS"]  # the head is the one addressed
+        # Ray's own processes leave temporary folders behind when they are killed.
+        env["TMPDIR"] = str(self.temp / "tmp")
+        (self.temp / "tmp").mkdir()
+        # These two ports have no option, and a fixed default that a second cluster could not have.
+        env["AUTOSCALER_METRIC_PORT"], env["DASHBOARD_METRIC_PORT"] = map(str, metrics)
         self._keeper = subprocess.Popen(
-            [sys.executable, keeper.__file__, str(self.temp), str(self.log), "--", *command],
+            [sys.executable, "-P", keeper.__file__, str(self.temp), str(self.log), "--", *command],
             stdin=subprocess.PIPE,
             env=env,
             start_new_session=True,  # Ctrl-C is for the owner, which then closes the pipe

@@ -23,6 +23,7 @@ from typing import Any
 from cluster.progress import Progress, note
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, DataError, JobError
+from linearized.training.objective import OBJECTIVES
 from linearized.training.optim import Optim
 
 
@@ -60,6 +61,9 @@ class Stage:
     """Steps between checkpoints; each stage ends with one whatever this is."""
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            choices = ", ".join(sorted(OBJECTIVES))
+            raise ConfigError(f"unknown objective {self.objective!r}; choose from {choices}")
         for name in ("steps", "batch", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -103,6 +107,13 @@ class Run:
     """Held-out blocks that perplexity is measured on."""
     fresh: bool = field(default=False, compare=False, repr=False)
     """Start over even if this run has finished or left a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if stage.batch % self.workers.count:
+                raise ConfigError(
+                    f"batch {stage.batch} must be a multiple of the {self.workers.count} workers"
+                )
 
 
 def fit(run: Run) -> dict[str, Any]:
@@ -218,8 +229,6 @@ def _stage(
     import torch
     from ray import train
 
-    from linearized.training.objective import OBJECTIVES
-
     stage = run.stages[index]
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -266,7 +275,7 @@ def _engine(objective: Any, run: Run, stage: Stage) -> Any:
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, scale),
         config={
-            "train_micro_batch_size_per_gpu": _per_worker(stage.batch, run.workers.count),
+            "train_micro_batch_size_per_gpu": stage.batch // run.workers.count,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": stage.optim.clip,
             "zero_optimization": {"stage": run.workers.zero},
@@ -397,9 +406,3 @@ def _absolute(run: Run) -> Run:
     return replace(
         run, data=run.data.absolute(), out=run.out.absolute(), student=student, teacher=teacher
     )
-
-
-def _per_worker(batch: int, workers: int) -> int:
-    if batch % workers:
-        raise ConfigError(f"batch {batch} must be a multiple of the {workers} workers")
-    return batch // workers

@@ -1,0 +1,162 @@
+"""How a job says how far it is. Knows events and their lines; knows nothing of who reads them.
+
+    with Progress("finetune", total=300, unit="steps") as progress:
+        for step in range(300):
+            progress.update(step + 1, loss=loss)
+
+On a terminal this draws a bar. Elsewhere, as in a Ray job, it prints one line an event, which
+`parse` reads back on the other side: no logs to be scraped, no files to be shared.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    from cluster.display import Display
+
+INTERVAL_S = 0.25
+"""At most one line of a stage in this time; the first and the last are always said."""
+
+# Ray puts "(RayTrainWorker pid=123) ", coloured or not, before what a worker prints.
+_LINE = re.compile(r"^(?:\x1b\[[0-9;]*m)*(?:\([^()]*\))?(?:\x1b\[[0-9;]*m)* ?::(\w+) (.*)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    kind: Literal["progress", "note", "result"]
+    stage: str = ""
+    state: Literal["running", "done", "failed"] = "running"
+    done: float = 0
+    total: float | None = None
+    """None: nobody knows."""
+    unit: str = ""
+    seconds: float = 0.0
+    """Since the stage began, by the job's clock."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Of progress: its last measurements. Of a result: the result."""
+    text: str = ""
+    """Of a note."""
+
+    def line(self) -> str:
+        """What `parse` turns into this event again."""
+        if self.kind == "note":
+            return f"::note {self.text}"
+        if self.kind == "result":
+            return f"::result {json.dumps(self.values)}"
+        names = ("stage", "state", "done", "total", "unit", "seconds", "values")
+        return f"::progress {json.dumps({name: getattr(self, name) for name in names})}"
+
+
+class Progress:
+    """One stage of a job, from `with` to its end. `quiet` says nothing: for all ranks but one."""
+
+    def __init__(
+        self, stage: str, *, total: float | None = None, unit: str = "", quiet: bool = False
+    ) -> None:
+        self._stage, self._total, self._unit, self._quiet = stage, total, unit, quiet
+        self._done: float = 0
+        self._values: dict[str, Any] = {}
+        self._began = self._said = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._began = self._said = time.perf_counter()
+        self._say("running")
+        return self
+
+    def update(self, done: float, **values: Any) -> None:
+        """`done` in all, of `total`; `values` are numbers or short strings to show beside it."""
+        self._done = _plain(done)
+        self._values.update({name: _plain(value) for name, value in values.items()})
+        if time.perf_counter() - self._said >= INTERVAL_S:
+            self._say("running")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._say("done" if kind is None else "failed")
+
+    def _say(self, state: Literal["running", "done", "failed"]) -> None:
+        if self._quiet:
+            return
+        self._said = time.perf_counter()
+        _emit(
+            Event(
+                kind="progress",
+                stage=self._stage,
+                state=state,
+                done=self._done,
+                total=self._total,
+                unit=self._unit,
+                seconds=round(self._said - self._began, 3),
+                values=dict(self._values),
+            )
+        )
+
+
+def note(text: str) -> None:
+    """One line for the user."""
+    _emit(Event(kind="note", text=" ".join(text.split())))
+
+
+def result(values: Mapping[str, Any]) -> None:
+    """What the job found out, as anything that JSON can hold."""
+    _emit(Event(kind="result", values=dict(values)))
+
+
+def parse(line: str) -> Event | None:
+    """The event that a line of a job's log holds; None for every other line."""
+    match = _LINE.match(line.rstrip())
+    if match is None:
+        return None
+    kind, rest = match.groups()
+    if kind == "note":
+        return Event(kind="note", text=rest)
+    if kind not in ("progress", "result"):
+        return None
+    try:
+        fields = json.loads(rest)
+        return Event(kind="result", values=fields) if kind == "result" else _progress(fields)
+    except (ValueError, TypeError):  # a line that was cut, or that only looks like one of ours
+        return None
+
+
+def _progress(fields: Any) -> Event:
+    if not isinstance(fields, dict) or "stage" not in fields:
+        raise TypeError("not a progress event")
+    return Event(kind="progress", **fields)
+
+
+def _emit(event: Event) -> None:
+    if sys.stdout.isatty():
+        _display().show(event)
+    else:
+        # One write, so that lines of several threads do not mix.
+        sys.stdout.write(event.line() + "\n")
+        sys.stdout.flush()
+
+
+@functools.cache
+def _display() -> Display:
+    """A terminal has one bottom line, so a process has one display."""
+    from cluster.display import Display
+
+    return Display()
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and numpy scalars as what JSON can hold."""
+    if isinstance(value, str | bool | int | float):
+        return value
+    return float(value)

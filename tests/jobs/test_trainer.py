@@ -1,0 +1,174 @@
+"""Training under Ray Train and DeepSpeed: what it leaves, and that it goes on after a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import linearized
+from jobs.trainer import Run, Shape, Stage, Workers, fit
+from linearized.errors import ConfigError, DataError, LinearizedError
+from linearized.training.optim import Optim
+
+ROOT = Path(__file__).parent.parent.parent
+SHAPE = Shape(hidden=32, layers=2, heads=2, intermediate=64)
+LINEAR = linearized.LinearConfig(attention="grouped", group=16, taps=4)
+
+
+def stage(objective: str, steps: int, **settings) -> Stage:
+    return Stage(objective=objective, steps=steps, optim=Optim(lr=5e-3, warmup=2), **settings)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from cluster.local import LocalCluster
+
+    with LocalCluster(num_cpus=2) as running:
+        before = {name: os.environ.get(name) for name in running.env}
+        os.environ.update(running.env)
+        yield running
+        import ray
+
+        ray.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def data(cluster, tmp_path_factory) -> Path:
+    """Blocks of 32 tokens of this repository's own sources."""
+    out = tmp_path_factory.mktemp("data") / "data"
+    command = [sys.executable, "-m", "jobs.data", "demo", f"source={ROOT / 'linearized'}"]
+    command += [f"out={out}", "vocab_size=300", "block=32", "held_out=0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def teacher(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "teacher"
+    fit(
+        Run(
+            name="teacher", data=data, out=out, student=SHAPE, linear=None, teacher=None,
+            stages=(stage("next_token", 30),), workers=Workers(), eval_blocks=16,
+        )
+    )  # fmt: skip
+    return out
+
+
+def finetune(data: Path, teacher: Path, out: Path, **settings) -> Run:
+    return Run(
+        name="linearize", data=data, out=out, student=teacher, linear=LINEAR, teacher=teacher,
+        stages=(stage("transfer", 10), stage("distillation", 20)), workers=Workers(),
+        eval_blocks=16, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_linearized_model_comes_out(data, teacher, tmp_path):
+    run = finetune(data, teacher, tmp_path / "target")
+    done = fit(run)
+    assert done["perplexity"]["after"] < done["perplexity"]["before"]
+    transfer = [loss for index, _, loss in done["losses"] if index == 0]
+    assert transfer[-1] < transfer[0]
+    model = linearized.load(run.out)
+    assert any(p.abs().sum() > 0 for p in linearized.models.new_parameters(model))
+    assert linearized.generate(model, [1, 2, 3], max_new_tokens=4, stop_ids=())
+    assert (run.out / "tokenizer.json").exists()
+    assert not list(tmp_path.glob("*.part"))
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    assert json.loads((run.out / "run.json").read_text()) == done
+
+    started = time.perf_counter()
+    assert fit(run) == done, "a finished run is reused"
+    assert time.perf_counter() - started < 2
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return linearized.load(folder).state_dict()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_every_zero_stage_trains_the_same_model(data, teacher, tmp_path, zero):
+    want = finetune(data, teacher, tmp_path / "two")
+    fit(want)
+    other = finetune(data, teacher, tmp_path / "other")
+    other = replace(other, workers=Workers(zero=zero))
+    fit(other)
+    for name, tensor in weights(want.out).items():
+        assert torch.allclose(tensor, weights(other.out)[name], atol=2e-4), name
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_worker_costs_no_step(data, teacher, tmp_path):
+    """The run goes on from its last checkpoint and ends with the same weights."""
+    whole = finetune(data, teacher, tmp_path / "whole")
+    fit(whole)
+    cut = finetune(data, teacher, tmp_path / "cut")
+    cut = replace(cut, stages=(cut.stages[0], stage("distillation", 20, checkpoint_every=5)))
+    killed = []
+
+    def kill_after_a_checkpoint() -> None:
+        deadline = time.monotonic() + 120
+        while not killed and time.monotonic() < deadline:
+            marks = list((tmp_path / "checkpoints").rglob("at.json"))
+            if any(json.loads(mark.read_text()) == {"stage": 1, "step": 5} for mark in marks):
+                killed.append(_worker_process(tmp_path))
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_after_a_checkpoint)
+    thread.start()
+    fit(cut)
+    thread.join()
+    assert killed
+    for name, tensor in weights(whole.out).items():
+        assert torch.allclose(tensor, weights(cut.out)[name], atol=1e-6), name
+
+
+def _worker_process(_: Path) -> int:
+    """A training worker of this test's own cluster."""
+    token = os.environ["RAY_AUTH_TOKEN"].encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (process / "cmdline").read_bytes()
+            if b"RayTrainWorker" in title and token in (process / "environ").read_bytes():
+                return int(process.name)
+        except OSError:
+            continue
+    raise AssertionError("no training worker is running")
+
+
+def test_settings_that_cannot_work_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="zero must be.*7"):
+        Workers(zero=7)
+    with pytest.raises(ConfigError, match="steps must be.*0"):
+        stage("next_token", 0)
+    with pytest.raises(ConfigError, match="hidden=30"):
+        Shape(hidden=30, layers=1, heads=2, intermediate=8)
+    with pytest.raises(DataError, match="nowhere"):
+        fit(finetune(tmp_path / "nowhere", tmp_path, tmp_path / "out"))
+    with pytest.raises(LinearizedError, match="softmx.*distillation, next_token, transfer"):
+        stage("softmx", 5)
+    with pytest.raises(ConfigError, match="batch 5.*2 workers"):
+        finetune(tmp_path, tmp_path, tmp_path, seed=0).__class__(
+            name="x", data=tmp_path, out=tmp_path, student=SHAPE, linear=None, teacher=None,
+            stages=(stage("next_token", 5, batch=5),), workers=Workers(),
+        )  # fmt: skip
