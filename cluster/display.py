@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from cluster.progress import Event
@@ -66,7 +67,7 @@ class Display:
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
-                _Tail(),
+                _Tail(table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self.console,
                 transient=True,
             )

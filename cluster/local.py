@@ -94,6 +94,7 @@ class LocalCluster:
         }
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_text("")  # what an earlier head said there would be taken for this one's
             self._start(
                 f"--port={gcs}",
                 f"--dashboard-port={dashboard}",

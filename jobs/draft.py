@@ -32,7 +32,7 @@ def demo() -> DraftConfig:
     return DraftConfig(
         shape=Shape(hidden=128, layers=1, heads=2, intermediate=384),
         linear=LinearConfig(attention="grouped", augment=True),
-        train=Stage(objective="distillation", steps=150, optim=Optim(lr=5e-3)),
+        train=Stage(objective="distillation", steps=250, batch=8, optim=Optim(lr=5e-3)),
         workers=Workers(),
     )
 

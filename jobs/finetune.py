@@ -31,8 +31,8 @@ def demo() -> FinetuneConfig:
     """Two minutes on two CPU cores, for the teacher of the demo."""
     return FinetuneConfig(
         linear=LinearConfig(attention="grouped", augment=True),
-        transfer=Stage(objective="transfer", steps=40, optim=Optim(lr=1e-3)),
-        finetune=Stage(objective="distillation", steps=140, optim=Optim(lr=1e-3)),
+        transfer=Stage(objective="transfer", steps=50, batch=8, optim=Optim(lr=1e-3)),
+        finetune=Stage(objective="distillation", steps=200, batch=8, optim=Optim(lr=1e-3)),
         workers=Workers(),
     )
 
