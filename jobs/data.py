@@ -166,16 +166,16 @@ def _pack(
         counts[split] = dict.fromkeys(("documents", "tokens", "blocks", "dropped"), 0)
         for number, rows in enumerate(_shards(table)):
             path = str(folder / split / f"{number:05d}.parquet")
-            name = {"path": [path] * len(rows), "split": [split] * len(rows)}
-            shards.append(pa.table({**name, "text": rows["text"]}))
+            size = len(rows)
+            columns = {"path": [path] * size, "split": [split] * size, "text": rows["text"]}
+            shards.append(pa.table(columns))
     total = sum(map(len, shards))
     done = 0
     with _ray(), Progress("data: tokenize and pack", total=total, unit="documents") as progress:
         settings = {"folder": str(folder / "tokenizer"), "end": end, "info": info}
         for shard in _dataset(shards, settings):
-            count = counts[shard["split"]]
-            for name in count:
-                count[name] += shard[name]
+            for name in counts[shard["split"]]:
+                counts[shard["split"]][name] += shard[name]
             done += shard["documents"]
             tokens = sum(count["tokens"] for count in counts.values())
             progress.update(done, tokens=tokens)
@@ -205,14 +205,15 @@ def _dataset(shards: Sequence[pa.Table], settings: dict[str, Any]) -> Iterator[d
         # Ray's own defaults touch a setting of Ray's that is deprecated.
         warnings.simplefilter("ignore", DeprecationWarning)
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        # A block is a shard, and batch_size=None hands it over whole.
-        dataset = ray.data.from_arrow(list(shards)).map_batches(
-            _pack_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
-        )
-        yield from dataset.iter_rows()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A table becomes a block, and batch_size=None hands a block over whole.
+    pack_shard: Any = _pack_shard
+    dataset = ray.data.from_arrow(list(shards)).map_batches(
+        pack_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
+    )
+    yield from dataset.iter_rows()
 
 
 def _pack_shard(shard: pa.Table, *, folder: str, end: int, info: dict[str, Any]) -> pa.Table:
