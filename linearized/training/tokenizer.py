@@ -1,8 +1,7 @@
 """Tokenizers: train one, open one, encode many texts. Knows text and token ids; knows nothing of
 blocks or of where texts come from.
 
-The one door to the tokenizers library. transformers is imported where a folder is written or
-opened only, so that a worker which encodes starts quickly.
+The one door to the tokenizers library. What they turn text into is a transformers tokenizer folder.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -104,7 +103,7 @@ def load(name: Path | str) -> PreTrainedTokenizerFast:
             f"tokenizer {str(name)!r} has no eos_token to put between documents; set one and save "
             "it again"
         )
-    return cast("PreTrainedTokenizerFast", tokenizer)
+    return tokenizer
 
 
 def fingerprint(folder: Path | str) -> str:
@@ -113,7 +112,7 @@ def fingerprint(folder: Path | str) -> str:
 
 
 class Encoder:
-    """The text-to-ids half of a tokenizer folder, without transformers."""
+    """The text-to-ids half of a tokenizer folder. Special tokens are text to it."""
 
     def __init__(self, folder: Path | str) -> None:
         self._backend = tokenizers.Tokenizer.from_buffer(_json(folder))

@@ -47,12 +47,15 @@ def config(texts, tmp_path) -> DataConfig:
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    """The twin: the same shards one after another in this process, last first."""
+    in_this_process(monkeypatch)
+
+
+def in_this_process(monkeypatch) -> None:
+    """The twin of Ray: the same shards one after another, last first."""
 
     def one_by_one(shards, settings):
         for shard in reversed(shards):
-            [counts] = jobs.data._pack_shard(shard, **settings).to_pylist()
-            yield counts
+            yield from jobs.data._pack_shard(shard, **settings).to_pylist()
 
     monkeypatch.setattr(jobs.data, "_dataset", one_by_one)
     monkeypatch.setattr(jobs.data, "_ray", jobs.data.contextlib.nullcontext)
@@ -68,7 +71,7 @@ def streams(config: DataConfig) -> dict[str, list[str]]:
     }
 
 
-def test_every_token_is_accounted_for(config, without_ray, monkeypatch):
+def test_every_token_is_accounted_for(config, without_ray):
     done = prepare(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.out / "tokenizer")
     for split, texts in streams(config).items():
@@ -94,20 +97,13 @@ def test_ray_writes_what_one_process_writes(config, tmp_path, monkeypatch, capfd
     shown = capfd.readouterr()
     assert all(line.startswith("::progress ") for line in shown.out.splitlines()), shown.out
     assert "INFO" not in shown.err and "WARN" not in shown.err, shown.err
-    monkeypatch.setattr(jobs.data, "_ray", jobs.data.contextlib.nullcontext)
-    monkeypatch.setattr(
-        jobs.data,
-        "_dataset",
-        lambda shards, settings: (
-            jobs.data._pack_shard(shard, **settings).to_pylist()[0] for shard in shards
-        ),
-    )
+    in_this_process(monkeypatch)
     twin = replace(config, out=tmp_path / "twin")
     prepare(twin)
     assert files(config.out) == files(twin.out)
 
 
-def test_finished_work_is_reused(config, texts, without_ray, monkeypatch, capsys):
+def test_finished_work_is_reused(config, texts, without_ray, capsys):
     first = prepare(config)
     before = {p: p.stat().st_mtime_ns for p in config.out.rglob("*")}
     assert prepare(config) == first
@@ -118,7 +114,7 @@ def test_finished_work_is_reused(config, texts, without_ray, monkeypatch, capsys
     changed = prepare(replace(config, block=64))
     assert changed["key"] != first["key"]
     assert Blocks(config.out / "train").block == 64
-    # So is work on files that have not changed only.
+    # Files that have changed are new work too.
     (texts / "60.txt").write_text("more\n" * 100)
     try:
         assert prepare(replace(config, block=64))["key"] != changed["key"]

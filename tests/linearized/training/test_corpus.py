@@ -63,9 +63,9 @@ def test_a_folder_of_texts(tmp_path):
 
 
 def test_json_lines(tmp_path):
-    (tmp_path / "b [1].jsonl.gz").write_bytes(gzip.compress(lines({"text": "c\r\nd"}).encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines({"text": "c\r\nd"}).encode()))
     rows = [{"text": "a", "n": 1}, {"text": ""}, {"text": None}, {"text": "b"}]
-    (tmp_path / "a.jsonl").write_text(lines(*rows))
+    (tmp_path / "a [1].jsonl").write_text(lines(*rows))
     # A row keeps its number, whatever is left out before it.
     assert pairs(corpus.read(str(tmp_path))) == {"0": "a", "3": "b", "4": "c\r\nd"}
 
