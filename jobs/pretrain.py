@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import cli
-from jobs.trainer import Run, Shape, Stage, Workers, fit
+from jobs.run import Run, Shape, Stage, Workers
+from jobs.trainer import fit
 from linearized.training.optim import Optim
 
 

@@ -8,7 +8,6 @@ run that is interrupted goes on where its last checkpoint was, with the same bat
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -16,115 +15,24 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.progress import Progress, note
-from linearized.config import LinearConfig
+from jobs.run import Run, Shape, Stage, Workers
 from linearized.errors import ConfigError, DataError, JobError
 from linearized.training.objective import OBJECTIVES
-from linearized.training.optim import Optim
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A Llama to train from scratch."""
-
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    max_context: int = 65536
-
-    def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "heads", "intermediate", "max_context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden % (2 * self.heads):
-            raise ConfigError(
-                f"hidden must be a multiple of 2 x heads (rotary pairs), got hidden={self.hidden}, "
-                f"heads={self.heads}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """So many steps towards one objective."""
-
-    objective: str
-    steps: int
-    optim: Optim
-    batch: int = 16
-    """Blocks a step, over all workers."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; each stage ends with one whatever this is."""
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            choices = ", ".join(sorted(OBJECTIVES))
-            raise ConfigError(f"unknown objective {self.objective!r}; choose from {choices}")
-        for name in ("steps", "batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """Who trains: one process a worker, all of ZeRO's ranks."""
-
-    count: int = 2
-    cpus: int = 1
-    """Reserved by each worker; also its number of threads."""
-    gpu: bool = False
-    zero: int = 2
-    """ZeRO stage, 0 to 3."""
-    max_failures: int = 1
-    """How often a run is taken up again from its last checkpoint after a worker died."""
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.cpus < 1:
-            raise ConfigError(f"workers need a count and cpus of at least 1, got {self}")
-        if self.zero not in (0, 1, 2, 3):
-            raise ConfigError(f"zero must be 0, 1, 2 or 3, got {self.zero}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    name: str
-    data: Path
-    """What jobs.data wrote."""
-    out: Path
-    """Becomes a Hugging Face folder."""
-    student: Path | Shape
-    linear: LinearConfig | None
-    """How to linearize the student; None: it stays as it is."""
-    teacher: Path | None
-    stages: tuple[Stage, ...]
-    workers: Workers
-    seed: int = 0
-    eval_blocks: int = 256
-    """Held-out blocks that perplexity is measured on."""
-    fresh: bool = field(default=False, compare=False, repr=False)
-    """Start over even if this run has finished or left a checkpoint."""
-
-    def __post_init__(self) -> None:
-        for stage in self.stages:
-            if stage.batch % self.workers.count:
-                raise ConfigError(
-                    f"batch {stage.batch} must be a multiple of the {self.workers.count} workers"
-                )
 
 
 def fit(run: Run) -> dict[str, Any]:
     """Train, export to `run.out`, and return what `run.out/run.json` holds. A run that finished
     with the same settings and inputs is not repeated."""
-    run = _absolute(run)
-    key = _key(run)
+    run = run.absolute()
+    key = run.key()
     report = run.out / "run.json"
     if run.fresh:
         shutil.rmtree(run.out, ignore_errors=True)
-        shutil.rmtree(_storage(run), ignore_errors=True)
+        shutil.rmtree(run.storage, ignore_errors=True)
     if report.exists():
         done = json.loads(report.read_text())
         if done.get("key") == key:
@@ -143,7 +51,7 @@ def fit(run: Run) -> dict[str, Any]:
     }
     (run.out / "training.json").unlink()
     report.write_text(json.dumps(done, indent=2) + "\n")
-    shutil.rmtree(_storage(run), ignore_errors=True)
+    shutil.rmtree(run.storage, ignore_errors=True)
     return done
 
 
@@ -176,7 +84,7 @@ def _trainer(run: Run, key: str) -> Any:
         ),
         run_config=RunConfig(
             name=key,  # a run of this name that left a checkpoint is taken up again by Ray
-            storage_path=str(_storage(run)),
+            storage_path=str(run.storage),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -377,32 +285,3 @@ def _export(run: Run, student: Any, results: dict[str, Any]) -> None:
     (part / "training.json").write_text(json.dumps(results))
     shutil.rmtree(run.out, ignore_errors=True)
     part.rename(run.out)
-
-
-def _key(run: Run) -> str:
-    """Equal for runs with equal settings and equal inputs."""
-    digest = hashlib.blake2b(repr(run).encode(), digest_size=8)
-    folders = [run.data, run.teacher, run.student if isinstance(run.student, Path) else None]
-    for folder in filter(None, folders):
-        if not folder.exists():
-            raise DataError(f"{run.name}: there is no {folder}; run the job that makes it first")
-        for file in sorted(folder.iterdir()):
-            if file.suffix == ".json":
-                digest.update(file.name.encode() + file.read_bytes())
-            elif file.is_file():
-                digest.update(f"{file.name} {file.stat().st_size}".encode())
-    return digest.hexdigest()
-
-
-def _storage(run: Run) -> Path:
-    return run.out.parent / "checkpoints" / run.name
-
-
-def _absolute(run: Run) -> Run:
-    from dataclasses import replace
-
-    student = run.student.absolute() if isinstance(run.student, Path) else run.student
-    teacher = None if run.teacher is None else run.teacher.absolute()
-    return replace(
-        run, data=run.data.absolute(), out=run.out.absolute(), student=student, teacher=teacher
-    )

@@ -21,14 +21,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {  # room: floor; a longer name is the closer match
-    "jobs": 8,
-    "serve_apps": 8,
-    "cluster": 7,
-    "linearized": 7,
-    "linearized.speculative": 6,
-    "linearized.training": 6,
-    "linearized.evaluation": 6,
-    "linearized.models": 5,
+    "jobs": 9,
+    "serve_apps": 9,
+    "cluster": 8,
+    "linearized": 8,
+    "linearized.speculative": 7,
+    "linearized.training": 7,
+    "linearized.evaluation": 7,
+    "linearized.models": 6,
+    "linearized.interface": 5,
     "linearized.attention": 4,
     "linearized.ops": 3,
     "linearized.state": 2,

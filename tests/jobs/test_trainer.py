@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import linearized
-from jobs.trainer import Run, Shape, Stage, Workers, fit
+from jobs.run import Run, Shape, Stage, Workers
+from jobs.trainer import fit
 from linearized.errors import ConfigError, DataError, LinearizedError
 from linearized.training.optim import Optim
 

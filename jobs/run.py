@@ -1,0 +1,140 @@
+"""What a training run is, as data: a student, maybe a teacher, stages, workers.
+
+Knows settings and where files lie; knows nothing of Ray, DeepSpeed or how training goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from linearized.config import LinearConfig
+from linearized.errors import ConfigError, DataError
+from linearized.training.objective import OBJECTIVES
+from linearized.training.optim import Optim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Llama to train from scratch."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    max_context: int = 65536
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "heads", "intermediate", "max_context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden % (2 * self.heads):
+            raise ConfigError(
+                f"hidden must be a multiple of 2 x heads (rotary pairs), got hidden={self.hidden}, "
+                f"heads={self.heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """So many steps towards one objective."""
+
+    objective: str
+    steps: int
+    optim: Optim
+    batch: int = 16
+    """Blocks a step, over all workers."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; each stage ends with one whatever this is."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            choices = ", ".join(sorted(OBJECTIVES))
+            raise ConfigError(f"unknown objective {self.objective!r}; choose from {choices}")
+        for name in ("steps", "batch", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who trains: one process a worker, all of ZeRO's ranks."""
+
+    count: int = 2
+    cpus: int = 1
+    """Reserved by each worker; also its number of threads."""
+    gpu: bool = False
+    zero: int = 2
+    """ZeRO stage, 0 to 3."""
+    max_failures: int = 1
+    """How often a run is taken up again from its last checkpoint after a worker died."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.cpus < 1:
+            raise ConfigError(f"workers need a count and cpus of at least 1, got {self}")
+        if self.zero not in (0, 1, 2, 3):
+            raise ConfigError(f"zero must be 0, 1, 2 or 3, got {self.zero}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    name: str
+    data: Path
+    """What jobs.data wrote."""
+    out: Path
+    """Becomes a Hugging Face folder."""
+    student: Path | Shape
+    linear: LinearConfig | None
+    """How to linearize the student; None: it stays as it is."""
+    teacher: Path | None
+    stages: tuple[Stage, ...]
+    workers: Workers
+    seed: int = 0
+    eval_blocks: int = 256
+    """Held-out blocks that perplexity is measured on."""
+    fresh: bool = field(default=False, compare=False, repr=False)
+    """Start over even if this run has finished or left a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if stage.batch % self.workers.count:
+                raise ConfigError(
+                    f"batch {stage.batch} must be a multiple of the {self.workers.count} workers"
+                )
+
+    def key(self) -> str:
+        """Equal for runs with equal settings and equal inputs."""
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=8)
+        folders = [
+            self.data,
+            self.teacher,
+            self.student if isinstance(self.student, Path) else None,
+        ]
+        for folder in filter(None, folders):
+            if not folder.exists():
+                raise DataError(
+                    f"{self.name}: there is no {folder}; run the job that makes it first"
+                )
+            for file in sorted(folder.iterdir()):
+                if file.suffix == ".json":
+                    digest.update(file.name.encode() + file.read_bytes())
+                elif file.is_file():
+                    digest.update(f"{file.name} {file.stat().st_size}".encode())
+        return digest.hexdigest()
+
+    @property
+    def storage(self) -> Path:
+        """Where Ray keeps the run's checkpoints."""
+        return self.out.parent / "checkpoints" / self.name
+
+    def absolute(self) -> Run:
+        student = self.student.absolute() if isinstance(self.student, Path) else self.student
+        teacher = None if self.teacher is None else self.teacher.absolute()
+        return replace(
+            self,
+            data=self.data.absolute(),
+            out=self.out.absolute(),
+            student=student,
+            teacher=teacher,
+        )
