@@ -7,7 +7,6 @@ same settings and the same files reuses what is there.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.progress import Progress, note
+from cluster.session import session
 from jobs import cli
 from linearized.errors import ConfigError, DataError
 from linearized.training import corpus, tokenizer
@@ -171,7 +171,7 @@ def _pack(
             shards.append(pa.table(columns))
     total = sum(map(len, shards))
     done = 0
-    with _ray(), Progress("data: tokenize and pack", total=total, unit="documents") as progress:
+    with Progress("data: tokenize and pack", total=total, unit="documents") as progress:
         settings = {"folder": str(folder / "tokenizer"), "end": end, "info": info}
         for shard in _dataset(shards, settings):
             for name in counts[shard["split"]]:
@@ -210,10 +210,11 @@ def _dataset(shards: Sequence[pa.Table], settings: dict[str, Any]) -> Iterator[d
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # A table becomes a block, and batch_size=None hands a block over whole.
     pack_shard: Any = _pack_shard
-    dataset = ray.data.from_arrow(list(shards)).map_batches(
-        pack_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
-    )
-    yield from dataset.iter_rows()
+    with session(log_to_driver=False):
+        dataset = ray.data.from_arrow(list(shards)).map_batches(
+            pack_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
+        )
+        yield from dataset.iter_rows()
 
 
 def _pack_shard(shard: pa.Table, *, folder: str, end: int, info: dict[str, Any]) -> pa.Table:
@@ -233,26 +234,6 @@ def _pack_shard(shard: pa.Table, *, folder: str, end: int, info: dict[str, Any])
     )
     write_shard(Path(paths.pop()), rows, counts)
     return pa.Table.from_pylist([asdict(counts)])
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    """The cluster that this job was submitted to, or one of its own for as long as it lasts."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    joining = "RAY_ADDRESS" in os.environ
-    ray.init(
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        include_dashboard=None if joining else False,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _key(config: DataConfig) -> str:

@@ -79,7 +79,10 @@ def main(config: DemoConfig) -> None:
 def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:
     """Stage by stage, the command of its job."""
     teacher = (config.model or run / "teacher").absolute()
-    data = [f"source={config.source}", f"out={run / 'data'}"]
+    source = config.source
+    if Path(source).exists():  # the job runs in a copy of the repository
+        source = str(Path(source).absolute())
+    data = [f"source={source}", f"out={run / 'data'}"]
     if config.model is not None:
         data.append(f"tokenizer={teacher}")
     stages = {"data": ["jobs.data", "demo", *data]}

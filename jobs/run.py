@@ -6,6 +6,7 @@ Knows settings and where files lie; knows nothing of Ray, DeepSpeed or how train
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -117,7 +118,9 @@ class Run:
                     f"{self.name}: there is no {folder}; run the job that makes it first"
                 )
             for file in sorted(folder.iterdir()):
-                if file.suffix == ".json":
+                if file.name in ("run.json", "data.json"):  # ours: settings, inputs and seconds
+                    digest.update(json.loads(file.read_text())["key"].encode())
+                elif file.suffix == ".json":
                     digest.update(file.name.encode() + file.read_bytes())
                 elif file.is_file():
                     digest.update(f"{file.name} {file.stat().st_size}".encode())

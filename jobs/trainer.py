@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.progress import Progress, note
-from jobs.run import Run, Shape, Stage, Workers
+from cluster.session import session
+from jobs.run import Run, Shape, Stage
 from linearized.errors import ConfigError, DataError, JobError
 from linearized.training.objective import OBJECTIVES
 
@@ -39,8 +38,8 @@ def fit(run: Run) -> dict[str, Any]:
             note(f"{run.name}: reused {run.out}")
             return done
     started = time.perf_counter()
-    _join_cluster(run.workers)
-    result = _trainer(run, key).fit()
+    with session(num_cpus=run.workers.count * run.workers.cpus):
+        result = _trainer(run, key).fit()
     if result.error is not None:
         raise JobError(f"training {run.name} failed: {result.error}", job=run.name, status="FAILED")
     done = {
@@ -53,19 +52,6 @@ def fit(run: Run) -> dict[str, Any]:
     report.write_text(json.dumps(done, indent=2) + "\n")
     shutil.rmtree(run.storage, ignore_errors=True)
     return done
-
-
-def _join_cluster(workers: Workers) -> None:
-    """The cluster that this job was submitted to, or one of this process's own."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    joining = "RAY_ADDRESS" in os.environ
-    ray.init(
-        num_cpus=None if joining else workers.count * workers.cpus,
-        logging_level=logging.ERROR,
-    )
 
 
 def _trainer(run: Run, key: str) -> Any:

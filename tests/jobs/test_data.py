@@ -58,7 +58,6 @@ def in_this_process(monkeypatch) -> None:
             yield from jobs.data._pack_shard(shard, **settings).to_pylist()
 
     monkeypatch.setattr(jobs.data, "_dataset", one_by_one)
-    monkeypatch.setattr(jobs.data, "_ray", jobs.data.contextlib.nullcontext)
 
 
 def streams(config: DataConfig) -> dict[str, list[str]]:
