@@ -6,13 +6,14 @@ token ids they are given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from linearized.models import extend, new_state
+from linearized.models import extend, new_state, verify
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.sequence import PREFILL_CHUNK
 from linearized.speculative.tree import TokenTree
@@ -26,39 +27,45 @@ class Drafter(Protocol):
 
 
 class ModelDrafter:
-    """A smaller linearized model with the target's vocabulary. Its tree is a chain of its best
-    guesses, each with its next best as leaves beside it, so one forward a level is enough."""
+    """A smaller linearized model with the target's vocabulary. Its tree grows level by level: on
+    each, the `width` likeliest continuations of the level before, all verified in one forward."""
 
     def __init__(
-        self, model: PreTrainedModel, *, depth: int = 4, width: int = 2, floor: float = 0.05
+        self, model: PreTrainedModel, *, depth: int = 2, width: int = 4, floor: float = 0.02
     ) -> None:
         self.model = model
         self.depth = depth
         self.width = width
         self.floor = floor
-        """Stop where the chain's probability, as the draft sees it, falls below this."""
+        """Guesses less probable than this, as the draft sees their whole path, are left out."""
         self._read: list[int] = []
         self._state = new_state(model)
-        self._scratch = self._state.clone()
 
     def propose(self, tokens: Sequence[int], sampling: Sampling) -> TokenTree:
         logits = self._catch_up(list(tokens))
         guesses: list[int] = []
         parents: list[int] = []
-        last, likely = -1, 1.0
+        frontier, likely = [-1], torch.zeros(1, device=logits.device)
         for level in range(self.depth):
-            position = torch.tensor([len(tokens) + level], device=self.model.device)
-            best = sampling.scores(logits, position)[0].topk(self.width).indices.tolist()
-            parents += [last] * self.width
-            last = len(guesses)
-            guesses += best
-            likely *= float(logits[0].softmax(0)[best[0]])
-            if level + 1 == self.depth or likely < self.floor:
+            positions = torch.full_like(likely, len(tokens) + level, dtype=torch.int64)
+            # With the shared noise in them, the scores tell how sure this very guess is.
+            paths = likely[:, None] + sampling.scores(logits, positions).log_softmax(1)
+            best = paths.flatten().topk(min(self.width, paths.numel()))
+            likely = best.values[best.values >= math.log(self.floor)]
+            if not len(likely):
                 break
-            if level == 0:
-                self._scratch.copy_(self._state)
-            logits = self._extend(best[:1], self._scratch)
+            flat = best.indices[: len(likely)].tolist()
+            parents += [frontier[i // paths.shape[1]] for i in flat]
+            frontier = list(range(len(guesses), len(guesses) + len(flat)))
+            guesses += [i % paths.shape[1] for i in flat]
+            if level + 1 < self.depth:
+                logits = self._verify(guesses, parents)[frontier]
         return TokenTree(tuple(guesses), tuple(parents))
+
+    def _verify(self, guesses: list[int], parents: list[int]) -> torch.Tensor:
+        device = self.model.device
+        tree = torch.tensor([guesses], device=device), torch.tensor([parents], device=device)
+        return verify(self.model, *tree, self._state)[0][0]
 
     def _catch_up(self, tokens: list[int]) -> torch.Tensor:
         """Read what is new; all of it again if the text is another one."""
@@ -68,12 +75,9 @@ class ModelDrafter:
             read = 0
         self._read = tokens
         for start in range(read, len(tokens), PREFILL_CHUNK):
-            logits = self._extend(tokens[start : start + PREFILL_CHUNK], self._state)
+            ids = torch.tensor([tokens[start : start + PREFILL_CHUNK]], device=self.model.device)
+            logits = extend(self.model, ids, self._state, logits_to_keep=1)[:, -1]
         return logits
-
-    def _extend(self, tokens: list[int], state: object) -> torch.Tensor:
-        ids = torch.tensor([tokens], device=self.model.device)
-        return extend(self.model, ids, state, logits_to_keep=1)[:, -1]  # type: ignore[arg-type]
 
 
 class NgramDrafter:
