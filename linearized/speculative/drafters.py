@@ -6,7 +6,6 @@ token ids they are given.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -51,7 +50,7 @@ class ModelDrafter:
             # With the shared noise in them, the scores tell how sure this very guess is.
             paths = likely[:, None] + sampling.scores(logits, positions).log_softmax(1)
             best = paths.flatten().topk(min(self.width, paths.numel()))
-            likely = best.values[best.values >= math.log(self.floor)]
+            likely = best.values[best.values.exp() >= self.floor]
             if not len(likely):
                 break
             flat = best.indices[: len(likely)].tolist()
