@@ -89,7 +89,8 @@ def main(config: ReportConfig) -> None:
     }
     (config.run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     losses = {name: done["losses"] for name, done in trained.items()}
-    draw(report, losses, config.run / "report.png")
+    for suffix in ("png", "svg"):
+        draw(report, losses, config.run / f"report.{suffix}")
     show(report, Console(width=100))
     if not report["texts_equal"]:
         raise DataError(
@@ -212,24 +213,37 @@ def draw(report: dict[str, Any], losses: dict[str, list[list[float]]], file: Pat
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report"})
+
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for name, points in losses.items():
-        kept = [p for p in points if len(points) == 0 or p[0] == points[-1][0]]
-        left.plot([p[1] for p in kept], [p[2] for p in kept], label=name)
-    left.set(title="loss while training (last stage)", xlabel="step", ylabel="nats a token")
+        last = [point for point in points if point[0] == points[-1][0]]
+        left.plot([step for _, step, _ in last], _smooth([loss for *_, loss in last]), label=name)
+    left.set(title="loss of the last stage, smoothed", xlabel="step", ylabel="nats a token")
     left.legend(frameon=False)
     perplexity = report["perplexity"]
     bars = middle.bar(list(perplexity), list(perplexity.values()), color="C0")
     middle.bar_label(bars, fmt="%.1f")
-    middle.set(title="held-out perplexity", yscale="log")
+    middle.set(title="held-out perplexity")
+    middle.margins(y=0.12)
     speeds = report["tokens_per_second"]
     bars = right.bar(list(speeds), list(speeds.values()), color="C2", width=0.5)
     right.bar_label(bars, fmt="%.0f")
+    right.margins(y=0.12)
     right.set(title=f"tokens/s over HTTP ({report['accepted_length']} tokens a round)")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
+    undated = {"Date": None} if file.suffix == ".svg" else None
+    figure.savefig(file, dpi=110, metadata=undated)
     pyplot.close(figure)
+
+
+def _smooth(values: list[float], keep: float = 0.7) -> list[float]:
+    """Exponential moving average."""
+    smooth = values[:1]
+    for value in values[1:]:
+        smooth.append(keep * smooth[-1] + (1 - keep) * value)
+    return smooth
 
 
 if __name__ == "__main__":
