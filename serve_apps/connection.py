@@ -1,0 +1,193 @@
+"""One authenticated connection that carries frames. Knows bytes, time and the secret; knows nothing
+of sessions.
+
+Both ends prove that they know the secret without sending it. What follows is neither encrypted nor
+signed: run the link inside the cluster's network only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import secrets
+import socket
+import time
+
+from linearized.errors import LinearizedError
+from serve_apps.protocol import (
+    HEADER,
+    MAX_FRAME,
+    MAX_HANDSHAKE,
+    VERSION,
+    Challenge,
+    Endpoint,
+    Heartbeat,
+    Hello,
+    Message,
+    ProtocolError,
+    Welcome,
+    decode,
+    encode,
+    frame_size,
+)
+
+HANDSHAKE_S = 5.0
+HEARTBEAT_S = 2.0
+SILENT = 3
+"""Heartbeats that may be missing before the peer counts as gone."""
+MAX_UNSENT = 2 * MAX_FRAME
+"""Bytes that wait for a peer which does not read; beyond that it counts as gone."""
+
+
+class LinkError(LinearizedError):
+    """The connection cannot be made, or is no more."""
+
+
+async def dial(endpoint: Endpoint, *, heartbeat_s: float = HEARTBEAT_S) -> Connection:
+    """Connect to a draft replica, as a target.
+
+    Raises:
+        LinkError: nobody answers there, or not with this secret or version.
+    """
+    try:
+        async with asyncio.timeout(HANDSHAKE_S):
+            reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+            connection = Connection(reader, writer)
+            try:
+                await _greet(connection, endpoint.secret)
+            except BaseException:
+                await connection.abort()
+                raise
+    except (OSError, ProtocolError) as error:  # TimeoutError is an OSError
+        reason = str(error) or type(error).__name__
+        raise LinkError(f"no link to {endpoint.host}:{endpoint.port}: {reason}") from error
+    connection.keep_alive(heartbeat_s)
+    return connection
+
+
+async def accept(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    secret: bytes,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+) -> Connection:
+    """Let a target in, as a draft replica.
+
+    Raises:
+        LinkError: it does not know the secret, speaks another version, or says nothing.
+    """
+    connection = Connection(reader, writer)
+    try:
+        async with asyncio.timeout(HANDSHAKE_S):
+            nonce = secrets.token_bytes(32)
+            connection.send(Challenge(VERSION, nonce))
+            hello = await connection.receive(limit=MAX_HANDSHAKE)
+            if not isinstance(hello, Hello) or hello.version != VERSION:
+                raise LinkError(f"the peer does not speak version {VERSION} of the link")
+            proof = _proof(secret, b"target", nonce, hello.nonce)
+            if not hmac.compare_digest(hello.proof, proof):
+                raise LinkError("the peer does not know the secret")
+            connection.send(Welcome(_proof(secret, b"draft", nonce, hello.nonce)))
+    except (OSError, ProtocolError) as error:
+        await connection.abort()
+        raise LinkError(f"handshake failed: {error or type(error).__name__}") from error
+    except BaseException:
+        await connection.abort()
+        raise
+    connection.keep_alive(heartbeat_s)
+    return connection
+
+
+class Connection:
+    """Frames in both directions. `send` never waits; `receive` waits until the peer speaks or is
+    gone."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._heard = time.monotonic()
+        self._alive: asyncio.Task[None] | None = None
+        wire = writer.get_extra_info("socket")
+        if wire is not None:
+            # A frame is a few bytes that somebody waits for: never wait to fill a packet.
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def closed(self) -> bool:
+        return self._writer.is_closing()
+
+    def send(self, message: Message) -> None:
+        """Into the socket's buffer; of a connection that is closed, nowhere."""
+        if self.closed:
+            return
+        self._writer.write(encode(message))
+        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT:
+            self.drop()
+
+    async def receive(self, *, limit: int = MAX_FRAME) -> Message:
+        """The next message; heartbeats are not shown.
+
+        Raises:
+            LinkError: the connection has ended. ProtocolError: the peer speaks nonsense.
+        """
+        while True:
+            try:
+                header = await self._reader.readexactly(HEADER)
+                payload = await self._reader.readexactly(frame_size(header, limit=limit))
+            except (asyncio.IncompleteReadError, ConnectionError) as error:
+                raise LinkError("the peer closed the connection") from error
+            self._heard = time.monotonic()
+            message = decode(payload)
+            if not isinstance(message, Heartbeat):
+                return message
+
+    def keep_alive(self, every_s: float) -> None:
+        """Send heartbeats, and drop the connection when the peer's fail to come."""
+        self._alive = asyncio.create_task(self._beat(every_s))
+
+    def drop(self) -> None:
+        """End it at once; whatever is unsent is lost."""
+        if self._alive is not None:
+            self._alive.cancel()
+        self._writer.transport.abort()
+
+    async def abort(self) -> None:
+        """Drop it and wait until its socket is closed."""
+        self.drop()
+        await self.close()
+
+    async def close(self) -> None:
+        """Send what is unsent, then end it."""
+        if self._alive is not None:
+            self._alive.cancel()
+        self._writer.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._writer.wait_closed()
+
+    async def _beat(self, every_s: float) -> None:
+        while not self.closed:
+            await asyncio.sleep(every_s)
+            if time.monotonic() - self._heard > SILENT * every_s:
+                self._writer.transport.abort()
+                return
+            self.send(Heartbeat())
+
+
+async def _greet(connection: Connection, secret: bytes) -> None:
+    challenge = await connection.receive(limit=MAX_HANDSHAKE)
+    if not isinstance(challenge, Challenge) or challenge.version != VERSION:
+        raise LinkError(f"the peer does not speak version {VERSION} of the link")
+    nonce = secrets.token_bytes(32)
+    connection.send(Hello(VERSION, nonce, _proof(secret, b"target", challenge.nonce, nonce)))
+    welcome = await connection.receive(limit=MAX_HANDSHAKE)
+    proof = _proof(secret, b"draft", challenge.nonce, nonce)
+    if not isinstance(welcome, Welcome) or not hmac.compare_digest(welcome.proof, proof):
+        raise LinkError("the peer does not know the secret")
+
+
+def _proof(secret: bytes, role: bytes, drafts: bytes, targets: bytes) -> bytes:
+    """`role` keeps one side's proof from being sent back as the other's."""
+    return hmac.digest(secret, role + drafts + targets, "sha256")

@@ -1,0 +1,99 @@
+"""A draft replica: loads the draft model once and drafts for the targets that link to it.
+
+A plain class; `serve_apps.app` makes a deployment of it. Knows no text and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import linearized
+from linearized.errors import ConfigError, LinearizedError
+from linearized.speculative import ModelDrafter, Sampling
+from serve_apps.draft_server import DraftServer
+from serve_apps.forward import Forward
+from serve_apps.protocol import MAX_NODES, Endpoint
+
+STUCK_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftConfig:
+    path: str
+    """Hugging Face folder of the draft model; it shares the target's tokenizer."""
+    depth: int = 4
+    """Levels of the tree."""
+    width: int = 2
+    """Guesses on each."""
+    max_sessions: int = 64
+    """Texts whose state is kept."""
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "max_sessions", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"draft {name} must be at least 1, got {getattr(self, name)}")
+        if self.depth * self.width > MAX_NODES:
+            raise ConfigError(
+                f"a draft tree has at most {MAX_NODES} nodes; depth {self.depth} times width "
+                f"{self.width} is more"
+            )
+
+
+class DraftReplica:
+    def __init__(self, config: DraftConfig, *, host: str = "127.0.0.1") -> None:
+        """`host` is this machine's address, as targets reach it."""
+        self._config = config
+        self._forward = Forward(threads=config.threads, name="draft")
+        self._model = linearized.load(config.path)
+        self._server = DraftServer(
+            self._drafter,
+            forward=self._forward,
+            fingerprint=linearized.fingerprint(self._model),
+            vocab_size=self._model.config.vocab_size,
+            max_sessions=config.max_sessions,
+            host=host,
+        )
+        self._started: asyncio.Task[Endpoint] | None = None
+
+    async def endpoint(self) -> Endpoint:
+        """Where targets connect to, and the secret that lets them in. Starts the server."""
+        if self._started is None:
+            self._started = asyncio.create_task(self._start())
+        return await asyncio.shield(self._started)
+
+    async def check_health(self) -> None:
+        """
+        Raises:
+            LinearizedError: this replica no longer drafts.
+        """
+        await self.endpoint()
+        if not self._server.running:
+            raise LinearizedError("the draft replica has stopped drafting")
+        self._forward.check(STUCK_S)
+
+    async def close(self) -> None:
+        await self._server.close()
+        self._forward.close()
+
+    async def _start(self) -> Endpoint:
+        began = time.perf_counter()
+        await self._forward.run(self._warm_up)
+        log.info("draft model warm after %.1f s", time.perf_counter() - began)
+        return await self._server.start()
+
+    def _drafter(self) -> ModelDrafter:
+        return ModelDrafter(self._model, depth=self._config.depth, width=self._config.width)
+
+    def _warm_up(self) -> None:
+        """The first calls of every shape are slow."""
+        drafter = self._drafter()
+        tokens = [0] * 64
+        for new in range(1, self._config.depth + 2):
+            drafter.propose(tokens, Sampling())
+            tokens = tokens + [0] * new

@@ -1,0 +1,80 @@
+"""Tiny models to serve: random, with a real tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import linearized
+from linearized.models import new_parameters
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "def add(a, b):\n    return a + b\n",
+    "größere Wörter, 日本語のテキスト, emoji 🙂🚀",
+]
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tiny(folder: Path, *, vocab: int, seed: int = 0, layers: int = 2) -> None:
+    """A random linearized Llama whose texts do not just repeat one token."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    linearized.linearize(model, linearized.LinearConfig(attention="grouped", augment=True))
+    for parameter in new_parameters(model):
+        torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0  # the end of text is never the best token
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """`target`; `draft`, the same model, so that its guesses are right; `wrong`, another one."""
+    root = tmp_path_factory.mktemp("models")
+    seeds = {"target": 0, "draft": 0, "wrong": 1}
+    for name, seed in seeds.items():
+        save_tiny(root / name, vocab=len(tokenizer), seed=seed)
+        tokenizer.save_pretrained(root / name)
+    save_tiny(root / "other", vocab=100)
+    return {name: root / name for name in [*seeds, "other"]}

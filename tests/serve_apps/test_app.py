@@ -1,0 +1,206 @@
+"""The whole app: three deployments on a Ray cluster, through real HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from cluster.local import LocalCluster
+from serve_apps.app import AppArgs, build
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "the quick brown fox"
+
+
+def test_arguments_come_as_text_and_are_checked():
+    args = AppArgs.model_validate({"target": "t", "depth": "3", "target_cpus": "0.5"})
+    assert (args.depth, args.target_cpus, args.draft) == (3, 0.5, None)
+    for wrong in ({"depth": "0"}, {"typo": "1"}, {"target_replicas": 3, "target_max_replicas": 2}):
+        with pytest.raises(ValidationError):
+            AppArgs.model_validate({"target": "t", **wrong})
+
+
+def test_the_app_fits_two_cpus():
+    args = AppArgs.model_validate({"target": "t", "draft": "d"})
+    assert args.ingress_cpus + args.target_cpus + args.draft_cpus <= 2
+    assert build(args)
+
+
+@pytest.fixture(scope="module")
+def app(folders):
+    """The app as users start it; its URL, and the cluster's folder."""
+    with LocalCluster(num_cpus=2) as cluster:
+        env = {**os.environ, **cluster.env}
+        serve = [sys.executable, "-m", "ray.serve.scripts"]
+        start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
+        args = [f"target={folders['target']}", f"draft={folders['draft']}", "max_context=200000"]
+        args += ["deadline_ms=500", "max_body=100000"]
+        run = ["run", "--non-blocking", "serve_apps.app:build", *args]
+        for command in (start, run):
+            done = subprocess.run(
+                [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=110
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        url = f"http://127.0.0.1:{cluster.http_port}"
+        until(lambda: httpx.get(f"{url}/health").status_code == 200, 60)
+        yield url, cluster.temp
+
+
+@pytest.fixture
+def client(app):
+    with httpx.Client(base_url=app[0], timeout=60) as client:
+        yield client
+
+
+def until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def complete(client, **values):
+    body = {"model": "target", "prompt": PROMPT, "temperature": 0, "max_tokens": 40, **values}
+    return client.post("/v1/completions", json=body)
+
+
+def stream(client, on_chunk=lambda: None, **values):
+    """The text, the times at which its parts came, and the last chunk."""
+    body = {"model": "target", "prompt": PROMPT, "temperature": 0, "stream": True, **values}
+    text, times, last = "", [], None
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if not line:
+                continue
+            data = line.removeprefix("data: ")
+            if data == "[DONE]":
+                return text, times, last
+            last = json.loads(data)
+            times.append(time.perf_counter())
+            on_chunk()
+            text += "".join(choice["text"] for choice in last["choices"])
+    raise AssertionError("the stream did not end")
+
+
+@pytest.mark.ray
+def test_the_text_is_the_same_with_every_drafter(client):
+    for settings in ({}, {"temperature": 0.8, "seed": 5}):
+        answers = {}
+        for speculate in ("none", "ngram", "model"):
+            response = complete(client, speculate=speculate, **settings)
+            assert response.status_code == 200, response.text
+            answers[speculate] = response.json()
+        texts = {a["choices"][0]["text"] for a in answers.values()}
+        assert len(texts) == 1 and texts != {""}
+        rounds = {
+            name: a["usage"]["completion_tokens_details"]["verification_rounds"]
+            for name, a in answers.items()
+        }
+        assert rounds["model"] < rounds["none"] / 1.5
+
+
+@pytest.mark.ray
+def test_a_stream_says_what_the_whole_answer_says(client):
+    whole = complete(client, speculate="model").json()
+    options = {"max_tokens": 40, "stream_options": {"include_usage": True}}
+    for speculate in ("model", "ngram", "none"):
+        text, times, last = stream(client, speculate=speculate, **options)
+        assert text == whole["choices"][0]["text"]
+        assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+        assert len(times) > 2
+
+
+@pytest.mark.ray
+def test_models_and_health(client):
+    assert client.get("/health").json() == {"status": "ok", "draft": "connected"}
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["target"]
+
+
+@pytest.mark.ray
+def test_errors(client):
+    url = "/v1/completions"
+    cases = [
+        (client.post(url, content=b"{no"), 400, "invalid_json"),
+        (client.post(url, json={"model": "target"}), 400, "missing_parameter"),
+        (complete(client, model="x"), 404, "model_not_found"),
+        (complete(client, prompt=""), 400, "invalid_value"),
+        (complete(client, prompt=[1, 10**6]), 400, "invalid_value"),
+        (complete(client, max_tokens=-1), 400, "invalid_value"),
+        (complete(client, max_tokens=200_000), 400, "context_length_exceeded"),
+        (complete(client, prompt="x" * 200_000), 413, "request_too_large"),
+        (complete(client, n=2), 400, "unsupported_parameter"),
+        (client.get("/nowhere"), 404, "not_found"),
+        (client.get(url), 405, "method_not_allowed"),
+    ]
+    for response, status, code in cases:
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert error["code"] == code and error["message"] and "Traceback" not in response.text
+        assert len(response.headers.get_list("x-request-id")) == 1
+
+
+@pytest.mark.ray
+def test_a_client_that_leaves_ends_its_text(app, client):
+    (target,) = replicas(app[1], "target")
+    body = {"model": "target", "prompt": PROMPT, "max_tokens": 100_000, "temperature": 0}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json=body, timeout=0.5)
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        next(response.iter_lines())
+    time.sleep(0.5)
+    before = sum(target.cpu_times()[:2])
+    time.sleep(1.0)
+    assert sum(target.cpu_times()[:2]) - before < 0.3  # nobody generates any more
+
+
+@pytest.mark.ray
+def test_killing_the_draft_in_the_middle_changes_nothing(app, client):
+    expected, _, _ = stream(client, max_tokens=300, speculate="none")
+    (draft,) = replicas(app[1], "draft")
+    texts, counts = [], [0, 0]
+
+    def read(reader=0):
+        def count():
+            counts[reader] += 1
+
+        with httpx.Client(base_url=app[0], timeout=60) as own:
+            texts.append(stream(own, on_chunk=count, max_tokens=300, speculate="model")[0])
+
+    readers = [threading.Thread(target=read, args=(i,)) for i in range(2)]
+    for reader in readers:
+        reader.start()
+    until(lambda: min(counts) > 3, 30)
+    draft.kill()
+    assert max(counts) < 150  # of 300 tokens
+    for reader in readers:
+        reader.join()
+    read()  # while there is none
+    assert texts == [expected] * 3
+    assert client.get("/health").status_code == 200
+    until(lambda: client.get("/health").json()["draft"] == "connected", 60)
+    response = complete(client, speculate="model").json()
+    details = response["usage"]["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] > 15  # the new replica drafts
+
+
+def replicas(folder: Path, deployment: str) -> list[psutil.Process]:
+    """Of this cluster: another one on this machine may have some of that name."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if "ServeReplica" in command and f":{deployment}" in command:
+            parent = process.parent()
+            if parent is not None and str(folder) in " ".join(parent.cmdline()):
+                found.append(process)
+    return found

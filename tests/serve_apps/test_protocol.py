@@ -1,0 +1,132 @@
+"""Every message survives the wire; no bytes do anything but make a message or a ProtocolError."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linearized.speculative import Sampling, TokenTree
+from serve_apps import protocol
+from serve_apps.protocol import (
+    Challenge,
+    Close,
+    Commit,
+    Draft,
+    Error,
+    GoAway,
+    Heartbeat,
+    Hello,
+    Open,
+    ProtocolError,
+    Welcome,
+    decode,
+    encode,
+)
+
+count = st.integers(0, 2**53)
+tokens = st.lists(st.integers(0, 2**31 - 1), max_size=40).map(tuple)
+nonce = st.binary(max_size=64)
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, 5),
+    top_k=st.integers(0, 1000),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 1),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+
+
+@st.composite
+def trees(draw) -> TokenTree:
+    ids = draw(tokens)
+    return TokenTree(ids, tuple(draw(st.integers(-1, i - 1)) for i in range(len(ids))))
+
+
+messages = st.one_of(
+    st.builds(Challenge, count, nonce),
+    st.builds(Hello, count, nonce, nonce),
+    st.builds(Welcome, nonce),
+    st.builds(Open, count, count, tokens, samplings, count),
+    st.builds(Commit, count, count, count, tokens),
+    st.builds(Draft, count, count, count, trees()),
+    st.builds(Close, count),
+    st.just(Heartbeat()),
+    st.just(GoAway()),
+    st.builds(Error, count, count, st.text(max_size=50), st.text(max_size=50)),
+)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(messages)
+def test_round_trip(message):
+    frame = encode(message)
+    size = protocol.frame_size(frame[: protocol.HEADER])
+    assert size == len(frame) - protocol.HEADER
+    assert decode(frame[protocol.HEADER :]) == message
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(payload):
+    with contextlib.suppress(ProtocolError):
+        decode(payload)
+
+
+@given(st.integers(0, 12), st.lists(plain, max_size=6))
+def test_any_fields(number, fields):
+    try:
+        message = decode(msgpack.packb([number, *fields]))
+    except ProtocolError:
+        return
+    assert decode(encode(message)[protocol.HEADER :]) == message
+
+
+@given(messages, st.data())
+def test_cut_or_changed_frames(message, data):
+    payload = bytearray(encode(message)[protocol.HEADER :])
+    at = data.draw(st.integers(0, len(payload) - 1))
+    payload[at] ^= data.draw(st.integers(1, 255))
+    for broken in (bytes(payload), bytes(payload[:at])):
+        with contextlib.suppress(ProtocolError):
+            decode(broken)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ([6, 1, 1, 1, [[5, 6], [0, 0]]], "earlier node"),  # its own parent
+        ([6, 1, 1, 1, [[5], [-1, 0]]], "one parent a token"),
+        ([6, 1, 1, 1, [[5] * 300, [-1] * 300]], "at most 256"),
+        ([6, 1, 1, 1, [[-5], [-1]]], "integer between"),
+        ([6, 1, True, 1, [[5], [-1]]], "integer between"),
+        ([4, 1, 1, [5], [-1.0, 0, 1.0, 0.0, 0], 9], "temperature"),
+        ([4, 1, 1, [5], [float("nan"), 0, 1.0, 0.0, 0], 9], "temperature"),
+        ([5, 1, 1, -1, [5]], "integer between"),
+        ([5, 1, 1, 1], "4 fields"),
+        ([77], "unknown message"),
+        ([], "begins with its number"),
+        ({"a": 1}, "begins with its number"),
+    ],
+)
+def test_refused(values, says):
+    with pytest.raises(ProtocolError, match=says):
+        decode(msgpack.packb(values))
+
+
+def test_frames_are_bounded():
+    with pytest.raises(ProtocolError, match="at most"):
+        encode(Commit(1, 1, 0, tuple([2**31 - 1] * 2_000_000)))
+    for header in (b"\0\0\0\0", b"\xff\xff\xff\xff"):
+        with pytest.raises(ProtocolError, match="allowed"):
+            protocol.frame_size(header)
+
+
+def test_the_secret_is_not_shown():
+    endpoint = protocol.Endpoint(host="h", port=1, secret=b"hidden", fingerprint="f", vocab_size=3)
+    assert "hidden" not in f"{endpoint!r} {endpoint}"

@@ -1,0 +1,226 @@
+"""A target replica without Ray: the same text with every drafter, queues, and whoever leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+import linearized
+from linearized.speculative import Sampling
+from serve_apps import link
+from serve_apps.draft import DraftConfig, DraftReplica
+from serve_apps.generation import Delta, Finished, Generation, Refused, Started
+from serve_apps.target import TargetConfig, TargetReplica
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(link, "BACKOFF_S", (0.01, 0.1))
+    monkeypatch.setattr("serve_apps.target.LINK_S", 2.0)
+
+
+def job(**values) -> Generation:
+    options = {"prompt": PROMPT, "max_tokens": 48, "sampling": Sampling(), **values}
+    return Generation(**options)
+
+
+@contextlib.asynccontextmanager
+async def replica(folders, find=None, **settings):
+    options = {"deadline_ms": 2000.0, **settings}
+    target = TargetReplica(TargetConfig(path=str(folders["target"]), **options), find)
+    try:
+        yield target
+    finally:
+        await target.close()
+
+
+@contextlib.asynccontextmanager
+async def drafting(folder):
+    draft = DraftReplica(DraftConfig(path=str(folder)))
+    try:
+        yield draft
+    finally:
+        await draft.close()
+
+
+async def read(target, wanted):
+    """Text and last event."""
+    seen = [event async for event in target.complete(wanted)]
+    assert isinstance(seen[0], Started) and isinstance(seen[-1], Finished)
+    assert all(isinstance(event, Delta) for event in seen[1:-1])
+    text = "".join(event.text for event in seen[1:])
+    assert sum(len(event.tokens) for event in seen[1:-1]) == seen[-1].completion_tokens
+    return text, seen[-1]
+
+
+SAMPLINGS = [Sampling(), Sampling(temperature=0.9, top_p=0.95, top_k=40, min_p=0.02, seed=3)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+async def test_the_text_is_the_same_with_every_drafter(folders, tokenizer, sampling):
+    model = linearized.load(folders["target"])
+    settings = {
+        name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+    }
+    ids = linearized.generate(model, tokenizer(PROMPT)["input_ids"], max_new_tokens=48, **settings)
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    for name in ("draft", "wrong"):
+        async with drafting(folders[name]) as draft, replica(folders, draft.endpoint) as target:
+            assert (await target.ready()).draft == "connected"
+            for speculate in ("model", "ngram", "none"):
+                text, end = await read(target, job(sampling=sampling, speculate=speculate))
+                assert text == expected
+                assert end.completion_tokens == len(ids)
+                if speculate == "none":
+                    assert (end.accepted, end.rejected, end.rounds) == (0, 0, len(ids))
+                if (speculate, name) == ("model", "draft"):
+                    assert end.rounds <= len(ids) / 2 and end.accepted > len(ids) / 2
+
+
+async def test_a_draft_that_dies_in_the_middle_changes_nothing(folders):
+    async with drafting(folders["draft"]) as draft:
+        endpoint = await draft.endpoint()
+
+        async def find():
+            return endpoint
+
+        async with replica(folders, find) as target:
+            expected, _ = await read(target, job(max_tokens=120, speculate="none"))
+            text, rounds = "", 0
+            async for event in target.complete(job(max_tokens=120, speculate="model")):
+                if isinstance(event, Delta):
+                    rounds += 1
+                    if rounds == 4:
+                        await draft.close()
+                if isinstance(event, Delta | Finished):
+                    text += event.text
+            assert text == expected
+            assert (await target.ready()).draft == "away"
+            text, _ = await read(target, job(max_tokens=120, speculate="model"))
+            assert text == expected
+
+
+async def test_a_draft_with_another_vocabulary_is_not_used(folders, monkeypatch):
+    monkeypatch.setattr("serve_apps.target.LINK_S", 0.3)
+    async with drafting(folders["other"]) as draft, replica(folders, draft.endpoint) as target:
+        assert (await target.ready()).draft == "away"
+        await read(target, job(max_tokens=5))
+
+
+async def test_texts_side_by_side_are_those_one_by_one(folders):
+    async with replica(folders, max_sessions=3) as target:
+        jobs = [job(prompt=PROMPT[: 5 + i], max_tokens=20 + i) for i in range(6)]
+        alone = [await read(target, one) for one in jobs]
+        together = await asyncio.gather(*(read(target, one) for one in jobs))
+        assert together == alone
+
+
+async def test_texts_take_turns(folders):
+    async with replica(folders) as target:
+        await target.ready()
+        order = []
+
+        async def follow(name, wanted):
+            async for event in target.complete(wanted):
+                if isinstance(event, Delta):
+                    order.append(name)
+
+        long = asyncio.create_task(follow("long", job(max_tokens=200, speculate="none")))
+        while len(order) < 20:
+            await asyncio.sleep(0.001)
+        await follow("short", job(max_tokens=10, speculate="none"))
+        seen = order.count("long")
+        long.cancel()
+        assert seen < 120  # the short one did not wait for the end of the long one
+        between = order[order.index("short") :]
+        assert "long" in between[: between.count("short") + 5]
+
+
+async def test_a_stop_string_is_cut_off_wherever_it_falls(folders):
+    async with replica(folders) as target:
+        text, _ = await read(target, job(max_tokens=60))
+        for start, size in ((7, 5), (3, 1), (11, 12)):
+            stop = text[start : start + size]
+            for speculate in ("ngram", "none"):
+                cut, end = await read(target, job(max_tokens=60, stop=(stop,), speculate=speculate))
+                assert cut == text[: text.index(stop)]
+                assert end.reason == "stop" and end.completion_tokens < 60
+        whole, end = await read(target, job(max_tokens=60, stop=(text[-4:] + "never",)))
+        assert (whole, end.reason) == (text, "length")
+
+
+async def test_the_end_of_text_ends_it(folders, tokenizer):
+    async with replica(folders) as target:
+        assert target._stop_ids == {tokenizer.eos_token_id}
+        text, _ = await read(target, job(max_tokens=30))
+        target._stop_ids = frozenset(tokenizer(text)["input_ids"][:1]) | {0}
+        cut, end = await read(target, job(max_tokens=30))
+        assert end.reason == "stop" and text.startswith(cut) and end.completion_tokens < 30
+
+
+async def test_max_tokens_none_at_all(folders):
+    async with replica(folders) as target:
+        seen = [event async for event in target.complete(job(max_tokens=0, echo=True))]
+        assert seen[0].prompt_text == PROMPT
+        assert (seen[-1].reason, seen[-1].completion_tokens, seen[-1].text) == ("length", 0, "")
+        assert len(seen) == 2
+
+
+async def test_token_ids_are_a_prompt_too(folders, tokenizer):
+    ids = tuple(tokenizer(PROMPT)["input_ids"])
+    async with replica(folders) as target:
+        assert await read(target, job(prompt=ids)) == await read(target, job())
+        start = await anext(target.complete(job(prompt=ids, echo=True)))
+        assert start == Started(prompt_tokens=len(ids), prompt_text=PROMPT)
+
+
+@pytest.mark.parametrize(
+    "values, param, code",
+    [
+        ({"prompt": ""}, "prompt", "invalid_value"),
+        ({"prompt": (5, 10_000)}, "prompt", "invalid_value"),
+        ({"prompt": PROMPT * 50}, "prompt", "context_length_exceeded"),
+        ({"max_tokens": 100}, "max_tokens", "context_length_exceeded"),
+        ({"speculate": "model"}, "speculate", "invalid_value"),
+    ],
+)
+async def test_refused(folders, values, param, code):
+    async with replica(folders, max_context=100) as target:
+        (event,) = [event async for event in target.complete(job(**values))]
+        assert isinstance(event, Refused)
+        assert (event.status, event.param, event.code) == (400, param, code)
+
+
+async def test_a_full_queue_refuses_and_says_when(folders):
+    async with replica(folders, max_sessions=1, max_waiting=1) as target:
+        running = [asyncio.create_task(read(target, job(max_tokens=30))) for _ in range(2)]
+        await asyncio.sleep(0)
+        (event,) = [event async for event in target.complete(job())]
+        assert isinstance(event, Refused)
+        assert (event.status, event.code) == (503, "overloaded") and event.retry_after >= 1
+        await asyncio.gather(*running)
+        await read(target, job(max_tokens=3))
+
+
+async def test_whoever_leaves_frees_the_place(folders):
+    async with drafting(folders["draft"]) as draft:
+        one = replica(folders, draft.endpoint, max_sessions=1, max_waiting=1)
+        async with one as target:
+            for _ in range(3):
+                leaving = asyncio.create_task(read(target, job(max_tokens=5000)))
+                await asyncio.sleep(0.1)
+                leaving.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await leaving
+            events = target.complete(job(max_tokens=5000))
+            for _ in range(3):
+                await anext(events)
+            await events.aclose()
+            await asyncio.wait_for(read(target, job(max_tokens=3)), 5)
+            assert target._num_texts == 0 and not target._link._sessions
+            await asyncio.sleep(0.1)
+            assert draft._server.num_sessions == 0
