@@ -29,7 +29,7 @@ class FinetuneConfig:
 
 
 def demo() -> FinetuneConfig:
-    """Two and a half minutes on two CPU cores, for the teacher of the demo."""
+    """Two minutes on two CPU cores, for the teacher of the demo."""
     return FinetuneConfig(
         linear=LinearConfig(attention="grouped", augment=True),
         transfer=Stage(objective="transfer", steps=50, batch=8, optim=Optim(lr=1e-3)),
