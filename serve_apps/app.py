@@ -47,9 +47,9 @@ class AppArgs(BaseModel):
     """Texts that may wait there; more are answered 503."""
     max_body: int = Field(default=8 * 2**20, ge=1)
     """Bytes of one request."""
-    depth: int = Field(default=4, ge=1)
+    depth: int = Field(default=2, ge=1)
     """Levels of a drafted tree."""
-    width: int = Field(default=2, ge=1)
+    width: int = Field(default=4, ge=1)
     """Guesses on each level."""
     deadline_ms: float = Field(default=50.0, ge=0)
     """How long one round of the target waits for a draft."""

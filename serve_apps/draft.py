@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 class DraftConfig:
     path: str
     """Hugging Face folder of the draft model; it shares the target's tokenizer."""
-    depth: int = 4
+    depth: int = 2
     """Levels of the tree."""
-    width: int = 2
+    width: int = 4
     """Guesses on each."""
     max_sessions: int = 64
     """Texts whose state is kept."""

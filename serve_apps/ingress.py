@@ -10,9 +10,9 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,15 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps import api
 from serve_apps.api import ApiError, CompletionRequest
-from serve_apps.generation import (
-    Delta,
-    Description,
-    Event,
-    Finished,
-    Generation,
-    Refused,
-    Started,
-)
+from serve_apps.generation import Delta, Description, Finished, Started
+from serve_apps.streams import Target, Texts
 
 READY_S = 2.0
 """How long /health waits for the target before it says no."""
@@ -40,14 +33,6 @@ CLIENT_GONE = 499
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-class Target(Protocol):
-    """Whoever completes texts: a replica, or Serve's handle to all of them."""
-
-    def complete(self, job: Generation) -> AsyncGenerator[Event, None]: ...
-
-    async def ready(self) -> Description: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +59,7 @@ def http_app(target: Target, config: IngressConfig) -> FastAPI:
     )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_middleware(RequestId)
+    app.add_middleware(Guard)
     return app
 
 
@@ -115,7 +100,7 @@ class _Ingress:
         if self._description is None:
             self._description = await self._target.ready()
         answer = api.Answer(asked.model, self._description.fingerprint, seed)
-        texts = _Texts(self._target, asked.generations(seed))
+        texts = Texts(self._target, asked.generations(seed))
         try:
             starts = await _while_connected(request, texts.start())
             if asked.stream:
@@ -146,60 +131,7 @@ class _Ingress:
         }
 
 
-class _Texts:
-    """The event streams of one request's prompts, side by side."""
-
-    def __init__(self, target: Target, jobs: list[Generation]) -> None:
-        self._streams = [target.complete(job) for job in jobs]
-
-    async def start(self) -> list[Started]:
-        """Each stream's first event, before anything is answered.
-
-        Raises:
-            ApiError: one of the prompts is refused.
-        """
-        firsts = await asyncio.gather(*(anext(stream) for stream in self._streams))
-        for first in firsts:
-            if isinstance(first, Refused):
-                raise _refusal(first)
-        return [first for first in firsts if isinstance(first, Started)]
-
-    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """What follows, with the prompt's index, as it comes."""
-        queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(64)
-
-        async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:
-            try:
-                async for event in stream:
-                    await queue.put((index, event))
-                await queue.put((index, None))
-            except Exception as error:
-                await queue.put((index, error))
-
-        tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(self._streams)]
-        try:
-            open_streams = len(tasks)
-            while open_streams:
-                index, event = await queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if event is None:
-                    open_streams -= 1
-                else:
-                    yield index, event
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def close(self) -> None:
-        """Ends what still runs."""
-        async with AsyncExitStack() as stack:
-            for stream in self._streams:
-                stack.push_async_callback(stream.aclose)
-
-
-async def _whole(answer: api.Answer, texts: _Texts, starts: list[Started]) -> dict[str, Any]:
+async def _whole(answer: api.Answer, texts: Texts, starts: list[Started]) -> dict[str, Any]:
     parts = [[start.prompt_text] for start in starts]
     reasons = ["stop"] * len(starts)
     usage = _usage(starts)
@@ -215,7 +147,7 @@ async def _whole(answer: api.Answer, texts: _Texts, starts: list[Started]) -> di
 
 
 async def _stream(
-    asked: CompletionRequest, answer: api.Answer, texts: _Texts, starts: list[Started]
+    asked: CompletionRequest, answer: api.Answer, texts: Texts, starts: list[Started]
 ) -> AsyncGenerator[str, None]:
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
     usage = _usage(starts)
@@ -297,13 +229,6 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _refusal(refused: Refused) -> ApiError:
-    headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
-    return ApiError(
-        refused.status, refused.message, code=refused.code, param=refused.param, headers=headers
-    )
-
-
 async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
@@ -326,8 +251,8 @@ def _internal_error(place: str) -> ApiError:
     return ApiError(500, f"internal error; the server's log has it as {number}", code="internal")
 
 
-class RequestId:
-    """Middleware: every answer carries a request id, and no exception gets past."""
+class Guard:
+    """Middleware: no exception gets past. (Serve's proxy gives every answer its x-request-id.)"""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -336,23 +261,20 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        number = f"req-{secrets.token_hex(8)}".encode()
         started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def watched(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", number)]
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, watched)
         except Exception:
-            error = _internal_error(f"in request {number.decode()} to {scope['path']}")
+            error = _internal_error(f"in {scope['method']} {scope['path']}")
             if not started:
-                answer = JSONResponse(error.body(), status_code=500)
-                await answer(scope, receive, send_with_id)
+                answer = JSONResponse(error.body(), status_code=error.status)
+                await answer(scope, receive, send)
 
 
 def _schema() -> dict[str, Any]:

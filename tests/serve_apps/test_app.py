@@ -48,11 +48,11 @@ def app(folders):
         run = ["run", "--non-blocking", "serve_apps.app:build", *args]
         for command in (start, run):
             done = subprocess.run(
-                [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=110
+                [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=150
             )
             assert done.returncode == 0, done.stdout + done.stderr
         url = f"http://127.0.0.1:{cluster.http_port}"
-        until(lambda: httpx.get(f"{url}/health").status_code == 200, 60)
+        until(lambda: httpx.get(f"{url}/health").status_code == 200, 90)
         yield url, cluster.temp
 
 
@@ -94,6 +94,7 @@ def stream(client, on_chunk=lambda: None, **values):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_the_text_is_the_same_with_every_drafter(client):
     for settings in ({}, {"temperature": 0.8, "seed": 5}):
         answers = {}
@@ -188,7 +189,7 @@ def test_killing_the_draft_in_the_middle_changes_nothing(app, client):
     read()  # while there is none
     assert texts == [expected] * 3
     assert client.get("/health").status_code == 200
-    until(lambda: client.get("/health").json()["draft"] == "connected", 60)
+    until(lambda: client.get("/health").json()["draft"] == "connected", 90)
     response = complete(client, speculate="model").json()
     details = response["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 15  # the new replica drafts

@@ -156,10 +156,12 @@ async def test_a_stop_string_is_cut_off_wherever_it_falls(folders):
 async def test_the_end_of_text_ends_it(folders, tokenizer):
     async with replica(folders) as target:
         assert target._stop_ids == {tokenizer.eos_token_id}
-        text, _ = await read(target, job(max_tokens=30))
-        target._stop_ids = frozenset(tokenizer(text)["input_ids"][:1]) | {0}
-        cut, end = await read(target, job(max_tokens=30))
-        assert end.reason == "stop" and text.startswith(cut) and end.completion_tokens < 30
+        seen = [event async for event in target.complete(job(max_tokens=30))]
+        ids = [token for event in seen if isinstance(event, Delta) for token in event.tokens]
+        target._stop_ids = frozenset({ids[9]})
+        for speculate in ("ngram", "none"):
+            _, end = await read(target, job(max_tokens=30, speculate=speculate))
+            assert (end.reason, end.completion_tokens) == ("stop", ids.index(ids[9]) + 1)
 
 
 async def test_max_tokens_none_at_all(folders):
