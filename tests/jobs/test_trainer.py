@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import linearized
+from cluster.local import LocalCluster
 from jobs.run import Run, Shape, Stage, Workers
 from jobs.trainer import fit
 from linearized.errors import ConfigError, DataError, LinearizedError
@@ -32,39 +34,51 @@ def stage(objective: str, steps: int, **settings) -> Stage:
 
 @pytest.fixture(scope="module")
 def cluster():
-    from cluster.local import LocalCluster
-
     with LocalCluster(num_cpus=2) as running:
-        before = {name: os.environ.get(name) for name in running.env}
-        os.environ.update(running.env)
         yield running
-        import ray
 
-        ray.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+def train(run: Run, cluster: LocalCluster) -> dict:
+    """`fit` in a process of its own: one process knows the token of one cluster only."""
+    file = run.out.parent / f"{run.out.name}.pickle"
+    file.write_bytes(pickle.dumps(run))
+    script = f"""
+import pickle
+from jobs.trainer import fit
+fit(pickle.load(open({str(file)!r}, "rb")))
+"""
+    python(cluster, "-c", script)
+    return json.loads((run.out / "run.json").read_text())
+
+
+def python(cluster: LocalCluster, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **cluster.env},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def data(cluster, tmp_path_factory) -> Path:
     """Blocks of 32 tokens of this repository's own sources."""
     out = tmp_path_factory.mktemp("data") / "data"
-    command = [sys.executable, "-m", "jobs.data", "demo", f"source={ROOT / 'linearized'}"]
-    command += [f"out={out}", "vocab_size=300", "block=32", "held_out=0.2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    settings = [f"source={ROOT / 'linearized'}", f"out={out}", "vocab_size=300", "block=32"]
+    python(cluster, "-m", "jobs.data", "demo", *settings, "held_out=0.2")
     return out
 
 
 @pytest.fixture(scope="module")
-def teacher(data, tmp_path_factory) -> Path:
+def teacher(cluster, data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("teacher") / "teacher"
-    fit(
-        Run(
-            name="teacher", data=data, out=out, student=SHAPE, linear=None, teacher=None,
-            stages=(stage("next_token", 30),), workers=Workers(), eval_blocks=16,
-        )
+    run = Run(
+        name="teacher", data=data, out=out, student=SHAPE, linear=None, teacher=None,
+        stages=(stage("next_token", 30),), workers=Workers(), eval_blocks=16,
     )  # fmt: skip
+    train(run, cluster)
     return out
 
 
@@ -78,9 +92,9 @@ def finetune(data: Path, teacher: Path, out: Path, **settings) -> Run:
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_a_linearized_model_comes_out(data, teacher, tmp_path):
+def test_a_linearized_model_comes_out(cluster, data, teacher, tmp_path):
     run = finetune(data, teacher, tmp_path / "target")
-    done = fit(run)
+    done = train(run, cluster)
     assert done["perplexity"]["after"] < done["perplexity"]["before"]
     transfer = [loss for index, _, loss in done["losses"] if index == 0]
     assert transfer[-1] < transfer[0]
@@ -105,12 +119,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_every_zero_stage_trains_the_same_model(data, teacher, tmp_path, zero):
+def test_every_zero_stage_trains_the_same_model(cluster, data, teacher, tmp_path, zero):
     want = finetune(data, teacher, tmp_path / "two")
-    fit(want)
+    train(want, cluster)
     other = finetune(data, teacher, tmp_path / "other")
     other = replace(other, workers=Workers(zero=zero))
-    fit(other)
+    train(other, cluster)
     for name, tensor in weights(want.out).items():
         assert torch.allclose(tensor, weights(other.out)[name], atol=2e-4), name
 
@@ -118,10 +132,10 @@ def test_every_zero_stage_trains_the_same_model(data, teacher, tmp_path, zero):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_worker_costs_no_step(data, teacher, tmp_path):
+def test_a_killed_worker_costs_no_step(cluster, data, teacher, tmp_path):
     """The run goes on from its last checkpoint and ends with the same weights."""
     whole = finetune(data, teacher, tmp_path / "whole")
-    fit(whole)
+    train(whole, cluster)
     cut = finetune(data, teacher, tmp_path / "cut")
     cut = replace(cut, stages=(cut.stages[0], stage("distillation", 20, checkpoint_every=5)))
     killed = []
@@ -131,26 +145,25 @@ def test_a_killed_worker_costs_no_step(data, teacher, tmp_path):
         while not killed and time.monotonic() < deadline:
             marks = list((tmp_path / "checkpoints").rglob("at.json"))
             if any(json.loads(mark.read_text()) == {"stage": 1, "step": 5} for mark in marks):
-                killed.append(_worker_process(tmp_path))
+                killed.append(_worker_process(cluster.token))
                 os.kill(killed[0], signal.SIGKILL)
             time.sleep(0.02)
 
     thread = threading.Thread(target=kill_after_a_checkpoint)
     thread.start()
-    fit(cut)
+    train(cut, cluster)
     thread.join()
     assert killed
     for name, tensor in weights(whole.out).items():
         assert torch.allclose(tensor, weights(cut.out)[name], atol=1e-6), name
 
 
-def _worker_process(_: Path) -> int:
+def _worker_process(token: str) -> int:
     """A training worker of this test's own cluster."""
-    token = os.environ["RAY_AUTH_TOKEN"].encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             title = (process / "cmdline").read_bytes()
-            if b"RayTrainWorker" in title and token in (process / "environ").read_bytes():
+            if b"RayTrainWorker" in title and token.encode() in (process / "environ").read_bytes():
                 return int(process.name)
         except OSError:
             continue
