@@ -44,8 +44,10 @@ def attach(model: PreTrainedModel, config: LinearConfig) -> None:
             config, heads=heads, dtype=weight.dtype, device=weight.device
         )
         module.add_module(SUBMODULE, variant)
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward, with_kwargs=True)
+    for module in model.modules():  # which of them a head calls differs from model to model
+        if isinstance(module, PreTrainedModel):
+            module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+            module.register_forward_hook(_after_forward, with_kwargs=True)
     setattr(model.config, NAME, config.to_dict())
     # Saved in config.json, so that transformers refuses the folder where nobody has imported
     # linearized, instead of running it as the softmax model that it no longer is.
@@ -123,6 +125,8 @@ class Pass:
     state: DecodeState
     nodes: ops.Nodes | None = None
     mask: Tensor | None = None
+    owner: nn.Module | None = None
+    """The module whose hook made this pass and folds it; None: `models` does."""
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -219,28 +223,26 @@ def _before_forward(
     cache = kwargs.get("past_key_values")
     if torch.is_grad_enabled() or cache is None or "linear_pass" in kwargs:
         return None
+    inputs = args[0] if args else kwargs.get("input_ids")
+    inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+    rows, num_tokens = inputs.shape[:2]
     if not isinstance(cache, _StateCache):
         if cache.get_seq_length() > 0:
             raise ModelError("a key/value cache that holds tokens cannot go on in a linear state")
-        inputs = kwargs.get("input_ids")
-        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        cache = _StateCache(new_state(module, inputs.shape[0]))
+        cache = _StateCache(new_state(module, rows))
     mask = kwargs.get("attention_mask")
-    inputs = kwargs.get("input_ids")
-    num_tokens = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
     if mask is not None:
-        mask = _mask(mask.shape[0], num_tokens, num_tokens, attention_mask=mask)
-    step = Pass(state=cache.state, mask=mask)
+        mask = _mask(rows, num_tokens, num_tokens, attention_mask=mask)
+    step = Pass(state=cache.state, mask=mask, owner=module)
     return args, {**kwargs, "past_key_values": cache, "linear_pass": step}
 
 
 def _after_forward(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, _StateCache):
-        step: Pass = kwargs["linear_pass"]
-        cache.seen += step.keys[0].shape[2]
+    step: Pass | None = kwargs.get("linear_pass")
+    if step is not None and step.owner is module:
+        kwargs["past_key_values"].seen += step.keys[0].shape[2]
         step.fold()
 
 

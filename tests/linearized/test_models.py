@@ -204,6 +204,52 @@ def test_generate_of_transformers_works(linear):
         assert out[row, 20:].tolist() == want
 
 
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 512, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2}),
+    "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 8}),
+    "mistral": (transformers.MistralConfig, {"num_key_value_heads": 1, "sliding_window": None}),
+    "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 2, "head_dim": 16}),
+    "gpt2": (transformers.GPT2Config, GPT2),
+    "opt": (transformers.OPTConfig, {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, tmp_path):
+    """Rotary and learned positions, grouped queries, heads that call their body in other ways."""
+    config, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    made = config(**{**SIZES, **settings}, initializer_range=0.2)
+    model = transformers.AutoModelForCausalLM.from_config(made).double().eval()
+    linearized.linearize(model, linearized.LinearConfig(attention="grouped", group=8, taps=5))
+    for parameter in new_parameters(model):
+        torch.nn.init.normal_(parameter)
+    model.generation_config.eos_token_id = None
+    tokens = tokens_of(model, 2, 30)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=False).logits
+    state = linearized.new_state(model, batch_size=2)
+    parts = [linearized.extend(model, part, state) for part in tokens.split(7, dim=1)]
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-9
+    prompt = tokens[:1, :9]
+    plain = linearized.generate(model, prompt[0].tolist(), max_new_tokens=20)
+    spoken = linearized.generate(model, prompt[0].tolist(), max_new_tokens=20, drafter=model)
+    assert spoken == plain
+    out = model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert out[0, 9:].tolist() == plain
+    model.save_pretrained(tmp_path)
+    loaded = linearized.load(tmp_path, dtype=torch.float64)
+    with torch.no_grad():  # transformers makes some constants in the dtype of the moment
+        assert (loaded(input_ids=tokens, use_cache=False).logits - whole).abs().max() < 1e-5
+
+
 def test_beam_search_of_transformers_works(linear):
     model = linear(group=8)
     model.generation_config.eos_token_id = None
