@@ -90,7 +90,7 @@ def _train(config: dict[str, Any]) -> None:
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     blocks, held_out = Blocks(run.data / "train"), Blocks(run.data / "held_out")
-    student, teacher = _models(run)
+    student, teacher = _models(run, train.torch.get_device())
     measure = functools.partial(_perplexity, held_out=held_out, run=run, rank=rank, world=world)
     perplexity: dict[str, float] = {}
     resume = _resume()
@@ -182,13 +182,16 @@ def _engine(objective: Any, run: Run, stage: Stage) -> Any:
     return engine
 
 
-def _models(run: Run) -> tuple[Any, Any]:
-    """(student, teacher or None) on this worker."""
+def _models(run: Run, device: Any) -> tuple[Any, Any]:
+    """(student, teacher or None) on this worker's device. On a GPU the teacher is bfloat16, as the
+    student is for DeepSpeed."""
+    import torch
     import transformers
 
     import linearized
 
-    teacher = None if run.teacher is None else linearized.load(run.teacher)
+    dtype = torch.bfloat16 if run.workers.gpu else torch.float32
+    teacher = None if run.teacher is None else linearized.load(run.teacher, dtype=dtype).to(device)
     if isinstance(run.student, Path):
         student = linearized.load(run.student)
     else:
@@ -202,7 +205,7 @@ def _models(run: Run) -> tuple[Any, Any]:
             f"teacher {run.teacher} has a vocabulary of {teacher.config.vocab_size}, the student "
             f"of {student.config.vocab_size}; they must share one tokenizer"
         )
-    return student.train(), teacher
+    return student.train().to(device), teacher
 
 
 def _llama(shape: Shape, tokenizer: Any, vocab_size: int) -> Any:
@@ -232,7 +235,8 @@ def _perplexity(model: Any, *, held_out: Any, run: Run, rank: int, world: int) -
     count = min(run.eval_blocks, len(held_out))
     mine = range(rank, count, world)
     batches = (held_out.rows(mine[i : i + 8]) for i in range(0, len(mine), 8))
-    sums = torch.tensor(negative_log_likelihood(model, batches), dtype=torch.float64)
+    totals = negative_log_likelihood(model, batches)
+    sums = torch.tensor(totals, dtype=torch.float64, device=model.device)
     torch.distributed.all_reduce(sums)
     return round(math.exp(sums[0] / sums[1]), 4)
 

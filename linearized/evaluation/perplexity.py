@@ -19,6 +19,7 @@ def negative_log_likelihood(model: PreTrainedModel, batches: Iterable[Tensor]) -
     model.eval()
     total, count = 0.0, 0
     for tokens in batches:
+        tokens = tokens.to(model.device)
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         wanted = tokens[:, 1:].flatten()
         total += float(F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))

@@ -81,7 +81,8 @@ class Transfer(Objective):
             attention_modules(self.student), calls, strict=True
         ):
             given = module(*args, **{**kwargs, "attention_mask": None})[0]
-            losses.append(F.mse_loss(given, wanted) / wanted.square().mean())
+            wanted = wanted.float()
+            losses.append(F.mse_loss(given.float(), wanted) / wanted.square().mean())
         return torch.stack(losses).mean()
 
 
@@ -97,8 +98,8 @@ class Distillation(Objective):
         with torch.no_grad():
             wanted = self.teacher(input_ids=tokens, use_cache=False).logits
         divergence = F.kl_div(
-            logits.log_softmax(-1).flatten(0, 1),
-            wanted.log_softmax(-1).flatten(0, 1),
+            logits.float().log_softmax(-1).flatten(0, 1),
+            wanted.float().log_softmax(-1).flatten(0, 1),
             log_target=True,
             reduction="batchmean",
         )

@@ -100,6 +100,18 @@ def test_distillation_is_half_text_half_teacher(pair):
     assert float(loss) == pytest.approx(float((text + divergence) / 2), rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", [Objective, Transfer, Distillation])
+def test_bfloat16_loses_little(pair, objective):
+    """As on a GPU: student and teacher in bfloat16, the loss in float32."""
+    student, teacher = pair
+    given = teacher if objective.needs_teacher else None
+    with torch.no_grad():
+        want = objective(student, given)(tokens())
+        low = objective(student.bfloat16(), given and given.bfloat16())(tokens())
+    assert low.dtype == torch.float32
+    assert float(low) == pytest.approx(float(want), rel=0.05)
+
+
 def test_a_missing_or_needless_teacher_is_refused(pair):
     student, teacher = pair
     with pytest.raises(ConfigError, match="Transfer takes a teacher"):
