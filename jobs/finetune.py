@@ -33,7 +33,7 @@ def demo() -> FinetuneConfig:
     return FinetuneConfig(
         linear=LinearConfig(attention="grouped", augment=True),
         transfer=Stage(objective="transfer", steps=50, batch=8, optim=Optim(lr=1e-3)),
-        finetune=Stage(objective="distillation", steps=200, batch=8, optim=Optim(lr=1e-3)),
+        finetune=Stage(objective="distillation", steps=200, batch=8, optim=Optim(lr=3e-3)),
         workers=Workers(),
     )
 

@@ -233,7 +233,8 @@ def _perplexity(model: Any, *, held_out: Any, run: Run, rank: int, world: int) -
     from linearized.evaluation.perplexity import negative_log_likelihood
 
     count = min(run.eval_blocks, len(held_out))
-    mine = range(rank, count, world)
+    spread = [i * len(held_out) // count for i in range(count)]  # over all documents
+    mine = spread[rank::world]
     batches = (held_out.rows(mine[i : i + 8]) for i in range(0, len(mine), 8))
     totals = negative_log_likelihood(model, batches)
     sums = torch.tensor(totals, dtype=torch.float64, device=model.device)
