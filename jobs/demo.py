@@ -48,7 +48,7 @@ RECIPES = {"demo": demo}
 
 
 def main(config: DemoConfig) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     console = Console(highlight=False)
     run = config.run.absolute()
     if config.fresh:
@@ -74,6 +74,11 @@ def main(config: DemoConfig) -> None:
     (run / "report.json").write_text(json.dumps(done, indent=2) + "\n")
     report.show(done, console)
     console.print(f"\nReport: {run / 'report.json'}, {run / 'report.png'}")
+
+
+def _interrupt(*_: object) -> None:
+    """Being ended is Ctrl-C, also where the shell has made SIGINT be ignored."""
+    raise KeyboardInterrupt
 
 
 def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:

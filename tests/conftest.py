@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,9 @@ import transformers
 import linearized
 
 torch.set_num_threads(1)
+# A shell starts background jobs with SIGINT ignored, and children would inherit that; tests of
+# Ctrl-C need what a terminal gives.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_llama(
