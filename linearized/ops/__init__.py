@@ -143,6 +143,8 @@ def _check(
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ConfigError(f"q, k, v must be [batch, heads, tokens, width], got {shapes}")
+    if 0 in q.shape or 0 in v.shape:
+        raise ConfigError(f"attention needs at least one token, head and channel, got {shapes}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ConfigError(f"q, k, v must agree in batch, tokens and key width, got {shapes}")
     if q.shape[1] % k.shape[1]:

@@ -43,7 +43,9 @@ class Sampling:
         `positions` [N]; scores [N, V]."""
         if self.temperature == 0:
             return logits
-        filtered = self.filter(logits.double() / self.temperature)
+        # Relative to the best, so that no temperature, however small, makes them infinite above.
+        relative = logits.double() - logits.amax(1, keepdim=True)
+        filtered = self.filter(relative / self.temperature)
         return filtered + gumbel(self.seed, positions, logits.shape[1])
 
     def filter(self, logits: Tensor) -> Tensor:

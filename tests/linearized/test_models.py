@@ -282,6 +282,19 @@ def test_a_failed_forward_leaves_the_state_whole(linear):
         assert torch.equal(tensor, state.layers.tensors()[name])
 
 
+def test_training_with_the_defaults_of_transformers(linear):
+    """Labels, and a cache that nobody asked for."""
+    model = linear(group=8).train()
+    tokens = tokens_of(model, 2, 20)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        whole = model.eval()(input_ids=tokens).logits
+    assert torch.equal(whole, model(input_ids=tokens, use_cache=False).logits)
+
+
 def test_errors_name_the_value(linear, llama, tmp_path):
     model = linear()
     config = linearized.LinearConfig(attention="grouped")

@@ -302,6 +302,8 @@ def test_errors_name_the_value():
     case = Case.of(10)
     with pytest.raises(ConfigError, match="cuda-magic.*cpu, reference"):
         case.attend(backend="cuda-magic")
+    with pytest.raises(ConfigError, match="at least one token"):
+        case.attend(3, 3)
     with pytest.raises(ConfigError, match="multiple"):
         ops.attend(case.q[:, :3], case.k, case.v, alpha=None, taps=None, group=8)
     with pytest.raises(ConfigError, match="alpha must be"):

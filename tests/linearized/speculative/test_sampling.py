@@ -110,6 +110,13 @@ def test_temperature_zero_is_the_best_token():
     assert torch.equal(scores.argmax(1), logits.argmax(1))
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-300, 5e-324])
+def test_a_tiny_temperature_is_almost_zero(temperature):
+    logits = torch.randn(5, 40)
+    scores = Sampling(temperature=temperature, seed=3).scores(logits, torch.arange(5))
+    assert torch.equal(scores.argmax(1), logits.argmax(1))
+
+
 @pytest.mark.parametrize(
     "settings,words",
     [
