@@ -8,7 +8,16 @@ Importing it registers linearized models with transformers' `from_pretrained`.
 
 from linearized import ops
 from linearized.config import LinearConfig
-from linearized.models import commit, extend, fingerprint, linearize, load, new_state, verify
+from linearized.models import (
+    commit,
+    encode,
+    extend,
+    fingerprint,
+    linearize,
+    load,
+    new_state,
+    verify,
+)
 from linearized.speculative import generate
 from linearized.state import DecodeState
 
@@ -16,6 +25,7 @@ __all__ = [
     "DecodeState",
     "LinearConfig",
     "commit",
+    "encode",
     "extend",
     "fingerprint",
     "generate",

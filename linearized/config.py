@@ -8,8 +8,19 @@ from typing import Any
 
 from linearized.errors import ConfigError
 
-ATTENTIONS = ("grouped", "local")
-"""Attention variants by name; `linearized.attention` has one class for each."""
+ATTENTIONS = (
+    "global",
+    "grouped",
+    "hedgehog",
+    "linformer",
+    "local",
+    "performer",
+    "relu",
+    "rfa",
+    "transnormer",
+    "yoso",
+)
+"""Attention variants by name; `linearized.attention` has the classes, and a page on them all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,26 +28,50 @@ class LinearConfig:
     """How attention is replaced. Kept inside the model's own config and saved with it."""
 
     attention: str
-    """`grouped`: exact inside the open group, a linear state for earlier ones. `local`: the group
-    alone."""
+    """`grouped`: exact inside the open group, a linear state for earlier ones. For the others see
+    `linearized/attention/VARIANTS.md`."""
     augment: bool = True
     """Add the masked depthwise convolution over values."""
     group: int = 64
-    """Tokens attended exactly before they are folded into the state."""
+    """Tokens attended exactly before they are folded into the state (`local`, `global`, `grouped`,
+    `hedgehog`)."""
     taps: int = 32
-    """Length of the convolution; tap i weighs the value i tokens back."""
+    """Length of the convolution; tap i weighs the value i tokens back (and ahead, where the model
+    reads in both directions)."""
+    layers: tuple[int, ...] | None = None
+    """Layers to linearize, counted from 0; the others keep softmax, and a state that grows. None:
+    all."""
+    features: int = 128
+    """Random features of `performer` and `rfa`; rows of `linformer`."""
+    hashes: int = 16
+    """Hash tables of `yoso`."""
+    bits: int = 5
+    """Bits of a hash of `yoso`: tables of 2^bits buckets."""
+    period: int = 512
+    """Positions after which the learned projection of `linformer` repeats."""
+    seed: int = 0
+    """Random features and hashes are drawn from it, and saved with the model."""
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTIONS:
             choices = ", ".join(sorted(ATTENTIONS))
             raise ConfigError(f"unknown attention {self.attention!r}; choose from {choices}")
-        for name in ("group", "taps"):
+        for name in ("group", "taps", "features", "hashes", "bits", "period"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.bits > 16:
+            raise ConfigError(f"bits must be at most 16, tables of 65,536 buckets, got {self.bits}")
+        if not _is_integer(self.seed) or not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _layers(self.layers))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if self.layers is not None:
+            values["layers"] = list(self.layers)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearConfig:
@@ -50,3 +85,16 @@ class LinearConfig:
         if "attention" not in values:
             raise ConfigError("the model's `linearized` config names no `attention`")
         return cls(**values)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _layers(given: Any) -> tuple[int, ...]:
+    if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
+        raise ConfigError(f"layers must be a list of layer numbers from 0, got {given!r}")
+    layers = tuple(given)
+    if not layers or not all(_is_integer(layer) and layer >= 0 for layer in layers):
+        raise ConfigError(f"layers must be a list of layer numbers from 0, got {list(layers)}")
+    return tuple(sorted(set(layers)))

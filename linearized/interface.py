@@ -3,19 +3,22 @@
 A linearized model is the same `PreTrainedModel` with
 
 - an attention function and a mask function registered under the name "linearized",
-- a `linear_attention` submodule in every attention module, which that function calls,
+- a `linear_attention` submodule in every linearized attention module, which that function calls,
 - `config.linearized`, the `LinearConfig` as a dict, from which `from_pretrained` rebuilds it.
 
 During decoding one `Pass` travels down to every layer as the keyword argument `linear_pass`: the
 state is read there, and each layer leaves its keys and values. Only `Pass.fold` writes the state,
-after the last layer, so a forward that fails leaves it whole.
+after the last layer, so a forward that fails leaves it whole. Several documents in a row travel
+as `segment_ids`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,47 +29,62 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from linearized import ops
-from linearized.attention import VARIANTS
+from linearized.attention import (
+    VARIANTS,
+    CrossAttention,
+    LinearAttention,
+    Place,
+    softmax_attention,
+)
 from linearized.config import LinearConfig
 from linearized.errors import ModelError, StateError
-from linearized.state import DecodeState, GroupState
+from linearized.state import DecodeState, History, Pending
 
 NAME = "linearized"
 SUBMODULE = "linear_attention"
 
 
 def attach(model: PreTrainedModel, config: LinearConfig) -> None:
-    """Give every attention module its linear attention, and the model its config entry."""
-    for module in attention_modules(model):
-        heads, _, _ = _heads(module, model.config)
-        weight = next(module.parameters())
-        variant = VARIANTS[config.attention](
-            config, heads=heads, dtype=weight.dtype, device=weight.device
-        )
-        module.add_module(SUBMODULE, variant)
-    for module in model.modules():  # which of them a head calls differs from model to model
-        if isinstance(module, PreTrainedModel):
-            module.register_forward_pre_hook(_before_forward, with_kwargs=True)
-            module.register_forward_hook(_after_forward, with_kwargs=True)
-    setattr(model.config, NAME, config.to_dict())
-    # Saved in config.json, so that transformers refuses the folder where nobody has imported
-    # linearized, instead of running it as the softmax model that it no longer is.
-    model.config.attn_implementation = NAME
+    """Give the attention modules that `config` names their linear attention, and the model its
+    config entry."""
+    for name, module in named_attention_modules(model):
+        number = layer_number(name)
+        if config.layers is None or number in config.layers:
+            variant = VARIANTS[config.attention](config, _place(name, module, model.config))
+            cross = variant.place.kind == "cross"
+            module.add_module(SUBMODULE, CrossAttention(variant) if cross else variant)
+            module.register_forward_pre_hook(_no_position_bias, with_kwargs=True)
+    for part in model.modules():  # which of them a head calls differs from model to model
+        if not isinstance(part, PreTrainedModel):
+            continue
+        if not getattr(part.config, "is_encoder_decoder", False):  # its decoder has them
+            part.register_forward_pre_hook(_before_forward, with_kwargs=True)
+            part.register_forward_hook(_after_forward, with_kwargs=True)
+        setattr(part.config, NAME, config.to_dict())
+        # Saved in config.json, so that transformers refuses the folder where nobody has imported
+        # linearized, instead of running it as the softmax model that it no longer is.
+        part.config.attn_implementation = NAME
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules of a Hugging Face model, first layer first."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
-    ]
+    return [module for _, module in named_attention_modules(model)]
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules that are linearized, by name, first layer first."""
+    return {n: m for n, m in named_attention_modules(model) if hasattr(m, SUBMODULE)}
+
+
+def layer_number(name: str) -> int:
+    """Of a module such as `model.layers.3.self_attn`: 3."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those that linearizing added. They start at zero and need a learning rate of their own."""
-    marked = [m for m in attention_modules(model) if hasattr(m, SUBMODULE)]
-    return [p for module in marked for p in getattr(module, SUBMODULE).parameters()]
+    """Those that linearizing added. They need a learning rate of their own."""
+    added = [getattr(module, SUBMODULE) for module in linear_modules(model).values()]
+    return [p for attention in added for p in attention.parameters()]
 
 
 def linear_config(model: PreTrainedModel) -> LinearConfig:
@@ -86,69 +104,159 @@ def linear_config(model: PreTrainedModel) -> LinearConfig:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """A short hash of the config and of a sample of every weight: equal for equal models, on any
-    machine."""
+    machine. Worked out anew only when a weight was written."""
+    weights = dict(model.base_model.named_parameters())
+    versions = sum(parameter._version for parameter in weights.values())
+    known: tuple[int, str] | None = model.__dict__.get("_linearized_fingerprint")
+    if known is not None and known[0] == versions:
+        return known[1]
     config = model.config.to_dict()
     for transient in ("_name_or_path", "transformers_version", "dtype", "architectures"):
         config.pop(transient, None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.base_model.named_parameters():
+    for name, parameter in weights.items():
         sample = parameter.detach().flatten()[:16].double().cpu().numpy().tobytes()
         digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample)
-    return digest.hexdigest()[:16]
+    found = digest.hexdigest()[:16]
+    model.__dict__["_linearized_fingerprint"] = (versions, found)
+    return found
 
 
 def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
-    """An empty decode state for this many sequences: `state.nbytes` bytes, now and forever."""
-    config = linear_config(model)
+    """An empty decode state for this many sequences: `state.nbytes` bytes, now and forever, unless
+    some layers keep softmax.
+
+    Raises:
+        ModelError: a model that reads in both directions and so has none.
+    """
+    linear_config(model)
     if batch_size < 1:
         raise StateError(f"batch_size must be at least 1, got {batch_size}")
-    modules = attention_modules(model)
-    _, kv_heads, width = _heads(modules[0], model.config)
-    layers = GroupState.empty(
-        len(modules),
-        batch_size,
-        heads=kv_heads,
-        key_width=width,
-        value_width=width,
-        group=config.group,
-        taps=config.taps if config.augment else 1,
-        dtype=model.dtype,
-        device=model.device,
-    )
-    return DecodeState(layers=layers, fingerprint=fingerprint(model))
+    causal, cross, softmax = [], [], []
+    for module in attention_modules(model):
+        attention = getattr(module, SUBMODULE, None)
+        if isinstance(attention, CrossAttention):
+            cross.append(attention)
+        elif isinstance(attention, LinearAttention):
+            if attention.causal:
+                causal.append(attention)
+        elif getattr(module, "is_causal", True):
+            softmax.append(module)
+    if not causal:
+        raise ModelError(
+            f"{type(model).__name__} reads its text in both directions: call it as a whole, it has "
+            "no decode state"
+        )
+    where: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+    layers = causal[0].empty_state(len(causal), batch_size, **where)
+    history = memory = None
+    if softmax:
+        _, kv_heads, width = _heads(softmax[0], model.config)
+        shape = (len(softmax), batch_size, kv_heads, 0, width)
+        history = History(torch.zeros(shape, **where), torch.zeros(shape, **where))
+    if cross:
+        memory = cross[0].empty_memory(len(cross), batch_size, **where)
+    return DecodeState(layers, fingerprint(model), history, memory)
 
 
 @dataclass(slots=True)
 class Pass:
-    """One forward over the model: what it reads, and what its layers leave behind."""
+    """One forward over the model: what it reads, and what its layers leave behind. Layers come in
+    their order."""
 
     state: DecodeState
     nodes: ops.Nodes | None = None
     mask: Tensor | None = None
     owner: nn.Module | None = None
     """The module whose hook made this pass and folds it; None: `models` does."""
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    encoding: bool = False
+    """The encoder's text is read: cross attention leaves its memories."""
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Keys and values of the linearized layers so far."""
+    history: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Of the layers that keep softmax."""
+    memories: list[Tensor] = field(default_factory=list)
 
-    def attend(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The next layer's attention; layers come in their order."""
-        layer = self.state.layer(len(self.keys))
-        self.keys.append(k)
-        self.values.append(v)
-        return attention(q, k, v, state=layer, mask=self.mask, nodes=self.nodes)
+    def attend(
+        self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, scaling: float | None
+    ) -> Tensor:
+        layer = self.state.layer(len(self.layers))
+        out, keys, values = attention(
+            q, k, v, scaling=scaling, state=layer, mask=self.mask, nodes=self.nodes
+        )
+        self.layers.append((keys, values))
+        return out
 
-    def pending(self) -> tuple[Tensor, Tensor]:
-        return torch.stack(self.keys), torch.stack(self.values)
+    def cross(
+        self,
+        attention: CrossAttention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        assert self.state.cross is not None
+        memory = None if self.encoding else self.state.cross[len(self.memories)]
+        out, memory = attention(q, k, v, scaling=scaling, mask=mask, memory=memory)
+        self.memories.append(memory)
+        return out
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+        history = self.state.history
+        assert history is not None
+        index = len(self.history)
+        self.history.append((k, v))
+        size = int(self.state.length.max())
+        return softmax_attention(
+            q,
+            k,
+            v,
+            mask=self.mask,
+            nodes=self.nodes,
+            history=(history.keys[index, :, :, :size], history.values[index, :, :, :size]),
+            length=self.state.length,
+            **settings,
+        )
+
+    def pending(self, parents: list[list[int]]) -> Pending:
+        return Pending(
+            layers=_stack(self.layers),
+            history=_stack(self.history) if self.history else None,
+            parents=parents,
+            length=self.state.length.clone(),
+        )
 
     def fold(self) -> None:
-        fold(self.state, *self.pending(), self.mask)
+        history = _stack(self.history) if self.history else None
+        fold(self.state, _stack(self.layers), history, self.mask)
+
+    def remember(self) -> None:
+        """Keep what cross attention has read."""
+        assert self.state.cross is not None
+        self.state.cross.copy_(torch.stack(self.memories))
 
 
-def fold(state: DecodeState, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-    """Fold [L, B, K, T, X] keys and values into every layer at once, in place."""
+def _stack(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    keys, values = zip(*pairs, strict=True)
+    return torch.stack(keys), torch.stack(values)
+
+
+def fold(
+    state: DecodeState,
+    layers: tuple[Tensor, Tensor],
+    history: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+) -> None:
+    """Take [L, B, K, T, ·] keys and values of all layers into the state, in place."""
+    if state.history is not None and history is not None:
+        state.history.append(*history, state.length, mask)
+    flat = state.flat()
+    keys, values = (x.flatten(0, 1) for x in layers)
     if mask is not None:
         mask = mask.bool().repeat(state.num_layers, 1)
-    state.write(ops.fold(state.flat(), keys.flatten(0, 1), values.flatten(0, 1), mask))
+    ops.fold_(flat, keys, values, mask)
+    state.length.copy_(flat.length[: state.batch_size])
 
 
 def _attention(
@@ -158,38 +266,66 @@ def _attention(
     v: Tensor,
     attention_mask: Tensor | None,
     *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
     linear_pass: Pass | None = None,
+    segment_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer of a linearized model.
-    Scaling is dropped (queries and keys are normalised); so is attention dropout."""
-    attention = getattr(module, SUBMODULE)
-    if linear_pass is not None:
-        out = linear_pass.attend(attention, q, k, v)
+    Attention dropout is dropped."""
+    attention = getattr(module, SUBMODULE, None)
+    if isinstance(attention, CrossAttention):
+        if linear_pass is not None:
+            out = linear_pass.cross(attention, q, k, v, scaling, attention_mask)
+        else:
+            out, _memory = attention(q, k, v, scaling=scaling, mask=attention_mask)
+        return out.transpose(1, 2).contiguous(), None
+    softmax: dict[str, Any] = {
+        "causal": getattr(module, "is_causal", True),
+        "scaling": scaling,
+        "softcap": softcap,
+        "window": sliding_window,
+    }
+    if linear_pass is not None and attention is None:
+        out = linear_pass.softmax(q, k, v, **softmax)
+    elif linear_pass is not None and attention is not None:
+        out = linear_pass.attend(attention, q, k, v, scaling)
     elif q.shape[2] != k.shape[2]:
         raise ModelError(
             "a linearized model keeps a state, not a key/value cache: decode with "
             "linearized.generate, with extend / verify / commit, or with model.generate"
         )
     else:
-        out = attention(q, k, v, mask=attention_mask)
+        mask = _last(attention_mask, q.shape[2])
+        if attention is None:
+            out = softmax_attention(q, k, v, mask=mask, segments=segment_ids, **softmax)
+        else:
+            out, _, _ = attention(q, k, v, scaling=scaling, mask=mask, segments=segment_ids)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *_: Any,
-    attention_mask: Tensor | None = None,
-    **__: Any,
-) -> Tensor | None:
+def _mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
     """The mask function that goes with `_attention`: causality is the operator's own, so only
-    padding is handed down, [B, T], and only if there is any."""
-    if attention_mask is None:
+    padding is handed down, [B, columns], and only if there is any."""
+    if attention_mask is None or bool(attention_mask.all()):
         return None
-    padding = attention_mask[:, -q_length:].bool()
-    return None if bool(padding.all()) else padding
+    return attention_mask.bool()
+
+
+def _last(mask: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Of the last `num_tokens` columns."""
+    return None if mask is None else mask[:, -num_tokens:]
+
+
+def _no_position_bias(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """T5 works out a bias for every pair of tokens, which nobody reads: hand it an empty one."""
+    if "position_bias" not in kwargs or kwargs["position_bias"] is not None:
+        return None
+    return args, {**kwargs, "position_bias": next(module.parameters()).new_zeros(1, 1, 1, 1)}
 
 
 class _StateCache(Cache):
@@ -200,6 +336,8 @@ class _StateCache(Cache):
         self.state = state
         self.seen = 0
         """Columns so far, padding included: what transformers calls the sequence length."""
+        self.encoded = False
+        """Has cross attention read the encoder's text?"""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -219,7 +357,13 @@ class _StateCache(Cache):
 def _before_forward(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Give `generate()` of transformers a state instead of its key/value cache."""
+    """Give `generate()` of transformers a state instead of its key/value cache, and packed
+    documents their positions."""
+    segments = kwargs.get("segment_ids")
+    if segments is not None:
+        if kwargs.get("position_ids") is None and _takes_positions(module):
+            return args, {**kwargs, "position_ids": _document_positions(segments)}
+        return None
     cache = kwargs.get("past_key_values")
     if torch.is_grad_enabled() or cache is None or "linear_pass" in kwargs:
         return None
@@ -230,28 +374,79 @@ def _before_forward(
         if cache.get_seq_length() > 0:
             raise ModelError("a key/value cache that holds tokens cannot go on in a linear state")
         cache = _StateCache(new_state(module, rows))
-    mask = kwargs.get("attention_mask")
-    if mask is not None:
-        mask = _mask(rows, num_tokens, num_tokens, attention_mask=mask)
-    step = Pass(state=cache.state, mask=mask, owner=module)
-    return args, {**kwargs, "past_key_values": cache, "linear_pass": step}
+    mask = _last(_mask(attention_mask=kwargs.get("attention_mask")), num_tokens)
+    changed: dict[str, Any] = {"past_key_values": cache}
+    encoding = cache.state.cross is not None and not cache.encoded
+    if cache.encoded:  # cross attention has its memory, and needs no more than the shape
+        changed["encoder_hidden_states"] = kwargs["encoder_hidden_states"][:, :1]
+        changed["encoder_attention_mask"] = None
+    step = Pass(state=cache.state, mask=mask, owner=module, encoding=encoding)
+    return args, {**kwargs, **changed, "linear_pass": step}
 
 
 def _after_forward(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     step: Pass | None = kwargs.get("linear_pass")
-    if step is not None and step.owner is module:
-        kwargs["past_key_values"].seen += step.keys[0].shape[2]
-        step.fold()
+    if step is None or step.owner is not module:
+        return
+    cache: _StateCache = kwargs["past_key_values"]
+    cache.seen += step.layers[0][0].shape[2]
+    step.fold()
+    if step.encoding:
+        step.remember()
+        cache.encoded = True
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _document_positions(segments: Tensor) -> Tensor:
+    """[B, T], from 0 in each document."""
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    new = torch.ones_like(segments, dtype=torch.bool)
+    new[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return columns - torch.where(new, columns, 0).cummax(1).values
+
+
+def named_attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"):
+            yield name, module
+
+
+def _place(name: str, module: nn.Module, config: Any) -> Place:
+    heads, kv_heads, width = _heads(module, config)
+    weight = next(module.parameters())
+    return Place(
+        layer=layer_number(name),
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        value_width=width,
+        kind=_kind(name, module),
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    called = (name.rsplit(".", 1)[-1] + type(module).__name__).lower()
+    crosses = getattr(module, "is_cross_attention", False)
+    if crosses or "cross" in called or "encdec" in called or "encoder_attn" in called:
+        return "cross"
+    return "causal" if getattr(module, "is_causal", True) else "bidirectional"
 
 
 def _heads(module: nn.Module, config: Any) -> tuple[int, int, int]:
     """(query heads, key/value heads, head width) of an attention module."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(module, "head_dim", None) or config.hidden_size // heads
-    return heads, kv_heads, width
+    for name in ("head_dim", "attention_head_size", "key_value_proj_dim"):
+        if getattr(module, name, None):
+            return heads, kv_heads, getattr(module, name)
+    return heads, kv_heads, config.hidden_size // heads
 
 
 def _register() -> None:
@@ -264,8 +459,7 @@ def _register() -> None:
     @functools.wraps(post_init)
     def attach_first(self: PreTrainedModel) -> None:
         settings = getattr(self.config, NAME, None)
-        modules = attention_modules(self)
-        if settings and modules and not hasattr(modules[0], SUBMODULE):
+        if settings and attention_modules(self) and not linear_modules(self):
             attach(self, LinearConfig.from_dict(settings))
             self.config._attn_implementation = NAME
         post_init(self)

@@ -5,6 +5,7 @@ Knows what users call; `linearized.interface` knows what transformers calls.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -25,7 +27,10 @@ from linearized.interface import (
     attention_modules,
     fingerprint,
     fold,
+    layer_number,
     linear_config,
+    linear_modules,
+    named_attention_modules,
     new_parameters,
     new_state,
 )
@@ -34,9 +39,11 @@ from linearized.state import DecodeState, Pending
 __all__ = [
     "attention_modules",
     "commit",
+    "encode",
     "extend",
     "fingerprint",
     "linear_config",
+    "linear_modules",
     "linearize",
     "load",
     "new_parameters",
@@ -49,23 +56,25 @@ SMALL = 32
 
 
 def linearize(model: PreTrainedModel | str | Path, config: LinearConfig) -> PreTrainedModel:
-    """Replace softmax attention in every layer of a causal language model, in place. The new
-    parameters start at zero; all others are kept.
+    """Replace softmax attention in every layer of a Hugging Face model, or in `config.layers`, in
+    place. All its parameters are kept, new ones are added. Warns of what the softmax model does
+    with its scores that has no counterpart here.
 
     Raises:
         ModelError: it cannot be linearized; says why.
     """
     if isinstance(model, str | Path):
         model = load(model)
-    _refuse_unsupported(model)
+    _refuse_unsupported(model, config)
+    _warn_of_losses(model)
     attach(cast(PreTrainedModel, model.base_model), config)
     model.set_attn_implementation(NAME)
     return model
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model, linearized or not, from a Hugging Face folder or name, in eval
-    mode.
+    """A model, linearized or not, from a Hugging Face folder or name, in eval mode: of the class
+    that it was saved from, a causal language model if its config names none.
 
     Raises:
         ModelError: there is none, or its weights do not fit its config.
@@ -73,12 +82,11 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     show = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True
-        )
+        kind = _architecture(transformers.AutoConfig.from_pretrained(path))
+        opened: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"cannot load a causal language model from {path}: {reason}") from error
+        raise ModelError(f"cannot load a model from {path}: {reason}") from error
     finally:
         if show:
             hf_logging.enable_progress_bar()
@@ -90,6 +98,15 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
             f"{', '.join(missing[:3])}"
         )
     return cast(PreTrainedModel, model.eval())
+
+
+def _architecture(config: Any) -> Any:
+    """The class of transformers that a config names."""
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return kind
+    return transformers.AutoModelForCausalLM
 
 
 @torch.no_grad()
@@ -104,7 +121,7 @@ def extend(
     """Read `tokens` [B, T] and fold them into `state`, in place. Logits [B, T, V], of the last
     `logits_to_keep` columns only if that is above 0. `mask` [B, T] is False where a row has no
     token."""
-    _check_rows(tokens, state)
+    _check(model, tokens, state)
     rows, num_tokens = tokens.shape
     nodes = None
     if mask is None and num_tokens <= SMALL:
@@ -125,16 +142,37 @@ def verify(
     """Logits [B, N, V] at every node of one token tree per row, each as decoding along its path
     would give. `parents` [B, N]: -1 for a child of the last committed token, else a smaller index.
     The state is untouched; hand `Pending` to `commit`."""
-    _check_rows(tokens, state)
+    _check(model, tokens, state)
     ops.check_parents(parents, *tokens.shape)
     nodes = _nodes(parents, state)
     step = Pass(state=state, nodes=nodes)
     logits = _forward(model, tokens, nodes.positions, step, 0)
-    keys, values = step.pending()
-    pending = Pending(
-        keys=keys, values=values, parents=parents.tolist(), length=state.length.clone()
+    return logits, step.pending(parents.tolist())
+
+
+@torch.no_grad()
+def encode(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -> DecodeState:
+    """Let the encoder of an encoder-decoder model read `tokens` [B, T] (those that `mask` keeps):
+    the state from which its decoder begins. Its size does not depend on T.
+
+    Raises:
+        ModelError: the model has no encoder.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} has no encoder: use new_state and extend")
+    state = new_state(model, len(tokens))
+    encoded = model.get_encoder()(input_ids=tokens, attention_mask=mask)
+    step = Pass(state=state, encoding=True)
+    begin = torch.full((len(tokens), 1), model.config.decoder_start_token_id, device=tokens.device)
+    model.get_decoder()(
+        input_ids=begin,
+        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=mask,
+        use_cache=False,
+        linear_pass=step,
     )
-    return logits, pending
+    step.remember()
+    return state
 
 
 @torch.no_grad()
@@ -156,27 +194,42 @@ def commit(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) 
         counts = torch.tensor([len(p) for p in path], device=device)
         mask = torch.arange(longest, device=device) < counts[:, None]
 
-    def accepted(nodes: Tensor) -> Tensor:  # [L, B, K, N, X] -> [L, B, K, P, X]
-        picked = index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])
-        return nodes.gather(3, picked)
+    def accepted(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # [L, B, K, N, ·]
+        keys, values = (
+            nodes.gather(
+                3, index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])
+            )
+            for nodes in pair
+        )
+        return keys, values
 
-    fold(state, accepted(pending.keys), accepted(pending.values), mask)
+    history = None if pending.history is None else accepted(pending.history)
+    fold(state, accepted(pending.layers), history, mask)
 
 
 def _forward(
     model: PreTrainedModel, tokens: Tensor, positions: Tensor, step: Pass, logits_to_keep: int
 ) -> Tensor:
-    output = model(
-        input_ids=tokens,
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=logits_to_keep,
-        linear_pass=step,
-    )
-    if len(step.keys) != step.state.num_layers:
+    if getattr(model.config, "is_encoder_decoder", False):
+        # The memory of the encoder's text is in the state: all that is asked of it is a shape.
+        nothing = torch.zeros(len(tokens), 1, model.config.hidden_size, device=tokens.device)
+        encoded = BaseModelOutput(last_hidden_state=nothing.to(model.dtype))
+        output = model(
+            encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False, linear_pass=step
+        )
+        output.logits = output.logits[:, -logits_to_keep:]
+    else:
+        output = model(
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+            linear_pass=step,
+        )
+    if len(step.layers) != step.state.num_layers:
         raise ModelError(
-            f"{len(step.keys)} of {step.state.num_layers} layers of {type(model).__name__} reached "
-            "linear attention; was its attention implementation changed after linearizing?"
+            f"{len(step.layers)} of {step.state.num_layers} layers of {type(model).__name__} "
+            "reached linear attention; was its attention implementation changed after linearizing?"
         )
     return output.logits
 
@@ -185,7 +238,8 @@ def _nodes(parents: Tensor, state: DecodeState) -> ops.Nodes:
     return ops.Nodes.of(parents, state.length, group=state.layers.group, taps=state.layers.taps)
 
 
-def _check_rows(tokens: Tensor, state: DecodeState) -> None:
+def _check(model: PreTrainedModel, tokens: Tensor, state: DecodeState) -> None:
+    state.check(fingerprint(model))
     if tokens.ndim != 2 or tokens.shape[0] != state.batch_size or tokens.shape[1] == 0:
         raise StateError(
             f"tokens must be [{state.batch_size} rows, at least 1 token] for this state, got "
@@ -193,24 +247,56 @@ def _check_rows(tokens: Tensor, state: DecodeState) -> None:
         )
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
+def _refuse_unsupported(model: PreTrainedModel, config: LinearConfig) -> None:
     name = type(model).__name__
-    config = model.config
-    if getattr(config, NAME, None):
+    if getattr(model.config, NAME, None):
         raise ModelError(f"this {name} is linearized already")
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(
             f"{name} cannot be linearized: its attention does not go through transformers' "
             "AttentionInterface"
         )
-    modules = attention_modules(model)
+    modules = dict(named_attention_modules(model))
     if not modules:
         raise ModelError(f"{name} cannot be linearized: no self-attention module found in it")
-    if not all(getattr(module, "is_causal", False) for module in modules):
-        raise ModelError(f"{name} cannot be linearized: only causal attention is supported")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    numbers = {layer_number(module) for module in modules}
+    chosen = numbers if config.layers is None else set(config.layers)
+    if chosen - numbers:
         raise ModelError(
-            f"{name} cannot be linearized: it has layers of type {', '.join(sorted(kinds))}; a "
-            "sliding window has no linear counterpart here"
+            f"{name} has layers 0 to {max(numbers)}, there is no layer "
+            f"{', '.join(map(str, sorted(chosen - numbers)))} to linearize"
+        )
+    if chosen != numbers and getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model: linearize all of its layers")
+    windowed = [number for number in sorted(chosen) if _is_windowed(model.config, number)]
+    if windowed:
+        whole = sorted(chosen - set(windowed))
+        remedy = f"keep them: LinearConfig(layers={whole})" if whole else "it has no other layers"
+        raise ModelError(
+            f"layers {', '.join(map(str, windowed))} of {name} attend within a sliding window or "
+            f"chunk, which has no linear counterpart here; {remedy}"
+        )
+
+
+def _is_windowed(config: Any, layer: int) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return bool(kinds[layer] != "full_attention")
+    uses = getattr(config, "use_sliding_window", True)
+    return bool(uses and getattr(config, "sliding_window", None))
+
+
+def _warn_of_losses(model: PreTrainedModel) -> None:
+    name, config = type(model).__name__, model.config
+    if getattr(config, "attn_logit_softcapping", None):
+        warnings.warn(
+            f"{name} caps its attention scores at {config.attn_logit_softcapping}; linearized "
+            "layers have no scores to cap, the setting is ignored there",
+            stacklevel=3,
+        )
+    if any("relative_attention_bias" in part for part, _ in model.named_parameters()):
+        warnings.warn(
+            f"{name} adds a relative position bias to its attention scores; linearized layers "
+            "ignore it, their convolution knows relative positions",
+            stacklevel=3,
         )

@@ -1,37 +1,41 @@
 """Decode state of a linearized model. Knows tensors; knows nothing of tokens or requests.
 
-L layers, B rows (one sequence each), H key/value heads, D key width, E value width, G group size,
-M convolution taps. A row costs the same bytes whatever its length.
+L linearized layers, B rows (one sequence each), K key/value heads, F width of the features that go
+into the memory, X key width (of which the last F columns are the features), U value width, E width
+of a head's own values (the last E columns of the U), G group size, M convolution taps. A row costs
+the same bytes whatever its length, unless some layers keep softmax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from linearized.errors import StateError
 
-FORMAT = "linearized-state/1"
+FORMAT = "linearized-state/2"
 
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
-    """What grouped attention remembers of the tokens so far, for one layer ([B, …]) or for all
+    """What linear attention remembers of the tokens so far, for one layer ([B, …]) or for all
     of them stacked ([L, B, …]). Slots that hold no token are zero, and so weigh nothing."""
 
     memory: Tensor
-    """[…, H, D, E], Σ k̂ vᵀ over closed groups; float32 at least."""
+    """[…, K, F, U], Σ φ(k) vᵀ over closed groups; float32 at least."""
     keys: Tensor
-    """[…, H, G, D], the open group's unit keys."""
+    """[…, K, G, X], of the open group."""
     values: Tensor
-    """[…, H, G, E], the open group's values."""
+    """[…, K, G, U], of the open group."""
     tail: Tensor
-    """[…, H, M-1, E], the last values in order of time, for the convolution."""
+    """[…, K, M-1, E], the last values in order of time, for the convolution."""
     length: Tensor
     """[B], int64, tokens folded in so far."""
 
@@ -40,8 +44,10 @@ class GroupState:
         cls,
         *leading: int,
         heads: int,
+        features: int,
         key_width: int,
         value_width: int,
+        tail_width: int,
         group: int,
         taps: int,
         dtype: torch.dtype,
@@ -53,10 +59,10 @@ class GroupState:
             return torch.zeros(*leading, heads, *shape, dtype=of, device=device)
 
         return cls(
-            memory=zeros(key_width, value_width, of=torch.promote_types(dtype, torch.float32)),
+            memory=zeros(features, value_width, of=torch.promote_types(dtype, torch.float32)),
             keys=zeros(group, key_width),
             values=zeros(group, value_width),
-            tail=zeros(taps - 1, value_width),
+            tail=zeros(taps - 1, tail_width),
             length=torch.zeros(leading[-1], dtype=torch.int64, device=device),
         )
 
@@ -71,16 +77,58 @@ class GroupState:
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def clone(self) -> GroupState:
+        return GroupState(**{name: tensor.clone() for name, tensor in self.tensors().items()})
+
+
+@dataclass(slots=True)
+class History:
+    """Keys and values of the layers that keep softmax: the part of a hybrid's state that grows.
+    Row b holds `DecodeState.length[b]` tokens; what lies beyond them means nothing."""
+
+    keys: Tensor
+    """[S, B, K, C, D], for S softmax layers, with room for C tokens."""
+    values: Tensor
+    """[S, B, K, C, E]."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def append(self, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None) -> None:
+        """Add [S, B, K, T, ·] after each row's `length` [B], those that `mask` [B, T] keeps."""
+        num_tokens = keys.shape[3]
+        if mask is None:
+            ranks = torch.arange(num_tokens, device=length.device).expand(len(length), -1)
+        else:
+            ranks = mask.long().cumsum(1) - 1
+        slots = length[:, None] + ranks  # B T
+        self._grow(int(slots.max()) + 1)
+        for whole, new in ((self.keys, keys), (self.values, values)):
+            for row in range(len(length)):
+                kept = slice(None) if mask is None else mask[row].bool()
+                whole[:, row, :, slots[row, kept]] = new[:, row, :, kept].to(whole.dtype)
+
+    def _grow(self, size: int) -> None:
+        room = self.keys.shape[3]
+        if size > room:
+            more = max(size, 2 * room, 64) - room
+            self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeState:
     """The state of B sequences in every layer. Tensors are allocated once and written in place,
-    by `commit` and `extend` only."""
+    by `commit` and `extend` only; only a hybrid's `history` grows."""
 
     layers: GroupState
     """Stacked: every tensor but `length` is [L, B, …]."""
     fingerprint: str
     """Of the model it belongs to; a state is refused by any other."""
+    history: History | None = None
+    """Of the layers that keep softmax, where there are any."""
+    cross: Tensor | None = None
+    """[L, B, K, F, U], what the decoder of an encoder-decoder model knows of the encoder's text."""
 
     @property
     def length(self) -> Tensor:
@@ -93,33 +141,30 @@ class DecodeState:
 
     @property
     def num_layers(self) -> int:
+        """Linearized layers."""
         return self.layers.memory.shape[0]
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.layers.tensors().values())
+        """Constant, but for a hybrid's: there it grows with the text."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def layer(self, index: int) -> GroupState:
-        """Views of one layer's tensors, [B, …]."""
+        """Views of one linearized layer's tensors, [B, …]."""
         stacked = self.layers.tensors()
         length = stacked.pop("length")
         return GroupState(**{name: t[index] for name, t in stacked.items()}, length=length)
 
     def flat(self) -> GroupState:
-        """All layers as rows, [L·B, …], so that one call folds them all."""
+        """All layers as rows, [L·B, …], views of the same memory, so that one call folds them all
+        in place; the length is a copy."""
         stacked = self.layers.tensors()
         length = stacked.pop("length").repeat(self.num_layers)
-        return GroupState(**{name: t.flatten(0, 1) for name, t in stacked.items()}, length=length)
-
-    def write(self, flat: GroupState) -> None:
-        """Replace everything, in place, by what `flat` ([L·B, …]) holds."""
-        for name, target in self.layers.tensors().items():
-            source: Tensor = getattr(flat, name)
-            target.copy_(source[: self.batch_size] if name == "length" else source.view_as(target))
+        rows = {n: t.view(-1, *t.shape[2:]) for n, t in stacked.items()}
+        return GroupState(**rows, length=length)
 
     def clone(self) -> DecodeState:
-        copies = {name: tensor.clone() for name, tensor in self.layers.tensors().items()}
-        return replace(self, layers=GroupState(**copies))
+        return self._map(lambda name, tensor: tensor.clone())
 
     def copy_(self, other: DecodeState) -> None:
         """Overwrite this state with another of the same model and batch size."""
@@ -128,17 +173,19 @@ class DecodeState:
             raise StateError(
                 f"cannot copy a state of {other.batch_size} rows into one of {self.batch_size}"
             )
-        for name, target in self.layers.tensors().items():
-            target.copy_(getattr(other.layers, name))
+        mine, theirs = self.layers.tensors(), other.layers.tensors()
+        for name, target in mine.items():
+            target.copy_(theirs[name])
+        if self.cross is not None and other.cross is not None:
+            self.cross.copy_(other.cross)
+        if self.history is not None and other.history is not None:
+            self.history.keys = other.history.keys.clone()
+            self.history.values = other.history.values.clone()
 
     def select(self, rows: Sequence[int]) -> DecodeState:
         """A new state with copies of these rows, in this order."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.length.device)
-        picked = {
-            name: tensor.index_select(0 if name == "length" else 1, index)
-            for name, tensor in self.layers.tensors().items()
-        }
-        return replace(self, layers=GroupState(**picked))
+        return self._map(lambda name, t: t.index_select(0 if name == "length" else 1, index))
 
     def check(self, fingerprint: str) -> None:
         if fingerprint != self.fingerprint:
@@ -150,7 +197,7 @@ class DecodeState:
 
     def to_bytes(self) -> bytes:
         """As safetensors; read back by `from_bytes`, on any machine."""
-        tensors = {name: t.contiguous() for name, t in self.layers.tensors().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint}
         return safetensors.torch.save(tensors, metadata=metadata)
 
@@ -167,25 +214,47 @@ class DecodeState:
                 f"not a decode state of this version: format {metadata.get('format')!r}, "
                 f"expected {FORMAT!r}"
             )
-        names = {field.name for field in fields(GroupState)}
         try:
             tensors = safetensors.torch.load(blob)
         except (safetensors.SafetensorError, ValueError) as error:
             raise StateError(f"damaged decode state: {error}") from error
-        if set(tensors) != names or "fingerprint" not in metadata:
+        names = {field.name for field in fields(GroupState)}
+        optional = {"history.keys", "history.values", "cross"}
+        known = names <= set(tensors) <= names | optional
+        halved = ("history.keys" in tensors) != ("history.values" in tensors)
+        if not known or halved or "fingerprint" not in metadata:
             raise StateError(f"damaged decode state: it holds {', '.join(sorted(tensors))}")
-        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return cls(layers=GroupState(**moved), fingerprint=metadata["fingerprint"])
+        return cls._of({n: t.to(device) for n, t in tensors.items()}, metadata["fingerprint"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = self.layers.tensors()
+        if self.history is not None:
+            tensors["history.keys"] = self.history.keys
+            tensors["history.values"] = self.history.values
+        if self.cross is not None:
+            tensors["cross"] = self.cross
+        return tensors
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> DecodeState:
+        changed = {name: change(name, tensor) for name, tensor in self._tensors().items()}
+        return self._of(changed, self.fingerprint)
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], fingerprint: str) -> DecodeState:
+        keys, values = tensors.pop("history.keys", None), tensors.pop("history.values", None)
+        cross = tensors.pop("cross", None)
+        history = None if keys is None or values is None else History(keys, values)
+        return cls(GroupState(**tensors), fingerprint, history, cross)
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
     """What verified tree nodes would add to the state of length `length`: nothing yet."""
 
-    keys: Tensor
-    """[L, B, H, N, D]."""
-    values: Tensor
-    """[L, B, H, N, E]."""
+    layers: tuple[Tensor, Tensor]
+    """Keys [L, B, K, N, X] and values [L, B, K, N, U] of the linearized layers."""
+    history: tuple[Tensor, Tensor] | None
+    """The same of the layers that keep softmax, where there are any."""
     parents: list[list[int]]
     """[B][N], -1: child of the last committed token."""
     length: Tensor
@@ -215,8 +284,6 @@ class Pending:
 def _metadata(blob: bytes) -> dict[str, str]:
     """The header's metadata: safetensors reads it from files only, so the (documented) layout,
     an 8-byte length and then JSON, is read here."""
-    import json
-
     try:
         size = int.from_bytes(blob[:8], "little")
         header = json.loads(blob[8 : 8 + size])

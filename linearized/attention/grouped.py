@@ -1,71 +1,68 @@
-"""Grouped linear attention as a module: its parameters, and calls into `linearized.ops`.
+"""The flagship and its two halves: exact relu² attention inside a group, a linear memory of the
+groups around it. Knows parameters; the mathematics is in `linearized/ops/`.
 
 Source: You et al., "When Linear Attention Meets Autoregressive Decoding", ICML 2024 (FLASH-style
-local and global parts, masked depthwise convolution). Definitions: `linearized/ops/reference.py`.
+local and global parts, masked depthwise convolution).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearized import ops
+from linearized.attention.base import LinearAttention, Place
 from linearized.config import LinearConfig
-from linearized.state import GroupState
+
+FORMS = {"local": "relu2", "grouped": "relu2", "global": "none"}
+"""Weights of pairs in one group."""
 
 
-class GroupedAttention(nn.Module):
-    """Exact relu² attention inside the open group, α times a linear state of earlier groups, and
-    (with `augment`) the masked depthwise convolution. α and taps start at zero."""
+class GroupedAttention(LinearAttention):
+    """`local`: relu(q̂·k̂)² in the group alone. `global`: q̂·k̂ across groups alone (in both
+    directions: of all tokens). `grouped`: both, α_h of the second. α and taps start at zero."""
 
-    alpha: nn.Parameter | None
-    """[H], weight of the earlier groups."""
-    taps: nn.Parameter | None
-    """[H, M], column i the weight of the value i tokens back."""
+    def __init__(self, config: LinearConfig, place: Place) -> None:
+        super().__init__(config, place)
+        inside = FORMS[config.attention]
+        features = 0 if config.attention == "local" else place.width
+        group = config.group
+        if place.kind == "cross":  # nothing is near: all is read by way of the memory
+            features = place.width
+        elif config.attention == "global" and not self.causal:
+            inside, group = "linear", 1
+        self.form = ops.Form(group=group, inside=inside, features=features, causal=self.causal)
+        if place.kind == "cross":
+            self.alpha = self.zeros(place.heads)
+            with torch.no_grad():
+                self.alpha.fill_(1)
+        elif config.attention == "grouped":
+            self.alpha = self.zeros(place.heads)
 
-    def __init__(
-        self,
-        config: LinearConfig,
-        *,
-        heads: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.group = config.group
-        self.backend: str | None = None
-        """None: choose. A name from `ops.BACKENDS`: that one."""
+    def queries(self, q: Tensor, scaling: float) -> Tensor:
+        return ops.unit(q)
 
-        def zeros(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+    def tokens(
+        self, k: Tensor, v: Tensor, scaling: float, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.unit(k), v
 
-        self.alpha = zeros(heads) if config.attention == "grouped" else None
-        self.taps = zeros(heads, config.taps) if config.augment else None
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        state: GroupState | None = None,
-        mask: Tensor | None = None,
-        nodes: ops.Nodes | None = None,
-    ) -> Tensor:
-        """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] to [B, H, T, E]. With `nodes` the tokens
-        are a tree's nodes on top of `state`; without, T tokens that follow it in time."""
-        backend = ops.choose(self.backend)
-        if nodes is None:
-            return backend.attend(
-                q,
-                k,
-                v,
-                alpha=self.alpha,
-                taps=self.taps,
-                group=self.group,
-                state=state,
-                mask=mask,
-            )
-        return backend.attend_tree(
-            q, k, v, nodes, state, alpha=self.alpha, taps=self.taps, group=self.group
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Any:
+        if where.get("state") is not None:
+            return super().forward(q, k, v, **where)
+        # Nothing is folded in, so the operator may normalise on its way, which spares two copies.
+        out = ops.linear_attention(
+            q,
+            k,
+            v,
+            form=self.form,
+            alpha=self.alpha,
+            taps=self.taps,
+            unit_norm=True,
+            mask=where.get("mask"),
+            segments=where.get("segments"),
+            backend=self.backend,
         )
+        return out, k, v

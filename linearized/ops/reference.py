@@ -1,13 +1,11 @@
-"""Grouped linear attention as it is defined, pair by pair. The readable truth: quadratic, any
-float dtype, differentiable. Every faster backend has the same three functions and is tested
-against these. (You et al., ICML 2024; the group-exact tree form is this project's.)
+"""Linear attention as it is defined, pair by pair. The readable truth: quadratic, any float dtype,
+differentiable. Every faster backend is tested against it. (You et al., ICML 2024; the group-exact
+tree form is this project's.)
 
 B batch, H query heads, K key/value heads (each serves H/K query heads), T tokens or tree nodes,
-D key width, E value width, G group size, M taps.
-
-With q̂ = q/‖q‖, k̂ = k/‖k‖ and a token at position p in group p // G, the weight of a visible
-token j for token t is relu(q̂_t·k̂_j)² in one group, α_h q̂_t·k̂_j if j's group is an earlier
-one, plus w_{h,i} if j lies i tokens back; closed groups of the past are in the state's memory.
+X width of queries and keys, U width of values, G group size, M taps. `Form` says what a pair
+weighs; the convolution adds w_{h,i} for a token i back; closed groups of the past are in the
+state's memory.
 """
 
 from __future__ import annotations
@@ -15,31 +13,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearized.ops.form import Form
+from linearized.ops.nodes import ancestors
 from linearized.state import GroupState
 
 
-def attend(
-    q: Tensor,  # [B, H, T, D]
-    k: Tensor,  # [B, K, T, D]
-    v: Tensor,  # [B, K, T, E]
+def linear_attention(
+    q: Tensor,  # [B, H, T, X]
+    k: Tensor,  # [B, K, T, X]
+    v: Tensor,  # [B, K, T, U]
     *,
-    alpha: Tensor | None,  # [H]; None: no memory, the group alone
-    taps: Tensor | None,  # [H, M], column i the weight of lag i; None: no convolution
-    group: int,
+    form: Form,
+    alpha: Tensor | None,  # [H]; None: 1
+    taps: Tensor | None,  # [H, M], column i of lag i; not causal: [H, 2M-1], of lag i - (M-1)
     state: GroupState | None = None,
     mask: Tensor | None = None,  # [B, T], False: no token here
+    segments: Tensor | None = None,  # [B, T], a new document begins where the number changes
 ) -> Tensor:
-    """Outputs [B, H, T, E] of T tokens that follow the state's in time. Writes nothing. Where
+    """Outputs [B, H, T, U] of T tokens that follow the state's in time. Writes nothing. Where
     `mask` is False there is no token: it takes no position, nobody sees it, its output is zero."""
-    state = empty_state(k, v, group=group, taps=taps) if state is None else state
-    mask = (
-        torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-        if (mask is None)
-        else mask.bool()
-    )
-    positions = state.length[:, None] + mask.cumsum(1) - 1  # B T
-    visible = (positions[:, None, :] <= positions[:, :, None]) & mask[:, None, :]  # B T T
-    out = _attend(q, k, v, positions, visible, alpha=alpha, taps=taps, group=group, state=state)
+    rows, num_tokens = q.shape[0], q.shape[2]
+    state = empty_state(k, v, form=form, taps=taps) if state is None else state
+    everywhere = torch.ones(rows, num_tokens, dtype=torch.bool, device=q.device)
+    mask = everywhere if mask is None else mask.bool()
+    together = mask[:, None, :].expand(-1, num_tokens, -1)  # B T T
+    if segments is not None:
+        changes = torch.zeros_like(segments)
+        changes[:, 1:] = (segments[:, 1:] != segments[:, :-1]).long()
+        documents = changes.cumsum(1)
+        together = together & (documents[:, :, None] == documents[:, None, :])
+    so_far = together & everywhere.new_ones(num_tokens, num_tokens).tril()
+    positions = state.length[:, None] + so_far.sum(-1) - 1
+    visible = so_far if form.causal else together
+    out = _attend(q, k, v, positions, visible, form=form, alpha=alpha, taps=taps, state=state)
     return out * mask[:, None, :, None]
 
 
@@ -50,44 +56,45 @@ def attend_tree(
     parents: Tensor,  # [B, T], -1: child of the last token in the state
     state: GroupState,
     *,
+    form: Form,
     alpha: Tensor | None,
     taps: Tensor | None,
-    group: int,
 ) -> Tensor:
-    """Outputs [B, H, T, E] of T tree nodes, each what sequential decoding along its path would
+    """Outputs [B, H, T, U] of T tree nodes, each what sequential decoding along its path would
     give, across group boundaries too. Writes nothing."""
     visible = ancestors(parents)
     positions = state.length[:, None] + visible.sum(-1) - 1
-    return _attend(q, k, v, positions, visible, alpha=alpha, taps=taps, group=group, state=state)
+    return _attend(q, k, v, positions, visible, form=form, alpha=alpha, taps=taps, state=state)
 
 
-def fold(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -> GroupState:
-    """The state after T more tokens (those that `mask` [B, T] keeps), token by token: a group
-    that fills is added to the memory and its slots are cleared. The given state is unchanged."""
-    rows, _, num_tokens, _ = k.shape
+def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    """Take T more tokens (those that `mask` [B, T] keeps) into the state, in place, token by
+    token: a group that fills is added to the memory and its slots are cleared."""
+    rows, _, num_tokens, width = k.shape
+    features, own = width - state.memory.shape[-2], v.shape[-1] - state.tail.shape[-1]
     if mask is None:
         mask = torch.ones(rows, num_tokens, dtype=torch.bool, device=k.device)
-    keys = unit(k)
+    memory, keys, values, tail, length = (x.clone() for x in state.tensors().values())
     slots = torch.arange(state.group, device=k.device)
     for t in range(num_tokens):
         here = mask[:, t]  # B
-        slot = (slots == (state.length % state.group)[:, None]) & here[:, None]  # B G
+        slot = (slots == (length % state.group)[:, None]) & here[:, None]  # B G
         slot = slot[:, None, :, None]
-        open_keys = torch.where(slot, keys[:, :, t, None], state.keys)
-        open_values = torch.where(slot, v[:, :, t, None], state.values)
-        length = state.length + here
+        keys = torch.where(slot, k[:, :, t, None].to(keys.dtype), keys)
+        values = torch.where(slot, v[:, :, t, None].to(values.dtype), values)
+        newest = torch.cat([tail, v[:, :, t, None, own:].to(tail.dtype)], dim=2)[:, :, 1:]
+        tail = torch.where(here[:, None, None, None], newest, tail)
+        length = length + here
         full = (here & (length % state.group == 0))[:, None, None, None]
-        wide = state.memory.dtype
-        added = open_keys.to(wide).transpose(-1, -2) @ open_values.to(wide)  # B K D E
-        tail = torch.cat([state.tail, v[:, :, t, None]], dim=2)[:, :, 1:]
-        state = GroupState(
-            memory=torch.where(full, state.memory + added, state.memory),
-            keys=torch.where(full, torch.zeros_like(open_keys), open_keys),
-            values=torch.where(full, torch.zeros_like(open_values), open_values),
-            tail=torch.where(here[:, None, None, None], tail, state.tail),
-            length=length,
-        )
-    return state
+        wide = memory.dtype
+        added = keys[..., features:].to(wide).transpose(-1, -2) @ values.to(wide)
+        memory = torch.where(full, memory + added, memory)
+        keys = torch.where(full, 0, keys)
+        values = torch.where(full, 0, values)
+    for old, new in zip(
+        state.tensors().values(), (memory, keys, values, tail, length), strict=True
+    ):
+        old.copy_(new)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -97,24 +104,16 @@ def unit(x: Tensor) -> Tensor:
     return (x * safe.rsqrt()).to(x.dtype)
 
 
-def ancestors(parents: Tensor) -> Tensor:
-    """[B, N] parents to [B, N, N]: is m an ancestor of n, or n itself?"""
-    num_nodes = parents.shape[1]
-    nodes = torch.arange(num_nodes, device=parents.device)
-    reach = (parents[:, :, None] == nodes) | (nodes[:, None] == nodes)
-    for _ in range(max(num_nodes - 1, 1).bit_length()):  # paths of length 1, 2, 4, …
-        reach = (reach.float() @ reach.float()) > 0
-    return reach
-
-
-def empty_state(k: Tensor, v: Tensor, *, group: int, taps: Tensor | None) -> GroupState:
+def empty_state(k: Tensor, v: Tensor, *, form: Form, taps: Tensor | None) -> GroupState:
     """The state before the first token, for keys and values of these shapes."""
     return GroupState.empty(
         k.shape[0],
         heads=k.shape[1],
+        features=form.features,
         key_width=k.shape[3],
         value_width=v.shape[3],
-        group=group,
+        tail_width=v.shape[3],
+        group=form.group,
         taps=1 if taps is None else taps.shape[1],
         dtype=k.dtype,
         device=k.device,
@@ -128,40 +127,68 @@ def _attend(
     positions: Tensor,  # [B, T]
     visible: Tensor,  # [B, T, T]: does token t see token j?
     *,
+    form: Form,
     alpha: Tensor | None,
     taps: Tensor | None,
-    group: int,
     state: GroupState,
 ) -> Tensor:
+    num_tokens, group = q.shape[2], form.group
     repeats = q.shape[1] // k.shape[1]
-    q, k = unit(q), unit(k)
     start = state.length // group * group  # B, first position of the open group
     slots = start[:, None] + torch.arange(group, device=q.device)  # B G
     before = slots[:, None, :] < state.length[:, None, None]
     key_positions = torch.cat([slots, positions], dim=1)[:, None, :]  # B 1 G+T
-    seen = torch.cat([before.expand(-1, q.shape[2], -1), visible], dim=2)  # B T G+T
+    seen = torch.cat([before.expand(-1, num_tokens, -1), visible], dim=2)  # B T G+T
     same = seen & (key_positions // group == positions[:, :, None] // group)
     earlier = seen & ~same
 
     keys = torch.cat([state.keys, k], dim=2).repeat_interleave(repeats, dim=1)
     values = torch.cat([state.values, v], dim=2).repeat_interleave(repeats, dim=1)
-    scores = q @ keys.transpose(-1, -2)  # B H T G+T
-    weights = scores.relu().square() * same[:, None]
-    if alpha is not None:
-        weights = weights + alpha[:, None, None] * scores * earlier[:, None]
-    out = weights @ values
-    if alpha is not None:
-        memory = state.memory.repeat_interleave(repeats, dim=1)
-        past = (q.to(memory.dtype) @ memory).to(q.dtype)
-        out = out + alpha[:, None, None] * past
-    if taps is not None:
-        num_tail = state.taps - 1
-        tail = state.length[:, None] - num_tail + torch.arange(num_tail, device=q.device)
-        value_positions = torch.cat([tail, positions], dim=1)[:, None, :]
-        lag = positions[:, :, None] - value_positions  # B T M-1+T
-        seen = torch.cat([(tail >= 0)[:, None, :].expand(-1, q.shape[2], -1), visible], dim=2)
-        inside = seen & (lag >= 0) & (lag < taps.shape[1])
-        weights = taps[:, lag.clamp(0, taps.shape[1] - 1)].transpose(0, 1) * inside[:, None]
-        values = torch.cat([state.tail, v], dim=2).repeat_interleave(repeats, dim=1)
-        out = out + weights @ values
-    return out
+    memory = state.memory.repeat_interleave(repeats, dim=1)
+    if form.inside == "slots":
+        return _slots(q, keys, values, seen, memory)
+    num_features, width = form.features, q.shape[3]
+    inside = width - num_features if width > num_features else width
+    local = q[..., :inside] @ keys[..., :inside].transpose(-1, -2)  # B H T G+T
+    scale = q.new_ones(q.shape[1], 1, 1) if alpha is None else alpha[:, None, None]
+    features = scale * q[..., width - num_features :]
+    across = features @ keys[..., width - num_features :].transpose(-1, -2)
+    weights = _inside(form.inside, local, across, same[:, None]) + across * earlier[:, None]
+    out = weights @ values + (features.to(memory.dtype) @ memory).to(q.dtype)
+    if taps is None:
+        return out
+    num_tail = state.tail.shape[2]
+    tail = state.length[:, None] - num_tail + torch.arange(num_tail, device=q.device)
+    value_positions = torch.cat([tail, positions], dim=1)[:, None, :]
+    seen = torch.cat([(tail >= 0)[:, None, :].expand(-1, num_tokens, -1), visible], dim=2)
+    column = positions[:, :, None] - value_positions  # B T M-1+T
+    column = column if form.causal else column + taps.shape[1] // 2
+    reached = seen & (column >= 0) & (column < taps.shape[1])
+    weights = taps[:, column.clamp(0, taps.shape[1] - 1)].transpose(0, 1) * reached[:, None]
+    return out + weights @ torch.cat([state.tail, v], dim=2).repeat_interleave(repeats, dim=1)
+
+
+def _inside(kind: str, local: Tensor, across: Tensor, same: Tensor) -> Tensor:
+    """Weights of the pairs in one group."""
+    if kind == "none":
+        return torch.zeros_like(local)
+    if kind == "linear":
+        return across * same
+    if kind == "relu2":
+        return local.relu().square() * same
+    if kind == "laplace":
+        return torch.erf((local - 0.5**0.5) * (2 * torch.pi) ** 0.5).add(1) / 2 * same
+    lowest = torch.finfo(local.dtype).min
+    largest = local.masked_fill(~same, lowest).amax(-1, keepdim=True)
+    return torch.where(same, local - largest, lowest).exp()
+
+
+def _slots(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, memory: Tensor) -> Tensor:
+    """Linformer's two sums, a memory for every token."""
+    seen = seen[:, None].to(keys.dtype)
+    tokens = torch.einsum("bhjr,bhju->bhjru", keys, values)
+    memories = torch.einsum("bxtj,bhjru->bhtru", seen, tokens) + memory[:, :, None]
+    width = q.shape[3]
+    picks = torch.einsum("bhtd,bhtrd->bhtr", q.to(memories.dtype), memories[..., :width])
+    answers = torch.einsum("bhtr,bhtru->bhtu", picks.softmax(-1), memories[..., width:])
+    return answers.to(q.dtype)

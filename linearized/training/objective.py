@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError
-from linearized.models import attention_modules
+from linearized.models import linear_modules
 
 
 class Objective(nn.Module):
@@ -56,7 +56,8 @@ class Transfer(Objective):
     needs_teacher = True
 
     def trained(self) -> list[nn.Parameter]:
-        return [p for module in attention_modules(self.student) for p in module.parameters()]
+        modules = linear_modules(self.student).values()
+        return [p for module in modules for p in module.parameters()]
 
     def forward(self, tokens: Tensor) -> Tensor:
         calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
@@ -66,9 +67,10 @@ class Transfer(Objective):
         ) -> None:
             calls.append((args, kwargs, output[0]))
 
+        students = linear_modules(self.student)
         hooks = [
-            module.register_forward_hook(record, with_kwargs=True)
-            for module in attention_modules(self.teacher)
+            self.teacher.get_submodule(name).register_forward_hook(record, with_kwargs=True)
+            for name in students
         ]
         try:
             with torch.no_grad():
@@ -77,9 +79,7 @@ class Transfer(Objective):
             for hook in hooks:
                 hook.remove()
         losses = []
-        for module, (args, kwargs, wanted) in zip(
-            attention_modules(self.student), calls, strict=True
-        ):
+        for module, (args, kwargs, wanted) in zip(students.values(), calls, strict=True):
             given = module(*args, **{**kwargs, "attention_mask": None})[0]
             wanted = wanted.float()
             losses.append(F.mse_loss(given.float(), wanted) / wanted.square().mean())

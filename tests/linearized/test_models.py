@@ -311,7 +311,7 @@ def test_errors_name_the_value(linear, llama, tmp_path):
             use_sliding_window=True, max_window_layers=1, sliding_window=16,
         )  # fmt: skip
         linearized.linearize(transformers.Qwen2ForCausalLM(mistral), config)
-    with pytest.raises(ConfigError, match="'groupd'.*grouped, local"):
+    with pytest.raises(ConfigError, match="'groupd'.*grouped, hedgehog"):
         linearized.LinearConfig(attention="groupd")
     with pytest.raises(ConfigError, match="group must be.*0"):
         linearized.LinearConfig(attention="grouped", group=0)

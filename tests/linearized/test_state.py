@@ -33,7 +33,7 @@ def test_bytes_round_trip(linear):
         lambda blob: b"",
         lambda blob: b"hello",
         lambda blob: blob[: len(blob) // 2],
-        lambda blob: blob.replace(b"linearized-state/1", b"linearized-state/9"),
+        lambda blob: blob.replace(b"linearized-state/2", b"linearized-state/9"),
         lambda blob: b"\x80\x04K\x01." + blob,
         lambda blob: (1 << 62).to_bytes(8, "little") + blob[8:],
     ],

@@ -1,0 +1,121 @@
+"""The walk over a sequence in segments of some chunks, which fit the processor's caches, carrying
+the memory from one to the next. Its gradient walks back and computes each segment again, so that
+training keeps no more than the inputs and a memory a segment.
+
+B batch, H query heads, K key/value heads, S slots of the grid (see `grid.py`), X width of queries
+and keys, F of features, U of values, C chunks, M taps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linearized.ops.cpu.segment import Walk, attend_segment
+from linearized.ops.form import Form
+
+
+def scan(
+    q: Tensor,  # [B, H, S, X]
+    k: Tensor,  # [B, K, S, X]
+    v: Tensor,  # [B, K, S, U]
+    *,
+    form: Form,
+    unit: bool,  # divide queries and keys by their norms first
+    alpha: Tensor | None,  # [H]
+    taps: Tensor | None,  # [H, M]; not causal: [H, 2M-1]
+    memory: Tensor | None,  # [B, K, F, U], before slot 0
+    before: Tensor | None,  # [B, K, M-1, U], values before slot 0
+    start: Tensor | None,  # [B, C], first chunk of a chunk's document
+    valid: Tensor | None = None,  # [B, S], for softmax in both directions
+) -> Tensor:
+    """Outputs [B, H, S, U] of the tokens on a grid."""
+    walk = Walk.of(q, k, v, form=form, unit=unit, taps=taps, start=start, valid=valid)
+    if memory is None:
+        wide = torch.promote_types(k.dtype, torch.float32)
+        memory = k.new_zeros(*k.shape[:2], form.features, v.shape[3], dtype=wide)
+    if before is None:
+        before = v.new_zeros(*v.shape[:2], walk.num_tail, v.shape[3])
+    out: Tensor = _Scan.apply(walk, q, k, v, alpha, taps, memory, before)
+    return out
+
+
+class _Scan(torch.autograd.Function):
+    """The walk, forwards; and back, computing each segment again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        walk: Walk,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alpha: Tensor | None,
+        taps: Tensor | None,
+        memory: Tensor,
+        before: Tensor,
+    ) -> Tensor:
+        memories = [memory]
+        out = v.new_empty(*q.shape[:3], _out_width(walk.form, q, v))
+        for first, last in walk.segments():
+            part = slice(first * walk.chunk, last * walk.chunk)
+            past = _past(v, before, part.start, walk.num_tail)
+            out[:, :, part], memory = attend_segment(
+                q[:, :, part], k[:, :, part], v[:, :, part], alpha, taps, memory, past, walk, first
+            )
+            memories.append(memory)
+        ctx.walk = walk
+        ctx.save_for_backward(q, k, v, alpha, taps, before, *memories)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        walk: Walk = ctx.walk
+        q, k, v, alpha, taps, before, *memories = ctx.saved_tensors
+        whole = {"q": q, "k": k, "v": v, "alpha": alpha, "taps": taps, "past": before}
+        to = {name: torch.zeros_like(x) for name, x in whole.items() if x is not None}
+        to_memory = torch.zeros_like(memories[-1])
+        for index, (first, last) in reversed(list(enumerate(walk.segments()))):
+            part = slice(first * walk.chunk, last * walk.chunk)
+            inputs = {"memory": memories[index], "alpha": alpha, "taps": taps}
+            inputs |= {"past": _past(v, before, part.start, walk.num_tail)}
+            inputs |= {"q": q[:, :, part], "k": k[:, :, part], "v": v[:, :, part]}
+            leaves = {n: x.detach().requires_grad_() for n, x in inputs.items() if x is not None}
+            with torch.enable_grad():
+                ends = attend_segment(**{**inputs, **leaves}, walk=walk, first=first)
+            grads = torch.autograd.grad(
+                ends, list(leaves.values()), (grad[:, :, part], to_memory), materialize_grads=True
+            )
+            found = dict(zip(leaves, grads, strict=True))
+            to_memory = found.pop("memory")
+            _add_past(to["v"], to["past"], found.pop("past"), part.start)
+            for name, piece in found.items():
+                target = to[name] if name in ("alpha", "taps") else to[name][:, :, part]
+                target += piece
+        order = ("q", "k", "v", "alpha", "taps")
+        return None, *(to.get(name) for name in order), to_memory, to["past"]
+
+
+def _past(v: Tensor, before: Tensor, slot: int, num_tail: int) -> Tensor:
+    """The M-1 values before a slot."""
+    own = v[:, :, max(slot - num_tail, 0) : slot]
+    missing = num_tail - own.shape[2]
+    if not missing:
+        return own
+    return torch.cat([before[:, :, before.shape[2] - missing :], own], dim=2)
+
+
+def _add_past(to_v: Tensor, to_before: Tensor, piece: Tensor, slot: int) -> None:
+    """Give the gradient of `_past` to what it was made of."""
+    own = min(slot, piece.shape[2])
+    missing = piece.shape[2] - own
+    to_v[:, :, slot - own : slot] += piece[:, :, missing:]
+    to_before[:, :, to_before.shape[2] - missing :] += piece[:, :, :missing]
+
+
+def _out_width(form: Form, q: Tensor, v: Tensor) -> int:
+    return v.shape[3] - q.shape[3] if form.inside == "slots" else v.shape[3]

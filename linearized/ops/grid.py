@@ -1,0 +1,120 @@
+"""Where tokens go on the grid of groups. Knows positions, padding and documents; knows nothing of
+what keys and values mean.
+
+A token's slot is its position less that of the open group's first token, so that slot // G is its
+group; a document begins on a group's first slot. Slots without a token hold zeros, which weigh
+nothing. B batch, T tokens, C groups, G group size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The layout of T tokens a row, and how to go there and back."""
+
+    num_tokens: int
+    num_slots: int
+    slots: Tensor | None = None
+    """[B, T]; None: token t is in slot t."""
+    offset: Tensor | None = None
+    """[B], tokens already in the open group; None: none."""
+    start: Tensor | None = None
+    """[B, C], first group of the document that a group belongs to; None: one document."""
+
+    @classmethod
+    def of(
+        cls,
+        num_tokens: int,
+        group: int,
+        *,
+        length: Tensor | None = None,  # [B], tokens before these
+        mask: Tensor | None = None,  # [B, T]
+        segments: Tensor | None = None,  # [B, T]
+    ) -> Grid:
+        """A token where `mask` is not False; a new document where `segments` changes."""
+        if segments is not None:
+            return _documents(group, segments, mask)
+        offset = None
+        if length is not None and group > 1 and bool((length % group).any()):
+            offset = length % group
+        if mask is None and offset is None:
+            return cls(num_tokens, num_tokens)
+        if mask is None:
+            assert length is not None
+            ranks = torch.arange(num_tokens, device=length.device).expand(len(length), -1)
+        else:
+            ranks = mask.long().cumsum(1) - 1
+        slots = ranks
+        num_slots = -(-num_tokens // group) * group
+        if offset is not None:  # the open group's tokens come first
+            slots = ranks + offset[:, None]
+            num_slots = -(-(num_tokens + group - 1) // group) * group
+        if mask is not None:  # no token: to a slot beyond the grid, which is cut off
+            slots = torch.where(mask.bool(), slots, num_slots)
+        return cls(num_tokens, num_slots, slots, offset)
+
+    def place(self, x: Tensor) -> Tensor:
+        """[B, K, T, X] to [B, K, S, X]."""
+        if self.slots is None:
+            return x
+        index = self.slots[:, None, :, None].expand_as(x)
+        placed = x.new_zeros(*x.shape[:2], self.num_slots + 1, x.shape[3])
+        return placed.scatter(2, index, x)[:, :, :-1]
+
+    def prepend(self, placed: Tensor, open_group: Tensor) -> Tensor:
+        """Add the open group's slots; they are zero where the new tokens lie."""
+        if self.offset is None:
+            return placed
+        return placed + F.pad(open_group, (0, 0, 0, placed.shape[2] - open_group.shape[2]))
+
+    def before(self, tail: Tensor) -> Tensor:
+        """The M-1 values before slot 0, as far as the new tokens reach, from the last M-1."""
+        if self.offset is None:
+            return tail
+        index = torch.arange(tail.shape[2], device=tail.device) - self.offset[:, None]
+        return gather(tail, index.clamp(min=0)) * (index >= 0)[:, None, :, None]
+
+    def valid(self, rows: int, device: torch.device) -> Tensor:
+        """[B, S], is there a new token in this slot?"""
+        ones = torch.ones(rows, 1, self.num_tokens, 1, device=device)
+        return self.place(ones)[:, 0, :, 0] > 0
+
+    def take(self, x: Tensor) -> Tensor:
+        """[B, H, S, X] back to [B, H, T, X]; zero where there is no token."""
+        if self.slots is None:
+            return x
+        return gather(F.pad(x, (0, 0, 0, 1)), self.slots)
+
+
+def gather(x: Tensor, slots: Tensor) -> Tensor:
+    """[B, K, S, X] at [B, J] slots: [B, K, J, X]."""
+    index = slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index)
+
+
+def _documents(group: int, segments: Tensor, mask: Tensor | None) -> Grid:
+    """Each document on groups of its own."""
+    rows, num_tokens = segments.shape
+    kept = torch.ones_like(segments, dtype=torch.bool) if mask is None else mask.bool()
+    changes = segments[:, 1:] != segments[:, :-1]
+    document = F.pad(changes.long().cumsum(1), (1, 0))  # B T
+    lengths = torch.zeros_like(segments, dtype=torch.int64)  # B T, of documents
+    lengths = lengths.scatter_add(1, document, kept.long())
+    groups = (lengths + group - 1) // group
+    ends = groups.cumsum(1)
+    begins = F.pad(ends[:, :-1], (1, 0))
+    starts = F.pad(lengths.cumsum(1)[:, :-1], (1, 0))  # in tokens
+    ranks = kept.long().cumsum(1) - 1 - starts.gather(1, document)
+    num_groups = int(ends[:, -1].max())
+    slots = begins.gather(1, document) * group + ranks
+    slots = torch.where(kept, slots, num_groups * group)
+    columns = torch.arange(num_groups, device=segments.device).expand(rows, -1).contiguous()
+    owner = torch.searchsorted(ends, columns, right=True).clamp(max=num_tokens - 1)
+    return Grid(num_tokens, num_groups * group, slots, None, begins.gather(1, owner))

@@ -1,0 +1,73 @@
+"""How the nodes of token trees lie to each other and to the state. Knows parents and positions;
+knows nothing of keys and values.
+
+B batch, N tree nodes, G group size, M convolution taps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearized.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The same for every layer, so worked out once a pass."""
+
+    positions: Tensor
+    """[B, N], in the sequence."""
+    same: Tensor
+    """[B, N, G+N], does the node see this key in its own group? Keys in the order open group's
+    slots, nodes; an empty slot is seen by nobody."""
+    earlier: Tensor
+    """[B, N, G+N], does the node see this key in an earlier group?"""
+    lags: Tensor
+    """[B, N, M-1+N], tokens back to each stored value and each node; M: out of reach."""
+
+    @classmethod
+    def of(cls, parents: Tensor, length: Tensor, *, group: int, taps: int) -> Nodes:
+        """`parents` [B, N], `length` [B], `taps` the number M (1 without a convolution)."""
+        visible = ancestors(parents)  # B N N
+        positions = length[:, None] + visible.sum(-1) - 1  # B N
+        groups = positions // group
+        slots = torch.arange(group, device=parents.device)
+        filled = (slots < (length % group)[:, None])[:, None]  # B 1 G
+        here = (groups == (length // group)[:, None])[:, :, None]  # B N 1
+        same = visible & (groups[:, :, None] == groups[:, None, :])
+        back = torch.arange(taps - 1, 0, -1, device=parents.device)  # of stored values, to length
+        to_tail = (positions - length[:, None])[:, :, None] + back
+        to_nodes = torch.where(visible, positions[:, :, None] - positions[:, None, :], taps)
+        return cls(
+            positions=positions,
+            same=torch.cat([filled & here, same], dim=2),
+            earlier=torch.cat([filled & ~here, visible & ~same], dim=2),
+            lags=torch.cat([to_tail, to_nodes], dim=2).clamp(max=taps),
+        )
+
+
+def ancestors(parents: Tensor) -> Tensor:
+    """[B, N] parents to [B, N, N]: is m an ancestor of n, or n itself?"""
+    num_nodes = parents.shape[1]
+    nodes = torch.arange(num_nodes, device=parents.device)
+    reach = (parents[:, :, None] == nodes) | (nodes[:, None] == nodes)
+    for _ in range(max(num_nodes - 1, 1).bit_length()):  # paths of length 1, 2, 4, …
+        reach = (reach.float() @ reach.float()) > 0
+    return reach
+
+
+def check_parents(parents: Tensor, batch: int, num_nodes: int) -> None:
+    """Raises ConfigError unless every parent stands before its child."""
+    if parents.shape != (batch, num_nodes):
+        raise ConfigError(
+            f"parents must be [batch, nodes] = {[batch, num_nodes]}, got {list(parents.shape)}"
+        )
+    nodes = torch.arange(num_nodes, device=parents.device)
+    if bool(((parents >= nodes) | (parents < -1)).any()):
+        raise ConfigError(
+            "every tree node needs a parent that stands before it, or -1 for a child of the last "
+            f"token, got parents {parents.tolist()}"
+        )
