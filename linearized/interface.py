@@ -57,7 +57,7 @@ def attach(model: PreTrainedModel, config: LinearConfig) -> None:
     for part in model.modules():  # which of them a head calls differs from model to model
         if not isinstance(part, PreTrainedModel):
             continue
-        if not getattr(part.config, "is_encoder_decoder", False):  # its decoder has them
+        if not _has_decoder(part):  # which then has them
             part.register_forward_pre_hook(_before_forward, with_kwargs=True)
             part.register_forward_hook(_after_forward, with_kwargs=True)
         setattr(part.config, NAME, config.to_dict())
@@ -396,6 +396,12 @@ def _after_forward(
     if step.encoding:
         step.remember()
         cache.encoded = True
+
+
+def _has_decoder(model: PreTrainedModel) -> bool:
+    """Is it an encoder-decoder model, rather than one of its two stacks?"""
+    stacks = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    return bool(getattr(model.config, "is_encoder_decoder", False) and stacks)
 
 
 def _takes_positions(module: nn.Module) -> bool:

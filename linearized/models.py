@@ -251,7 +251,7 @@ def _refuse_unsupported(model: PreTrainedModel, config: LinearConfig) -> None:
     name = type(model).__name__
     if getattr(model.config, NAME, None):
         raise ModelError(f"this {name} is linearized already")
-    if not getattr(model, "_supports_attention_backend", False):
+    if not model._can_set_attn_implementation():
         raise ModelError(
             f"{name} cannot be linearized: its attention does not go through transformers' "
             "AttentionInterface"

@@ -160,7 +160,7 @@ class DecodeState:
         in place; the length is a copy."""
         stacked = self.layers.tensors()
         length = stacked.pop("length").repeat(self.num_layers)
-        rows = {n: t.view(-1, *t.shape[2:]) for n, t in stacked.items()}
+        rows = {n: t.view(t.shape[0] * t.shape[1], *t.shape[2:]) for n, t in stacked.items()}
         return GroupState(**rows, length=length)
 
     def clone(self) -> DecodeState:

@@ -89,7 +89,7 @@ class LinearAttention(nn.Module):
         self, q: Tensor, k: Tensor, keys: Tensor, values: Tensor, scaling: float, **where: Any
     ) -> Tensor:
         """The operator's sums, [B, H, T, U]."""
-        return ops.linear_attention(
+        sums = ops.linear_attention(
             self.queries(q, scaling),
             keys,
             values,
@@ -99,6 +99,19 @@ class LinearAttention(nn.Module):
             backend=self.backend,
             **where,
         )
+        return self.with_gradient(sums, q, k, values, where["mask"], where["segments"])
+
+    def with_gradient(
+        self,
+        sums: Tensor,
+        q: Tensor,
+        k: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """The same sums, with another gradient where they have none that is of use."""
+        return sums
 
     def leave(self, sums: Tensor) -> Tensor:
         """The operator's sums [B, H, T, U] to outputs [B, H, T, E]."""
@@ -186,6 +199,7 @@ class CrossAttention(nn.Module):
         variant = self.variant
         features = variant.form.features
         scaling = variant.place.width**-0.5 if scaling is None else scaling
+        reading = memory is None
         if memory is None:
             keys, values = variant.tokens(k, v, scaling, _positions(k, None, mask, None, None))
             memory = ops.remember(keys[..., keys.shape[-1] - features :], values, mask)
@@ -194,6 +208,8 @@ class CrossAttention(nn.Module):
             sums = ops.pick(queries, memory)
         else:
             sums = ops.recall(queries[..., queries.shape[-1] - features :], memory, variant.scale())
+        if reading:
+            sums = variant.with_gradient(sums, q, k, values, mask)
         return variant.leave(sums).to(v.dtype), memory
 
     def empty_memory(self, *leading: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -60,9 +60,10 @@ class ReluAttention(KernelAttention):
 class PerformerAttention(KernelAttention):
     """FAVOR+: positive random features whose inner product is exp(scaling · q·k) in expectation.
     Source: Choromanski et al., "Rethinking Attention with Performers", 2021. The rows of ω are
-    orthogonal in blocks of D, of norm √D (their SMREG). Their stabiliser, a maximum over the
-    sequence, would let the future leak into the past; ours is a constant for keys, and a maximum
-    over a query's own features, which the quotient cancels."""
+    orthogonal in blocks of D, with norms of normal vectors. Their stabiliser, a maximum over the
+    sequence, would let the future leak into the past. Here it is a constant of each feature, which
+    keys lack and queries have in addition, and the maximum over a query's own features, which the
+    quotient cancels."""
 
     least = 1e-30
     omega: Tensor
@@ -70,21 +71,28 @@ class PerformerAttention(KernelAttention):
 
     def prepare(self, config: LinearConfig, place: Place) -> int:
         width, blocks = place.width, -(-config.features // place.width)
-        orthogonal = torch.linalg.qr(self.drawn(config.seed, blocks, width, width)).Q
-        omega = width**0.5 * orthogonal.reshape(-1, width)[: config.features]
+        normal = self.drawn(config.seed, 2, blocks, width, width)
+        q, r = torch.linalg.qr(normal[0])
+        uniform = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # no direction is favoured
+        omega = (uniform * normal[1].norm(dim=-1, keepdim=True)).reshape(-1, width)[
+            : config.features
+        ]
         self.register_buffer("omega", self.placed(omega))
-        self.shift = max(width / 2 - 40.0, 0.0)  # no exponent of a key is above D/2
         return config.features
 
     def queries(self, q: Tensor, scaling: float) -> Tensor:
-        exponents = self._exponents(q, scaling)
+        exponents = self._exponents(q, scaling) + self._shift()
         return (exponents - exponents.amax(-1, keepdim=True).detach()).exp()
 
     def tokens(
         self, k: Tensor, v: Tensor, scaling: float, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        features = (self._exponents(k, scaling) - self.shift).exp() * self.num_features**-0.5
-        return features, with_ones(widen(v))
+        features = (self._exponents(k, scaling) - self._shift()).exp()
+        return features * self.num_features**-0.5, with_ones(widen(v))
+
+    def _shift(self) -> Tensor:
+        """[F]. No exponent of a key is above ‖ω‖²/2; e^40 leaves room for long sums."""
+        return (self.omega.square().sum(-1) / 2 - 40).clamp(min=0)
 
     def _exponents(self, x: Tensor, scaling: float) -> Tensor:
         x = widen(x) * scaling**0.5

@@ -35,6 +35,7 @@ class YosoAttention(KernelAttention):
     def prepare(self, config: LinearConfig, place: Place) -> int:
         planes = self.drawn(config.seed, config.hashes, config.bits, place.width)
         self.register_buffer("planes", self.placed(planes))
+        self.least = 1 / config.hashes  # the weight of a single collision
         return config.hashes << config.bits
 
     def features(self, x: Tensor) -> Tensor:
@@ -45,16 +46,23 @@ class YosoAttention(KernelAttention):
         one_hot = F.one_hot(buckets, 1 << bits).flatten(-2)
         return one_hot.to(x.dtype) * hashes**-0.5
 
-    def sums(
-        self, q: Tensor, k: Tensor, keys: Tensor, values: Tensor, scaling: float, **where: Any
+    def with_gradient(
+        self,
+        sums: Tensor,
+        q: Tensor,
+        k: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
-        sums = super().sums(q, k, keys, values, scaling, **where)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            q, k = ops.unit(widen(q)), ops.unit(widen(k))
-            sums = sums + _Expectation.apply(
-                q, k, values, self.planes.shape[1], self.causal, where["mask"], where["segments"]
-            )
-        return sums
+        if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+            return sums
+        q, k = ops.unit(widen(q)), ops.unit(widen(k))
+        bits = self.planes.shape[1]
+        nothing: Tensor = _Expectation.apply(q, k, values, bits, self.causal, mask, segments)
+        if mask is not None and self.place.kind != "cross":
+            nothing = nothing * mask.bool()[:, None, :, None]
+        return sums + nothing
 
 
 class _Expectation(torch.autograd.Function):
@@ -85,7 +93,7 @@ class _Expectation(torch.autograd.Function):
         for start in range(0, q.shape[2], BLOCK):
             rows = slice(start, start + BLOCK)
             cosine = q[:, :, rows] @ keys.transpose(-1, -2)
-            slope = _slope(cosine, ctx.bits) * _seen(q, rows, ctx.causal, mask, segments)
+            slope = _slope(cosine, ctx.bits) * _seen(k, rows, ctx.causal, mask, segments)
             slope = slope * (grad[:, :, rows] @ values.transpose(-1, -2))
             to_q[:, :, rows] = slope @ keys
             to_k += slope.transpose(-1, -2) @ q[:, :, rows]
@@ -101,14 +109,13 @@ def _slope(cosine: Tensor, bits: int) -> Tensor:
 
 
 def _seen(
-    q: Tensor, rows: slice, causal: bool, mask: Tensor | None, segments: Tensor | None
+    k: Tensor, rows: slice, causal: bool, mask: Tensor | None, segments: Tensor | None
 ) -> Tensor:
-    """[B or 1, 1, block, T], does the query see the key?"""
-    columns = torch.arange(q.shape[2], device=q.device)
-    seen = columns <= columns[rows, None] if causal else torch.ones_like(columns[rows, None] == 0)
-    seen = seen[None]
+    """[B or 1, 1, block or 1, T], does the query, if it is a token, see the key?"""
+    columns = torch.arange(k.shape[2], device=k.device)
+    seen = (columns <= columns[rows, None])[None] if causal else (columns >= 0)[None, None]
     if mask is not None:
-        seen = seen & mask.bool()[:, None, :] & mask.bool()[:, rows, None]
+        seen = seen & mask.bool()[:, None, :]
     if segments is not None:
         documents = F.pad((segments[:, 1:] != segments[:, :-1]).long().cumsum(1), (1, 0))
         seen = seen & (documents[:, rows, None] == documents[:, None, :])

@@ -107,7 +107,7 @@ def attend_segment(
     kv_heads, chunks = k.shape[1], padded // chunk
 
     def chunked(x: Tensor) -> Tensor:  # [B, H or K, C·G, X] -> [B, K, R or 1, C, G, X]
-        return x.reshape(batch, kv_heads, -1, chunks, chunk, x.shape[-1])
+        return x.reshape(batch, kv_heads, x.shape[1] // kv_heads, chunks, chunk, x.shape[-1])
 
     queries, keys, values = chunked(q), chunked(k), chunked(v)
     features = keys[..., keys.shape[-1] - form.features :]

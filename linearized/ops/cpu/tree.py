@@ -35,12 +35,12 @@ def attend_tree(
     values = torch.cat([state.values, v], dim=2)
 
     def mixed(weights: Tensor, values: Tensor) -> Tensor:  # [B, H, N, J] of [B, K, J, U]
-        rows = weights.reshape(batch, kv_heads, -1, weights.shape[3])
+        rows = weights.reshape(batch, kv_heads, heads // kv_heads * num_nodes, weights.shape[3])
         return (rows @ values).view(batch, heads, num_nodes, -1)
 
     if form.inside == "slots":
         return _tree_slots(q, keys, values, nodes, state.memory, mixed)
-    queries = q.reshape(batch, kv_heads, -1, width)  # B K R·N X
+    queries = q.reshape(batch, kv_heads, heads // kv_heads * num_nodes, width)
     features = queries[..., width - num_features :]
     scale = None if alpha is None else alpha[:, None, None]
     inside = width - num_features or width
