@@ -11,6 +11,7 @@ attention; `linear_attention` is the operator beneath, which takes any `Form`. D
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -243,7 +244,7 @@ def convolve(
             tail=state.tail,
             length=state.length,
         )
-    form = CONVOLUTION if causal else Form(group=1, inside="none", features=0, causal=False)
+    form = replace(CONVOLUTION, causal=causal)
     return linear_attention(
         empty,
         empty[:, : v.shape[1]],
@@ -349,6 +350,8 @@ def _check(
         raise ConfigError(f"alpha must be [heads] = [{q.shape[1]}], got {list(alpha.shape)}")
     if taps is not None and (taps.ndim != 2 or taps.shape[0] != q.shape[1]):
         raise ConfigError(f"taps must be [heads, M], heads = {q.shape[1]}, got {list(taps.shape)}")
+    if form == replace(CONVOLUTION, causal=form.causal) and taps is None:
+        raise ConfigError("no pair weighs anything, there is no memory, and there are no taps")
     if taps is not None and not form.causal and taps.shape[1] % 2 == 0:
         raise ConfigError(f"taps in both directions are [heads, 2M-1], got {list(taps.shape)}")
     if state is None:

@@ -112,7 +112,7 @@ def _documents(group: int, segments: Tensor, mask: Tensor | None) -> Grid:
     begins = F.pad(ends[:, :-1], (1, 0))
     starts = F.pad(lengths.cumsum(1)[:, :-1], (1, 0))  # in tokens
     ranks = kept.long().cumsum(1) - 1 - starts.gather(1, document)
-    num_groups = int(ends[:, -1].max())
+    num_groups = max(int(ends[:, -1].max()), 1)
     slots = begins.gather(1, document) * group + ranks
     slots = torch.where(kept, slots, num_groups * group)
     columns = torch.arange(num_groups, device=segments.device).expand(rows, -1).contiguous()
