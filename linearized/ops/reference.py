@@ -99,9 +99,10 @@ def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -
 
 def unit(x: Tensor) -> Tensor:
     """x/‖x‖ over the last dimension; a zero vector stays zero, with a finite gradient."""
-    squared = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)
-    safe = torch.where(squared > 0, squared, torch.ones_like(squared))
-    return (x * safe.rsqrt()).to(x.dtype)
+    norm = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    return (x / torch.where(norm > 0, norm, 1)).to(x.dtype)
 
 
 def empty_state(k: Tensor, v: Tensor, *, form: Form, taps: Tensor | None) -> GroupState:

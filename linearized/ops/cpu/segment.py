@@ -7,7 +7,6 @@ of values, G chunk size, C chunks of the segment, M taps.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from linearized.ops.reference import unit
 
 CHUNK = 64
 """Chunk size where groups make no difference."""
-SEGMENT = 1 << 14
+SEGMENT = 1 << 12
 """Rows of queries (batch × heads × slots) in a segment."""
 
 
@@ -58,7 +57,7 @@ class Walk:
         if form.causal:
             rows = q.shape[0] * q.shape[1]
             memories = k.shape[0] * k.shape[1] * form.features * v.shape[3]
-            fits = min(SEGMENT // (rows * chunk), 256 * SEGMENT // max(memories, 1), 64)
+            fits = min(SEGMENT // (rows * chunk), 1024 * SEGMENT // max(memories, 1), 64)
             step = max(fits, 1)
         num_taps = 1 if taps is None else taps.shape[1]
         num_tail = num_taps - 1 if form.causal else num_taps // 2
@@ -105,74 +104,101 @@ def attend_segment(
         q, k = unit(q), unit(k)
     batch, heads, padded, _ = q.shape
     kv_heads, chunks = k.shape[1], padded // chunk
+    repeats = heads // kv_heads
 
-    def chunked(x: Tensor) -> Tensor:  # [B, H or K, C·G, X] -> [B, K, R or 1, C, G, X]
-        return x.reshape(batch, kv_heads, x.shape[1] // kv_heads, chunks, chunk, x.shape[-1])
+    def chunked(x: Tensor) -> Tensor:  # [B, K, C·G, X] -> [B, K, C, G, X]
+        return x.contiguous().view(batch, kv_heads, chunks, chunk, x.shape[-1])
 
-    queries, keys, values = chunked(q), chunked(k), chunked(v)
+    # [B, H, C·G, X] -> [B, K, C, R·G, X]: the queries of a key/value head in one product
+    queries = q.reshape(batch, kv_heads, repeats, chunks, chunk, q.shape[-1]).transpose(2, 3)
+    queries = queries.reshape(batch, kv_heads, chunks, repeats * chunk, q.shape[-1])
+    keys, values = chunked(k), chunked(v)
     features = keys[..., keys.shape[-1] - form.features :]
     memories, memory = _memories(features, values, memory, walk, first)
     if form.inside == "slots":
         out = _slots(queries, features, values, memories, form.causal)
-        return out.reshape(batch, heads, padded, -1)[:, :, :num_slots], memory
-
-    scaled = queries[..., queries.shape[-1] - form.features :]
-    if alpha is not None and form.features:
-        scaled = scaled * alpha.view(kv_heads, -1, 1, 1, 1)
-    weights = _inside(queries, keys, scaled, features, walk, first)
-    near = far = None
-    if taps is not None:
-        near, far = _toeplitz(taps.view(kv_heads, -1, 1, taps.shape[1]), chunk, form.causal)
-        weights = near if weights is None else weights + near
-    parts = []
-    if weights is not None:
-        parts.append(weights @ values)
-    if form.features:
-        parts.append((scaled.to(memories.dtype) @ memories).to(v.dtype))
-    if far is not None and walk.num_tail:
-        parts.append(far @ _windows(values, past, walk, first))
-    out = functools.reduce(torch.add, parts)
+    else:
+        scaled = queries[..., queries.shape[-1] - form.features :]
+        if alpha is not None and form.features:
+            scaled = scaled * alpha.repeat_interleave(chunk).view(kv_heads, 1, -1, 1)
+        near = far = None
+        if taps is not None:
+            near, far = _toeplitz(taps, chunk, kv_heads, form.causal)
+        weights = _weights(queries, keys, scaled, features, near, walk, first)
+        out = _sum(weights, values, scaled, memories)
+        if far is not None and walk.num_tail:
+            out += _convolve(far, _windows(values, past, walk, first))
+    out = out.view(batch, kv_heads, chunks, repeats, chunk, -1).transpose(2, 3)
     return out.reshape(batch, heads, padded, -1)[:, :, :num_slots], memory
 
 
 def _memories(
     features: Tensor, values: Tensor, memory: Tensor, walk: Walk, first: int
 ) -> tuple[Tensor, Tensor]:
-    """What each chunk reads, [B, K, 1, C, F, U], and what is carried on, [B, K, F, U]."""
-    batch, kv_heads, _, chunks, _, num_features = features.shape
+    """What each chunk reads, [B, K, C, F, U], and what is carried on, [B, K, F, U]."""
+    batch, kv_heads, chunks, _, num_features = features.shape
     width = values.shape[-1]
     if not num_features:
-        return memory.new_zeros(batch, kv_heads, 1, chunks, 0, width), memory
-    added = (features.transpose(-1, -2) @ values).to(memory.dtype)  # B K 1 C F U
+        return memory.new_zeros(batch, kv_heads, chunks, 0, width), memory
+    added = (features.transpose(-1, -2) @ values).to(memory.dtype)  # B K C F U
     reads, carries = walk.prefix(first, first + chunks, features.device)
     sums = reads.to(memory.dtype) @ added.view(batch, kv_heads, chunks, -1)
     sums = sums.view(batch, kv_heads, chunks + 1, num_features, width)
     if carries is None:
-        sums = sums + memory[:, :, None]
+        sums += memory[:, :, None]
     else:
-        sums = sums + memory[:, :, None] * carries[:, None, :, None, None]
-    return sums[:, :, None, :-1], sums[:, :, -1]
+        sums += memory[:, :, None] * carries[:, None, :, None, None]
+    return sums[:, :, :-1], sums[:, :, -1]
 
 
-def _inside(
-    queries: Tensor, keys: Tensor, scaled: Tensor, features: Tensor, walk: Walk, first: int
+def _sum(weights: Tensor | None, values: Tensor, scaled: Tensor, memories: Tensor) -> Tensor:
+    """Of the pairs in a chunk and of those before it, [B, K, C, R·G, U]."""
+    if not scaled.shape[-1] and weights is not None:
+        return weights @ values
+    read = (scaled.to(memories.dtype) @ memories).to(values.dtype)
+    if weights is not None:
+        read.flatten(0, 2).baddbmm_(weights.flatten(0, 2), values.flatten(0, 2))
+    return read
+
+
+def _weights(
+    queries: Tensor,
+    keys: Tensor,
+    scaled: Tensor,
+    features: Tensor,
+    near: Tensor | None,
+    walk: Walk,
+    first: int,
 ) -> Tensor | None:
-    """Weights of the pairs in one chunk, [B, K, R, C, G, G]."""
+    """Weights of the pairs in one chunk, [B, K, C, R·G, G], the convolution's included."""
     form = walk.form
     if form.inside == "none":
-        return None
+        if near is None:
+            return None
+        return near.expand(*queries.shape[:3], -1, -1)
     if form.inside == "linear":
-        weights = scaled @ features.transpose(-1, -2)
-        return weights.tril() if form.causal else weights
-    inside = queries.shape[-1] - form.features or queries.shape[-1]
-    scores = queries[..., :inside] @ keys[..., :inside].transpose(-1, -2)
-    if form.inside == "relu2":
-        weights = scores.relu().square()
-    elif form.inside == "laplace":
-        weights = torch.erf((scores - 0.5**0.5) * (2 * torch.pi) ** 0.5).add(1) / 2
+        scores = scaled @ features.transpose(-1, -2)
     else:
-        return _softmax(scores, walk, first)
-    return weights.tril() if form.causal else weights
+        inside = queries.shape[-1] - form.features or queries.shape[-1]
+        scores = queries[..., :inside] @ keys[..., :inside].transpose(-1, -2)
+    if form.inside == "relu2":
+        roots = _masked(scores, form.causal).relu_()
+        return roots.square() if near is None else torch.addcmul(near, roots, roots)
+    if form.inside == "laplace":
+        scores = torch.erf((scores - 0.5**0.5) * (2 * torch.pi) ** 0.5).add(1) / 2
+    if form.inside == "softmax":
+        weights = _softmax(scores, walk, first)
+    else:
+        weights = _masked(scores, form.causal)
+    return weights if near is None else weights + near
+
+
+def _masked(scores: Tensor, causal: bool) -> Tensor:
+    """Zero above the diagonal of each [G, G], in place."""
+    if causal:
+        group = scores.shape[-1]
+        scores.view(*scores.shape[:-2], -1, group, group).tril_()
+    return scores
 
 
 def _softmax(scores: Tensor, walk: Walk, first: int) -> Tensor:
@@ -180,11 +206,12 @@ def _softmax(scores: Tensor, walk: Walk, first: int) -> Tensor:
     chunk, chunks = scores.shape[-1], scores.shape[-3]
     if walk.form.causal:
         seen = torch.ones(chunk, chunk, dtype=torch.bool, device=scores.device).tril()
+        seen = seen.repeat(scores.shape[-2] // chunk, 1)
     elif walk.valid is None:
         slots = torch.arange(first * chunk, (first + chunks) * chunk, device=scores.device)
-        seen = (slots < walk.num_slots).view(1, 1, 1, chunks, 1, chunk)
+        seen = (slots < walk.num_slots).view(1, 1, chunks, 1, chunk)
     else:
-        seen = walk.valid.view(len(walk.valid), 1, 1, chunks, 1, chunk)
+        seen = walk.valid.view(len(walk.valid), 1, chunks, 1, chunk)
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~seen, lowest)
     return (scores - scores.amax(-1, keepdim=True)).exp() * seen
@@ -196,18 +223,24 @@ def _slots(
     """Linformer: pick among the memory's rows, and be answered by them."""
     width = queries.shape[-1]
     keys, values = values[..., :width], values[..., width:]
-    scores = queries @ keys.transpose(-1, -2)
-    scores = scores.tril() if causal else scores
+    scores = _masked(queries @ keys.transpose(-1, -2), causal)
     picks = queries @ memories[..., :width].to(queries.dtype).transpose(-1, -2)
     picks = (picks + scores @ features).softmax(-1)
-    weights = picks @ features.transpose(-1, -2)
-    weights = weights.tril() if causal else weights
+    weights = _masked(picks @ features.transpose(-1, -2), causal)
     return weights @ values + picks @ memories[..., width:].to(queries.dtype)
 
 
+def _convolve(far: Tensor, windows: Tensor) -> Tensor:
+    """[K, R·G, J] weights of [B, K, C, J, U] values: [B, K, C, R·G, U], one product a head."""
+    batch, kv_heads, chunks, reach, width = windows.shape
+    columns = windows.permute(1, 3, 0, 2, 4).reshape(kv_heads, reach, -1)
+    out = (far @ columns).view(kv_heads, -1, batch, chunks, width)
+    return out.permute(2, 0, 3, 1, 4)
+
+
 def _windows(values: Tensor, past: Tensor, walk: Walk, first: int) -> Tensor:
-    """The values that the convolution reaches outside a chunk, [B, K, 1, C, M-1 or 2(M-1), U]."""
-    batch, kv_heads, _, chunks, chunk, width = values.shape
+    """The values that the convolution reaches outside a chunk, [B, K, C, M-1 or 2(M-1), U]."""
+    batch, kv_heads, chunks, chunk, width = values.shape
     tail = walk.num_tail
     line = torch.cat([past, values.reshape(batch, kv_heads, -1, width)], dim=2)
     windows = line[:, :, : tail + (chunks - 1) * chunk].unfold(2, tail, chunk)
@@ -229,7 +262,7 @@ def _windows(values: Tensor, past: Tensor, walk: Walk, first: int) -> Tensor:
             reached = torch.cat([reached, slots < ends[:, :, None]], dim=2)
     if reached is not None:
         windows = windows * reached[:, None, :, None, :]
-    return windows.transpose(-1, -2)[:, :, None]
+    return windows.transpose(-1, -2)
 
 
 def _ends(start: Tensor, chunk: int) -> Tensor:
@@ -237,10 +270,10 @@ def _ends(start: Tensor, chunk: int) -> Tensor:
     return (start[:, :, None] == start[:, None, :]).sum(-1).add(start) * chunk
 
 
-def _toeplitz(taps: Tensor, group: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """The convolution as weights [.., G, G] for the slots of the own group and [.., G, M-1 or
-    2(M-1)] for those around it."""
-    num_taps = taps.shape[-1]
+def _toeplitz(taps: Tensor, group: int, kv_heads: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """The convolution as weights [K, 1, R·G, G] for the slots of the own chunk, and [K, R·G, M-1
+    or 2(M-1)] for those around it."""
+    num_taps = taps.shape[1]
     tail = num_taps - 1 if causal else num_taps // 2
     zero = 0 if causal else tail  # the column of lag 0
     padded = F.pad(taps, (0, 1))  # column -1: out of reach
@@ -251,6 +284,7 @@ def _toeplitz(taps: Tensor, group: int, causal: bool) -> tuple[Tensor, Tensor]:
 
     def weights(columns: Tensor) -> Tensor:
         lags = rows - columns + zero
-        return padded[..., torch.where((lags < 0) | (lags >= num_taps), num_taps, lags)]
+        found = padded[:, torch.where((lags < 0) | (lags >= num_taps), num_taps, lags)]
+        return found.view(kv_heads, len(taps) // kv_heads * group, len(columns))
 
-    return weights(torch.arange(group, device=taps.device)), weights(around)
+    return weights(torch.arange(group, device=taps.device))[:, None], weights(around)
