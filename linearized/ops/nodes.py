@@ -27,6 +27,8 @@ class Nodes:
     """[B, N, G+N], does the node see this key in an earlier group?"""
     lags: Tensor
     """[B, N, M-1+N], tokens back to each stored value and each node; M: out of reach."""
+    crosses: bool
+    """May a node see a key in an earlier group? (True on a GPU, where looking would wait.)"""
 
     @classmethod
     def of(cls, parents: Tensor, length: Tensor, *, group: int, taps: int) -> Nodes:
@@ -41,10 +43,12 @@ class Nodes:
         back = torch.arange(taps - 1, 0, -1, device=parents.device)  # of stored values, to length
         to_tail = (positions - length[:, None])[:, :, None] + back
         to_nodes = torch.where(visible, positions[:, :, None] - positions[:, None, :], taps)
+        earlier = torch.cat([filled & ~here, visible & ~same], dim=2)
         return cls(
             positions=positions,
             same=torch.cat([filled & here, same], dim=2),
-            earlier=torch.cat([filled & ~here, visible & ~same], dim=2),
+            earlier=earlier,
+            crosses=parents.is_cuda or bool(earlier.any()),
             lags=torch.cat([to_tail, to_nodes], dim=2).clamp(max=taps),
         )
 

@@ -6,8 +6,6 @@ G group size, M taps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,70 +29,72 @@ def attend_tree(
     """Outputs [B, H, N, U] of N tree nodes; see `reference.attend_tree`."""
     batch, heads, num_nodes, width = q.shape
     kv_heads, num_features = k.shape[1], form.features
-    keys = torch.cat([state.keys, k], dim=2)
-    values = torch.cat([state.values, v], dim=2)
+    rows = heads // kv_heads * num_nodes
 
-    def mixed(weights: Tensor, values: Tensor) -> Tensor:  # [B, H, N, J] of [B, K, J, U]
-        rows = weights.reshape(batch, kv_heads, heads // kv_heads * num_nodes, weights.shape[3])
-        return (rows @ values).view(batch, heads, num_nodes, -1)
+    def grown(x: Tensor, more: Tensor) -> Tensor:  # [B, K, G or M-1, X], [B, K, N, X]
+        return torch.cat([x, more], dim=2).flatten(0, 1)
 
+    keys, values = grown(state.keys, k), grown(state.values, v)
+    queries = q.reshape(batch * kv_heads, rows, width)
     if form.inside == "slots":
-        return _tree_slots(q, keys, values, nodes, state.memory, mixed)
-    queries = q.reshape(batch, kv_heads, heads // kv_heads * num_nodes, width)
+        memory = state.memory.flatten(0, 1)
+        return _slots(queries, keys, values, nodes, memory).view(batch, heads, num_nodes, -1)
     features = queries[..., width - num_features :]
-    scale = None if alpha is None else alpha[:, None, None]
+    if alpha is not None and num_features:
+        scaled = q[..., width - num_features :] * alpha[:, None, None]
+        features = scaled.reshape(batch * kv_heads, rows, num_features)
     inside = width - num_features or width
-    shared = inside == width
-    local = mixed(queries[..., :inside], keys[..., :inside].transpose(-1, -2))
-    across = local
-    if num_features and not shared:
-        across = mixed(features, keys[..., width - num_features :].transpose(-1, -2))
-    weights = _tree_weights(form, local, across, scale, nodes)
-    out = mixed(weights, values)
+    shape = (batch, heads, num_nodes, keys.shape[1])
+    local = torch.bmm(queries[..., :inside], keys[..., :inside].transpose(1, 2)).view(shape)
+    across = None
+    if num_features and (form.inside == "linear" or nodes.crosses):
+        across = torch.bmm(features, keys[..., width - num_features :].transpose(1, 2)).view(shape)
+    weights = _weights(form, local, across, nodes)
+    out = torch.bmm(weights.view(batch * kv_heads, rows, -1), values)
     if num_features:
-        read = mixed(features.to(state.memory.dtype), state.memory).to(out.dtype)
-        out = out + (read if scale is None else scale * read)
+        memory = state.memory.flatten(0, 1)
+        if memory.dtype == out.dtype:
+            out.baddbmm_(features, memory)
+        else:
+            out += torch.bmm(features.to(memory.dtype), memory).to(out.dtype)
     if taps is not None:
         reach = F.pad(taps, (0, 1))[:, nodes.lags].transpose(0, 1)  # B H N M-1+N
-        out = out + mixed(reach, torch.cat([state.tail, v], dim=2))
-    return out
+        reach = reach.reshape(batch * kv_heads, rows, -1)
+        out.baddbmm_(reach, grown(state.tail, v))
+    return out.view(batch, heads, num_nodes, -1)
 
 
-def _tree_weights(
-    form: Form, local: Tensor, across: Tensor, scale: Tensor | None, nodes: Nodes
-) -> Tensor:
-    """[B, H, N, G+N]."""
+def _weights(form: Form, local: Tensor, across: Tensor | None, nodes: Nodes) -> Tensor:
+    """[B, H, N, G+N]; `across` has α in it, and is None where no pair of nodes needs it."""
     same, earlier = nodes.same[:, None], nodes.earlier[:, None]
-    scaled = across if scale is None else scale * across
     if form.inside == "linear":
-        return scaled * (same | earlier)
+        assert across is not None
+        return across * (same | earlier)
     if form.inside == "none":
-        return scaled * earlier if form.features else torch.zeros_like(local)
+        return torch.zeros_like(local) if across is None else across * earlier
     if form.inside == "relu2":
-        weights = local.relu().square() * same
+        weights = local.relu_().square_().mul_(same)
     elif form.inside == "laplace":
         weights = torch.erf((local - 0.5**0.5) * (2 * torch.pi) ** 0.5).add(1) / 2 * same
     else:
         lowest = torch.finfo(local.dtype).min
         seen = local.masked_fill(~same, lowest)
         weights = (seen - seen.amax(-1, keepdim=True)).exp() * same
-    return weights + scaled * earlier if form.features else weights
+    return weights if across is None else weights.addcmul_(across, earlier.to(across.dtype))
 
 
-def _tree_slots(
-    q: Tensor,
-    features: Tensor,
-    values: Tensor,
-    nodes: Nodes,
-    memory: Tensor,
-    mixed: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    seen = (nodes.same | nodes.earlier)[:, None]
-    width = q.shape[3]
+def _slots(q: Tensor, features: Tensor, values: Tensor, nodes: Nodes, memory: Tensor) -> Tensor:
+    """Linformer: pick among the memory's rows, and be answered by them."""
+    batch, num_nodes, width = len(nodes.same), nodes.same.shape[1], q.shape[2]
+    seen = (nodes.same | nodes.earlier)[:, None, None]  # B 1 1 N G+N
     keys, values = values[..., :width], values[..., width:]
     rows = memory.to(q.dtype)
-    scores = mixed(q, keys.transpose(-1, -2)) * seen
-    picks = mixed(q, rows[..., :width].transpose(-1, -2)) + mixed(scores, features)
-    picks = picks.softmax(-1)
-    weights = mixed(picks, features.transpose(-1, -2)) * seen
-    return mixed(weights, values) + mixed(picks, rows[..., width:])
+
+    def masked(weights: Tensor) -> Tensor:  # [B·K, R·N, G+N]
+        apart = weights.view(batch, -1, weights.shape[1] // num_nodes, *seen.shape[3:])
+        return (apart * seen).view(weights.shape)
+
+    scores = masked(q @ keys.transpose(1, 2))
+    picks = (q @ rows[..., :width].transpose(1, 2) + scores @ features).softmax(-1)
+    weights = masked(picks @ features.transpose(1, 2))
+    return weights @ values + picks @ rows[..., width:]
