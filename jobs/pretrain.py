@@ -1,12 +1,13 @@
-"""Train a softmax Llama from scratch: a teacher, where no model is at hand."""
+"""Train a model from scratch: a softmax Llama, which is a teacher where no model is at hand, or
+FLASH, which is linear from the start."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import cli
-from jobs.run import Run, Shape, Stage, Workers
+from jobs.run import FlashShape, Run, Shape, Stage, Workers
 from jobs.trainer import fit
 from linearized.training.optim import Optim
 
@@ -16,7 +17,7 @@ class PretrainConfig:
     data: Path = Path("runs/demo/data")
     """What jobs.data wrote."""
     out: Path = Path("runs/demo/teacher")
-    shape: Shape
+    shape: Shape | FlashShape
     train: Stage
     workers: Workers
     seed: int = 0
@@ -33,13 +34,19 @@ def demo() -> PretrainConfig:
     )
 
 
-RECIPES = {"demo": demo}
+def flash() -> PretrainConfig:
+    """FLASH of the demo's size, on the demo's data."""
+    shape = FlashShape(hidden=192, layers=8, group=64)
+    return replace(demo(), out=Path("runs/demo/flash"), shape=shape)
+
+
+RECIPES = {"demo": demo, "flash": flash}
 
 
 def main(config: PretrainConfig) -> None:
     fit(
         Run(
-            name="teacher",
+            name=config.out.name,
             data=config.data,
             out=config.out,
             student=config.shape,

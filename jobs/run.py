@@ -38,6 +38,18 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlashShape:
+    """A FLASH model to train from scratch; two of its layers are about one of a Llama's."""
+
+    hidden: int
+    layers: int
+    head_dim: int = 128
+    group: int = 256
+    augment: bool = True
+    taps: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """So many steps towards one objective."""
 
@@ -85,7 +97,7 @@ class Run:
     """What jobs.data wrote."""
     out: Path
     """Becomes a Hugging Face folder."""
-    student: Path | Shape
+    student: Path | Shape | FlashShape
     linear: LinearConfig | None
     """How to linearize the student; None: it stays as it is."""
     teacher: Path | None

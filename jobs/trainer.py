@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.progress import Progress, note
 from cluster.session import session
-from jobs.run import Run, Shape, Stage
+from jobs.run import FlashShape, Run, Shape, Stage
 from linearized.errors import ConfigError, DataError, JobError
 from linearized.training.objective import OBJECTIVES
 
@@ -197,7 +197,9 @@ def _models(run: Run, device: Any) -> tuple[Any, Any]:
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(run.data / "tokenizer")
         vocab_size = len(tokenizer) if teacher is None else teacher.config.vocab_size
-        student = transformers.LlamaForCausalLM(_llama(run.student, tokenizer, vocab_size))
+        shape, of = run.student, (tokenizer, vocab_size)
+        config = _flash(shape, *of) if isinstance(shape, FlashShape) else _llama(shape, *of)
+        student = transformers.AutoModelForCausalLM.from_config(config)
     if run.linear is not None:
         linearized.linearize(student, run.linear)
     if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
@@ -220,6 +222,23 @@ def _llama(shape: Shape, tokenizer: Any, vocab_size: int) -> Any:
         num_key_value_heads=shape.heads,
         max_position_embeddings=shape.max_context,
         tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _flash(shape: FlashShape, tokenizer: Any, vocab_size: int) -> Any:
+    from linearized import FlashConfig
+
+    return FlashConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        head_dim=shape.head_dim,
+        group=shape.group,
+        augment=shape.augment,
+        taps=shape.taps,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -8,6 +8,7 @@ Importing it registers linearized models with transformers' `from_pretrained`.
 
 from linearized import ops
 from linearized.config import LinearConfig
+from linearized.flash import FlashConfig, FlashForCausalLM
 from linearized.models import (
     commit,
     encode,
@@ -23,6 +24,8 @@ from linearized.state import DecodeState
 
 __all__ = [
     "DecodeState",
+    "FlashConfig",
+    "FlashForCausalLM",
     "LinearConfig",
     "commit",
     "encode",

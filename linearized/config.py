@@ -22,6 +22,9 @@ ATTENTIONS = (
 )
 """Attention variants by name; `linearized.attention` has the classes, and a page on them all."""
 
+FLASH = "flash"
+"""The attention of `FlashForCausalLM`, which is made linear; no other model can take it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearConfig:
@@ -53,7 +56,7 @@ class LinearConfig:
     """Random features and hashes are drawn from it, and saved with the model."""
 
     def __post_init__(self) -> None:
-        if self.attention not in ATTENTIONS:
+        if self.attention not in (*ATTENTIONS, FLASH):
             choices = ", ".join(sorted(ATTENTIONS))
             raise ConfigError(f"unknown attention {self.attention!r}; choose from {choices}")
         for name in ("group", "taps", "features", "hashes", "bits", "period"):

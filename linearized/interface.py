@@ -58,12 +58,17 @@ def attach(model: PreTrainedModel, config: LinearConfig) -> None:
         if not isinstance(part, PreTrainedModel):
             continue
         if not _has_decoder(part):  # which then has them
-            part.register_forward_pre_hook(_before_forward, with_kwargs=True)
-            part.register_forward_hook(_after_forward, with_kwargs=True)
+            let_generate(part)
         setattr(part.config, NAME, config.to_dict())
         # Saved in config.json, so that transformers refuses the folder where nobody has imported
         # linearized, instead of running it as the softmax model that it no longer is.
         part.config.attn_implementation = NAME
+
+
+def let_generate(model: PreTrainedModel) -> None:
+    """Make `generate()` of transformers decode with a state."""
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward, with_kwargs=True)
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -105,21 +110,38 @@ def linear_config(model: PreTrainedModel) -> LinearConfig:
 def fingerprint(model: PreTrainedModel) -> str:
     """A short hash of the config and of a sample of every weight: equal for equal models, on any
     machine. Worked out anew only when a weight was written."""
-    weights = dict(model.base_model.named_parameters())
-    versions = sum(parameter._version for parameter in weights.values())
-    known: tuple[int, str] | None = model.__dict__.get("_linearized_fingerprint")
-    if known is not None and known[0] == versions:
-        return known[1]
-    config = model.config.to_dict()
-    for transient in ("_name_or_path", "transformers_version", "dtype", "architectures"):
-        config.pop(transient, None)
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in weights.items():
-        sample = parameter.detach().flatten()[:16].double().cpu().numpy().tobytes()
-        digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample)
-    found = digest.hexdigest()[:16]
-    model.__dict__["_linearized_fingerprint"] = (versions, found)
-    return found
+    known: _Fingerprint | None = model.__dict__.get("_linearized_fingerprint")
+    if known is None or known.stamp != known.now():
+        known = _Fingerprint.of(model)
+        model.__dict__["_linearized_fingerprint"] = known
+    return known.value
+
+
+@dataclass(slots=True)
+class _Fingerprint:
+    """One that was worked out, and how to tell that it still holds without walking over modules."""
+
+    value: str
+    weights: list[Tensor]
+    stamp: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Fingerprint:
+        config = model.config.to_dict()
+        for transient in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+            config.pop(transient, None)
+        digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
+        weights = dict(model.base_model.named_parameters())
+        for name, parameter in weights.items():
+            sample = parameter.detach().flatten()[:16].double().cpu().numpy().tobytes()
+            digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample)
+        found = cls(digest.hexdigest()[:16], list(weights.values()))
+        found.stamp = found.now()
+        return found
+
+    def now(self) -> tuple[int, int]:
+        """Changes when a weight is written or moved."""
+        return sum(weight._version for weight in self.weights), self.weights[0].data_ptr()
 
 
 def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
@@ -149,14 +171,17 @@ def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
         )
     where: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
     layers = causal[0].empty_state(len(causal), batch_size, **where)
-    history = memory = None
+    history = memory = shift = None
     if softmax:
         _, kv_heads, width = _heads(softmax[0], model.config)
         shape = (len(softmax), batch_size, kv_heads, 0, width)
         history = History(torch.zeros(shape, **where), torch.zeros(shape, **where))
     if cross:
         memory = cross[0].empty_memory(len(cross), batch_size, **where)
-    return DecodeState(layers, fingerprint(model), history, memory)
+    shifted = getattr(attention_modules(model)[0], "shifted", 0)
+    if shifted:
+        shift = torch.zeros(len(causal), batch_size, shifted, **where)
+    return DecodeState(layers, fingerprint(model), history, memory, shift)
 
 
 @dataclass(slots=True)
@@ -176,6 +201,8 @@ class Pass:
     history: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of the layers that keep softmax."""
     memories: list[Tensor] = field(default_factory=list)
+    shifts: list[Tensor] = field(default_factory=list)
+    """[B, T, C], what each token hands to the next one, where a model shifts channels."""
 
     def attend(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, scaling: float | None
@@ -225,11 +252,13 @@ class Pass:
             history=_stack(self.history) if self.history else None,
             parents=parents,
             length=self.state.length.clone(),
+            shift=torch.stack(self.shifts) if self.shifts else None,
         )
 
     def fold(self) -> None:
         history = _stack(self.history) if self.history else None
-        fold(self.state, _stack(self.layers), history, self.mask)
+        shift = torch.stack(self.shifts) if self.shifts else None
+        fold(self.state, _stack(self.layers), history, self.mask, shift)
 
     def remember(self) -> None:
         """Keep what cross attention has read."""
@@ -247,16 +276,31 @@ def fold(
     layers: tuple[Tensor, Tensor],
     history: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
+    shift: Tensor | None = None,
 ) -> None:
-    """Take [L, B, K, T, ·] keys and values of all layers into the state, in place."""
+    """Take [L, B, K, T, ·] keys and values of all layers, and what tokens hand on, [L, B, T, C],
+    into the state, in place."""
     if state.history is not None and history is not None:
         state.history.append(*history, state.length, mask)
+    if state.shift is not None and shift is not None:
+        state.shift.copy_(_newest(state.shift, shift, mask))
     flat = state.flat()
     keys, values = (x.flatten(0, 1) for x in layers)
     if mask is not None:
         mask = mask.bool().repeat(state.num_layers, 1)
     ops.fold_(flat, keys, values, mask)
     state.length.copy_(flat.length[: state.batch_size])
+
+
+def _newest(last: Tensor, new: Tensor, mask: Tensor | None) -> Tensor:
+    """[L, B, C] of each row's last token: of [L, B, T, C] the last that `mask` [B, T] keeps, and
+    `last` [L, B, C] where it keeps none."""
+    if mask is None:
+        return new[:, :, -1]
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    newest = (mask.long() * columns).amax(1)
+    rows = torch.arange(len(mask), device=mask.device)
+    return torch.cat([last[:, :, None], new], dim=2)[:, rows, newest]
 
 
 def _attention(

@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from linearized import ops
-from linearized.config import LinearConfig
+from linearized.config import FLASH, LinearConfig
 from linearized.errors import ModelError, StateError
 from linearized.interface import (
     NAME,
@@ -38,6 +38,7 @@ from linearized.state import DecodeState, Pending
 
 __all__ = [
     "attention_modules",
+    "check_decoder",
     "commit",
     "encode",
     "extend",
@@ -194,17 +195,17 @@ def commit(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) 
         counts = torch.tensor([len(p) for p in path], device=device)
         mask = torch.arange(longest, device=device) < counts[:, None]
 
-    def accepted(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # [L, B, K, N, ·]
-        keys, values = (
-            nodes.gather(
-                3, index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])
-            )
-            for nodes in pair
-        )
-        return keys, values
+    def accepted(nodes: Tensor) -> Tensor:  # [L, B, K, N, ·]
+        along = index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])
+        return nodes.gather(3, along)
 
-    history = None if pending.history is None else accepted(pending.history)
-    fold(state, accepted(pending.layers), history, mask)
+    keys, values = map(accepted, pending.layers)
+    history = shift = None
+    if pending.history is not None:
+        history = (accepted(pending.history[0]), accepted(pending.history[1]))
+    if pending.shift is not None:
+        shift = accepted(pending.shift[:, :, None])[:, :, 0]
+    fold(state, (keys, values), history, mask, shift)
 
 
 def _forward(
@@ -235,7 +236,18 @@ def _forward(
 
 
 def _nodes(parents: Tensor, state: DecodeState) -> ops.Nodes:
-    return ops.Nodes.of(parents, state.length, group=state.layers.group, taps=state.layers.taps)
+    layers = state.layers
+    trim = parents.device.type == "cpu"  # on a GPU, looking would wait
+    return ops.Nodes.of(parents, state.length, group=layers.group, taps=layers.taps, trim=trim)
+
+
+def check_decoder(model: PreTrainedModel) -> None:
+    """Raises ModelError unless the model continues a text, and does nothing else."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} answers one text by another: call model.generate, or encode "
+            "and then extend, verify and commit"
+        )
 
 
 def _check(model: PreTrainedModel, tokens: Tensor, state: DecodeState) -> None:
@@ -251,6 +263,11 @@ def _refuse_unsupported(model: PreTrainedModel, config: LinearConfig) -> None:
     name = type(model).__name__
     if getattr(model.config, NAME, None):
         raise ModelError(f"this {name} is linearized already")
+    if config.attention == FLASH:
+        raise ModelError(
+            f"{name} cannot become FLASH, which is a model of its own: train a "
+            "FlashForCausalLM(FlashConfig(…)), or choose attention='grouped'"
+        )
     if not model._can_set_attn_implementation():
         raise ModelError(
             f"{name} cannot be linearized: its attention does not go through transformers' "

@@ -129,6 +129,9 @@ class DecodeState:
     """Of the layers that keep softmax, where there are any."""
     cross: Tensor | None = None
     """[L, B, K, F, U], what the decoder of an encoder-decoder model knows of the encoder's text."""
+    shift: Tensor | None = None
+    """[L, B, C], what the last token hands to the next one where a model shifts channels by a
+    token."""
 
     @property
     def length(self) -> Tensor:
@@ -178,6 +181,8 @@ class DecodeState:
             target.copy_(theirs[name])
         if self.cross is not None and other.cross is not None:
             self.cross.copy_(other.cross)
+        if self.shift is not None and other.shift is not None:
+            self.shift.copy_(other.shift)
         if self.history is not None and other.history is not None:
             self.history.keys = other.history.keys.clone()
             self.history.values = other.history.values.clone()
@@ -219,7 +224,7 @@ class DecodeState:
         except (safetensors.SafetensorError, ValueError) as error:
             raise StateError(f"damaged decode state: {error}") from error
         names = {field.name for field in fields(GroupState)}
-        optional = {"history.keys", "history.values", "cross"}
+        optional = {"history.keys", "history.values", "cross", "shift"}
         known = names <= set(tensors) <= names | optional
         halved = ("history.keys" in tensors) != ("history.values" in tensors)
         if not known or halved or "fingerprint" not in metadata:
@@ -233,6 +238,8 @@ class DecodeState:
             tensors["history.values"] = self.history.values
         if self.cross is not None:
             tensors["cross"] = self.cross
+        if self.shift is not None:
+            tensors["shift"] = self.shift
         return tensors
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> DecodeState:
@@ -242,9 +249,9 @@ class DecodeState:
     @classmethod
     def _of(cls, tensors: dict[str, Tensor], fingerprint: str) -> DecodeState:
         keys, values = tensors.pop("history.keys", None), tensors.pop("history.values", None)
-        cross = tensors.pop("cross", None)
+        cross, shift = tensors.pop("cross", None), tensors.pop("shift", None)
         history = None if keys is None or values is None else History(keys, values)
-        return cls(GroupState(**tensors), fingerprint, history, cross)
+        return cls(GroupState(**tensors), fingerprint, history, cross, shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +266,8 @@ class Pending:
     """[B][N], -1: child of the last committed token."""
     length: Tensor
     """[B], the state's when the nodes were verified."""
+    shift: Tensor | None = None
+    """[L, B, N, C], where a model shifts channels by a token."""
 
     def check(self, path: Sequence[Sequence[int]], state: DecodeState) -> None:
         """Raises StateError unless `path` walks down each row's tree from the last committed

@@ -76,6 +76,7 @@ class TargetReplica:
         self._texts = Forward(name="tokenizer")
         """Its own thread: a long prompt takes a while to tokenize."""
         self._model = linearized.load(config.path)
+        linearized.models.check_decoder(self._model)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
         self._vocab_size = self._model.config.vocab_size
         self._fingerprint = linearized.fingerprint(self._model)

@@ -3,7 +3,7 @@
 jobs/  serve_apps/
 cluster/
 linearized/speculative  linearized/training  linearized/evaluation
-linearized/models.py
+linearized/models.py  linearized/flash/
 linearized/attention/
 linearized/ops/
 linearized/state.py
@@ -29,6 +29,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.training": 7,
     "linearized.evaluation": 7,
     "linearized.models": 6,
+    "linearized.flash": 6,
     "linearized.interface": 5,
     "linearized.attention": 4,
     "linearized.ops": 3,

@@ -139,7 +139,7 @@ class LinearAttention(nn.Module):
         nodes on top of `state`; without, T tokens that follow it in time. `scaling` is that of the
         softmax model, D^-½ by default."""
         scaling = self.place.width**-0.5 if scaling is None else scaling
-        keys, values = self.tokens(k, v, scaling, _positions(k, state, mask, segments, nodes))
+        keys, values = self.tokens(k, v, scaling, positions_of(k, state, mask, segments, nodes))
         where: dict[str, Any] = {"state": state, "mask": mask, "segments": segments, "nodes": nodes}
         out = self.leave(self.sums(q, k, keys, values, scaling, **where))
         if self.taps is not None and not self.fused:
@@ -201,7 +201,7 @@ class CrossAttention(nn.Module):
         scaling = variant.place.width**-0.5 if scaling is None else scaling
         reading = memory is None
         if memory is None:
-            keys, values = variant.tokens(k, v, scaling, _positions(k, None, mask, None, None))
+            keys, values = variant.tokens(k, v, scaling, positions_of(k, None, mask, None, None))
             memory = ops.remember(keys[..., keys.shape[-1] - features :], values, mask)
         queries = variant.queries(q, scaling)
         if variant.form.inside == "slots":
@@ -217,7 +217,7 @@ class CrossAttention(nn.Module):
         return self.variant.empty_state(*leading, dtype=dtype, device=device).memory
 
 
-def _positions(
+def positions_of(
     k: Tensor,
     state: GroupState | None,
     mask: Tensor | None,

@@ -146,7 +146,8 @@ def attend_tree(
     chosen = choose(backend, q.device)
     if chosen is reference:
         return reference.attend_tree(q, k, v, parents, state, form=form, alpha=alpha, taps=taps)
-    nodes = Nodes.of(parents, state.length, group=group, taps=state.taps)
+    trim = chosen is cpu and not parents.is_cuda
+    nodes = Nodes.of(parents, state.length, group=group, taps=state.taps, trim=trim)
     out: Tensor = chosen.attend_tree(q, k, v, nodes, state, form=form, alpha=alpha, taps=taps)
     return out
 

@@ -1,7 +1,8 @@
 """How the nodes of token trees lie to each other and to the state. Knows parents and positions;
 knows nothing of keys and values.
 
-B batch, N tree nodes, G group size, M convolution taps.
+B batch, N tree nodes, G group size, S slots of the open group that are looked at, M convolution
+taps.
 """
 
 from __future__ import annotations
@@ -21,22 +22,26 @@ class Nodes:
     positions: Tensor
     """[B, N], in the sequence."""
     same: Tensor
-    """[B, N, G+N], does the node see this key in its own group? Keys in the order open group's
+    """[B, N, S+N], does the node see this key in its own group? Keys in the order open group's
     slots, nodes; an empty slot is seen by nobody."""
     earlier: Tensor
-    """[B, N, G+N], does the node see this key in an earlier group?"""
+    """[B, N, S+N], does the node see this key in an earlier group?"""
     lags: Tensor
     """[B, N, M-1+N], tokens back to each stored value and each node; M: out of reach."""
     crosses: bool
     """May a node see a key in an earlier group? (True on a GPU, where looking would wait.)"""
 
     @classmethod
-    def of(cls, parents: Tensor, length: Tensor, *, group: int, taps: int) -> Nodes:
-        """`parents` [B, N], `length` [B], `taps` the number M (1 without a convolution)."""
+    def of(
+        cls, parents: Tensor, length: Tensor, *, group: int, taps: int, trim: bool = False
+    ) -> Nodes:
+        """`parents` [B, N], `length` [B], `taps` the number M (1 without a convolution). S is G;
+        with `trim`, for the `cpu` backend, no more than what a row has filled."""
         visible = ancestors(parents)  # B N N
         positions = length[:, None] + visible.sum(-1) - 1  # B N
         groups = positions // group
-        slots = torch.arange(group, device=parents.device)
+        num_slots = int((length % group).max()) if trim else group
+        slots = torch.arange(num_slots, device=parents.device)
         filled = (slots < (length % group)[:, None])[:, None]  # B 1 G
         here = (groups == (length // group)[:, None])[:, :, None]  # B N 1
         same = visible & (groups[:, :, None] == groups[:, None, :])

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from linearized.errors import RequestError
-from linearized.models import commit, extend, new_state, verify
+from linearized.models import check_decoder, commit, extend, new_state, verify
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.tree import TokenTree
 
@@ -41,6 +41,7 @@ class Sequence:
         """Verifications so far; each gave at least one token."""
         self.drafted = 0
         self.accepted = 0
+        check_decoder(model)
         _check(self.tokens, max_new_tokens, model.config.vocab_size)
         self.state = new_state(model)
 

@@ -354,5 +354,8 @@ def test_what_cannot_be_linearized_says_why():
     bloom = transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4)
     with pytest.raises(ModelError, match="AttentionInterface"):
         linearized.linearize(transformers.BloomForCausalLM(bloom), config)
+    with pytest.raises(ModelError, match="model.generate"):
+        small = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
+        linearized.generate(linear(small), [3, 4], max_new_tokens=1)
     with pytest.raises(ModelError, match="no encoder"):
         linearized.encode(linear(causal()), tokens_of(1, 5))

@@ -1,7 +1,7 @@
 """The nodes of token trees on top of a state. Knows nothing of walks over sequences.
 
 B batch, H query heads, K key/value heads, N tree nodes, X width of queries and keys, U of values,
-G group size, M taps.
+S slots of the open group, M taps.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ def attend_tree(
     kv_heads, num_features = k.shape[1], form.features
     rows = heads // kv_heads * num_nodes
 
-    def grown(x: Tensor, more: Tensor) -> Tensor:  # [B, K, G or M-1, X], [B, K, N, X]
+    def grown(x: Tensor, more: Tensor) -> Tensor:  # [B, K, S or M-1, X], [B, K, N, X]
         return torch.cat([x, more], dim=2).flatten(0, 1)
 
-    keys, values = grown(state.keys, k), grown(state.values, v)
+    num_slots = nodes.same.shape[2] - num_nodes
+    keys = grown(state.keys[:, :, :num_slots], k)
+    values = grown(state.values[:, :, :num_slots], v)
     queries = q.reshape(batch * kv_heads, rows, width)
     if form.inside == "slots":
         memory = state.memory.flatten(0, 1)
@@ -65,7 +67,7 @@ def attend_tree(
 
 
 def _weights(form: Form, local: Tensor, across: Tensor | None, nodes: Nodes) -> Tensor:
-    """[B, H, N, G+N]; `across` has α in it, and is None where no pair of nodes needs it."""
+    """[B, H, N, S+N]; `across` has α in it, and is None where no pair of nodes needs it."""
     same, earlier = nodes.same[:, None], nodes.earlier[:, None]
     if form.inside == "linear":
         assert across is not None
@@ -86,11 +88,11 @@ def _weights(form: Form, local: Tensor, across: Tensor | None, nodes: Nodes) -> 
 def _slots(q: Tensor, features: Tensor, values: Tensor, nodes: Nodes, memory: Tensor) -> Tensor:
     """Linformer: pick among the memory's rows, and be answered by them."""
     batch, num_nodes, width = len(nodes.same), nodes.same.shape[1], q.shape[2]
-    seen = (nodes.same | nodes.earlier)[:, None, None]  # B 1 1 N G+N
+    seen = (nodes.same | nodes.earlier)[:, None, None]  # B 1 1 N S+N
     keys, values = values[..., :width], values[..., width:]
     rows = memory.to(q.dtype)
 
-    def masked(weights: Tensor) -> Tensor:  # [B·K, R·N, G+N]
+    def masked(weights: Tensor) -> Tensor:  # [B·K, R·N, S+N]
         apart = weights.view(batch, -1, weights.shape[1] // num_nodes, *seen.shape[3:])
         return (apart * seen).view(weights.shape)
 

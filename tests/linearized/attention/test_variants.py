@@ -330,6 +330,32 @@ def test_zero_vectors_and_large_ones_give_no_nan(name):
         assert torch.isfinite(x).all()
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_state_has_the_size_that_the_page_says(name):
+    made = module(name)
+    d, e, f = WIDTH, VALUES, made.form.features
+    memory, group = {
+        "local": (0, d + e),
+        "global": (d * e, d + e),
+        "grouped": (d * e, d + e),
+        "relu": (d * (e + 1), 0),
+        "performer": (10 * (e + 1), 0),
+        "rfa": (2 * 10 * (e + 1), 0),
+        "transnormer": (d * e, 0),
+        "yoso": ((6 << 3) * (e + 1), 0),
+        "linformer": (10 * (d + e), 0),
+        "hedgehog": (2 * d * (e + 1), 3 * d + e + 1),
+    }[name]
+    state = made.empty_state(1, dtype=torch.float32, device=torch.device("cpu"))
+    assert state.memory.numel() == 2 * memory
+    assert state.tail.numel() == 2 * (TAPS - 1) * e
+    slots = state.keys.numel() + state.values.numel()
+    if group:
+        assert slots == 2 * GROUP * group
+    else:
+        assert state.group == 1 and slots == 2 * (f + state.values.shape[-1])
+
+
 def test_errors_name_the_value():
     for settings, message in (
         ({"features": 0}, "features.*0"),

@@ -1,0 +1,140 @@
+"""Compile every kernel for a GPU that need not be there, and print what each one takes, as JSON.
+
+    python compiled.py DTYPE CAPABILITY SETTINGS
+
+Launches are recorded, with tensors that have shapes and no memory, and then compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from linearized.ops import kernels
+from linearized.ops.form import Form
+from linearized.ops.kernels import fold, plan, sequence
+from linearized.ops.nodes import Nodes
+from linearized.state import GroupState
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def record(
+    *,
+    dtype: torch.dtype,
+    width: int,
+    values: int,
+    group: int = 64,
+    inside: str = "relu2",
+    repeats: int = 1,
+    past: bool = False,
+    taps: int = 32,
+) -> list[Launch]:
+    """The launches of a training step, of trees with one node and with many, and of a commit."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((kernel, args, kwargs))
+
+    JITFunction.run = run
+    plan.check_device = fold.check_device = lambda x: None
+    batch, heads, kv_heads, slots = 2, 4 * repeats, 4, 2048
+    inner = group if inside != "linear" else 64
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def rows(num: int, count: int, columns: int) -> Tensor:
+        return empty(batch, count, num, columns).transpose(1, 2)
+
+    q, k, v = rows(heads, slots, width), rows(kv_heads, slots, width), rows(kv_heads, slots, values)
+    alpha, weights = empty(heads, of=torch.float32), empty(heads, taps, of=torch.float32)
+    memory = empty(batch, kv_heads, width, values, of=torch.float32) if past else None
+    before = empty(batch, kv_heads, taps - 1, values) if past else None
+    start = empty(batch, -(-slots // inner), of=torch.int64) if past else None
+    constants = (inner, inside, True)
+    out, *saved = sequence._scan._init_fn(
+        q, k, v, alpha, weights, memory, before, start, *constants, True
+    )
+    sequence._scan_backward._init_fn(
+        out, q, k, v, alpha, weights, *saved, before, start, *constants, past
+    )
+
+    state = GroupState.empty(
+        batch, heads=kv_heads, features=width, key_width=width, value_width=values,
+        tail_width=values, group=group if inside != "linear" else 1, taps=taps, dtype=dtype,
+        device="meta",
+    )  # fmt: skip
+    form = Form(group=state.group, inside=inside, features=width)
+    for count in (1, 64):
+        nodes = Nodes(
+            positions=empty(batch, count, of=torch.int64),
+            same=empty(batch, count, state.group + count, of=torch.bool),
+            earlier=empty(batch, count, state.group + count, of=torch.bool),
+            lags=empty(batch, count, taps - 1 + count, of=torch.int64),
+        )
+        q, k, v = (
+            rows(heads, count, width),
+            rows(kv_heads, count, width),
+            rows(kv_heads, count, values),
+        )
+        kernels.attend_tree(q, k, v, nodes, state, form=form, alpha=alpha, taps=weights)
+    kernels.fold_(state, k, v, empty(batch, 64, of=torch.bool))
+    return launches
+
+
+def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """As Triton specializes a call: strides of 1 and absent tensors are constants."""
+    kernel, args, kwargs = launch
+    names = [parameter.name for parameter in kernel.params]
+    given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes = {}
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def main(dtype: str, capability: str, settings: str) -> None:
+    warnings.simplefilter("ignore")
+    found: dict[str, dict[str, Any]] = {}
+    for launch in record(dtype=getattr(torch, dtype), **json.loads(settings)):
+        code, options = source(launch)
+        compiled = triton.compile(
+            code, target=GPUTarget("cuda", int(capability), 32), options=options
+        )
+        found[code.hash()] = {
+            "name": launch[0].__name__,
+            "shared": compiled.metadata.shared,
+            "warps": options["num_warps"],
+        }
+    print(json.dumps(list(found.values())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
