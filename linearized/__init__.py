@@ -17,6 +17,7 @@ from linearized.models import (
     linearize,
     load,
     new_state,
+    set_backend,
     verify,
 )
 from linearized.speculative import generate
@@ -36,5 +37,6 @@ __all__ = [
     "load",
     "new_state",
     "ops",
+    "set_backend",
     "verify",
 ]

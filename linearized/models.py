@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from linearized import ops
+from linearized.attention import LinearAttention
 from linearized.config import FLASH, LinearConfig
 from linearized.errors import ModelError, StateError
 from linearized.interface import (
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "new_parameters",
     "new_state",
+    "set_backend",
     "verify",
 ]
 
@@ -108,6 +110,21 @@ def _architecture(config: Any) -> Any:
         if kind is not None:
             return kind
     return transformers.AutoModelForCausalLM
+
+
+def set_backend(model: PreTrainedModel, backend: str | None) -> None:
+    """Who computes linear attention from now on: "cpu" (chunks, on every device), "triton" (on a
+    GPU, and of the attentions only `local`, `grouped` and causal `global`), "reference" (slow and
+    plain), or None: the library chooses.
+
+    Raises:
+        ConfigError: there is no such backend, or not here.
+    """
+    ops.choose(backend)
+    linear_config(model)
+    for module in model.modules():
+        if isinstance(module, LinearAttention):
+            module.backend = backend
 
 
 @torch.no_grad()

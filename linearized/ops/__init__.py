@@ -44,14 +44,12 @@ __all__ = [
 ]
 
 BACKENDS = ("cpu", "reference", "triton")
-"""`cpu` runs on every device; `triton` needs a GPU (or TRITON_INTERPRET=1)."""
+"""`cpu` are chunks, on every device; `triton` needs a GPU (or TRITON_INTERPRET=1)."""
 
 
-def choose(backend: str | None, device: torch.device | None = None) -> ModuleType:
-    """The backend of this name; None: the fastest there is for the device."""
-    if backend is None:
-        backend = "triton" if device is not None and device.type == "cuda" else "cpu"
-    if backend == "cpu":
+def choose(backend: str | None) -> ModuleType:
+    """The backend of this name; None: `cpu`, until the kernels have proven themselves on GPUs."""
+    if backend is None or backend == "cpu":
         return cpu
     if backend == "reference":
         return reference
@@ -143,7 +141,7 @@ def attend_tree(
     _check(q, k, v, alpha, taps, form, state)
     check_parents(parents, q.shape[0], q.shape[2])
     q, k = unit(q), unit(k)
-    chosen = choose(backend, q.device)
+    chosen = choose(backend)
     if chosen is reference:
         return reference.attend_tree(q, k, v, parents, state, form=form, alpha=alpha, taps=taps)
     trim = chosen is cpu and not parents.is_cuda
@@ -184,7 +182,7 @@ def linear_attention(
             )
     if state is not None and (segments is not None or not form.causal):
         raise ConfigError("several documents in a row, or both directions, go without a state")
-    chosen = _choose_for(form, backend, q.device)
+    chosen = choose(backend)
     if unit_norm and (state is not None or chosen is reference):
         q, k, unit_norm = unit(q), unit(k), False
     if nodes is not None:
@@ -297,21 +295,13 @@ def fold_(
 ) -> None:
     """Take T more tokens, those that `mask` [B, T] keeps, into the state, in place. Keys and
     values [B, K, T, ·] are those that the operator was given (of unit norm, if it normalises)."""
-    choose(backend, k.device).fold_(state, k, v, mask)
+    choose(backend).fold_(state, k, v, mask)
 
 
 def _form(q: Tensor, alpha: Tensor | None, group: int) -> Form:
     """Of grouped attention; without α, of the group alone."""
     width = 0 if alpha is None or q.ndim != 4 else q.shape[3]
     return Form(group=group, inside="relu2", features=width)
-
-
-def _choose_for(form: Form, backend: str | None, device: torch.device) -> ModuleType:
-    """Triton where it is asked for, or where it is at hand and has this form; else chunks."""
-    kernels = form.causal and form.grouped and form.inside in ("relu2", "none")
-    if backend is None and not kernels:
-        return cpu
-    return choose(backend, device)
 
 
 def _triton() -> ModuleType:

@@ -84,12 +84,8 @@ def record(
     )  # fmt: skip
     form = Form(group=state.group, inside=inside, features=width)
     for count in (1, 64):
-        nodes = Nodes(
-            positions=empty(batch, count, of=torch.int64),
-            same=empty(batch, count, state.group + count, of=torch.bool),
-            earlier=empty(batch, count, state.group + count, of=torch.bool),
-            lags=empty(batch, count, taps - 1 + count, of=torch.int64),
-        )
+        parents, length = torch.full((batch, count), -1), torch.zeros(batch, dtype=torch.int64)
+        nodes = Nodes.of(parents, length, group=state.group, taps=taps)
         q, k, v = (
             rows(heads, count, width),
             rows(kv_heads, count, width),
@@ -111,7 +107,7 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     attributes = {}
     for place, parameter in enumerate(kernel.params):
         name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or value is None or value == 1:
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
@@ -131,7 +127,6 @@ def main(dtype: str, capability: str, settings: str) -> None:
         found[code.hash()] = {
             "name": launch[0].__name__,
             "shared": compiled.metadata.shared,
-            "warps": options["num_warps"],
         }
     print(json.dumps(list(found.values())))
 

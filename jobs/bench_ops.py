@@ -1,0 +1,294 @@
+"""Grouped linear attention against softmax attention and the straightforward einsum formulation.
+
+    python -m jobs.bench_ops            # about five minutes on two CPU cores
+    python -m jobs.bench_ops --quick    # seconds; for a look, not for figures
+
+Forward, forward and backward, a decode step and trees, from 1K to 64K tokens of context; ends with
+one line of JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from jobs import baselines, measure
+from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, peak_bytes, show, show_bars
+from linearized import ops
+from linearized.errors import ConfigError
+
+SDPA, EINSUM = "softmax (SDPA)", "einsum"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Of one run."""
+
+    heads: int
+    width: int
+    group: int
+    taps: int
+    dtype: torch.dtype
+    device: torch.device
+    turns: int
+    budget: float
+    """Seconds for one comparison; a contestant that would take longer for one turn is left out."""
+
+    def draw(self, tokens: int) -> Tensor:
+        shape = (1, self.heads, tokens, self.width)
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        alpha = torch.randn(self.heads, device=self.device) / 10
+        taps = torch.randn(self.heads, self.taps, device=self.device) / 10
+        return alpha.to(self.dtype), taps.to(self.dtype)
+
+    def ours(self) -> dict[str, str]:
+        """Our backends here, by the name in the table."""
+        if self.device.type == "cuda":
+            return {"ours (triton)": "triton", "ours (chunks)": "cpu"}
+        return {"ours": "cpu"}
+
+
+def main(
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, with commas between.")
+    ] = "1024,4096,16384,65536",
+    heads: Annotated[int, typer.Option(help="Heads.")] = 8,
+    width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    group: Annotated[int, typer.Option(help="Tokens in a group.")] = 64,
+    taps: Annotated[int, typer.Option(help="Taps of the convolution.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    turns: Annotated[int, typer.Option(help="Turns of each contestant.")] = 9,
+    budget: Annotated[float, typer.Option(help="Seconds for one comparison.")] = 25.0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's own choice.")] = 0,
+    quick: Annotated[bool, typer.Option(help="256 and 512 tokens, two turns.")] = False,
+) -> None:
+    """Time, memory and state of grouped linear attention, side by side with its rivals."""
+    if threads:
+        torch.set_num_threads(threads)
+    if quick:
+        lengths, turns, budget = "256,512", 2, 0.5
+    try:
+        sizes = [int(length) for length in lengths.split(",")]
+        kind = DTYPES[dtype]
+        where = torch.device(device)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise typer.BadParameter(f"not understood: {error}") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("this machine has no CUDA device; use --device cpu")
+    torch.manual_seed(0)
+    setting = Setting(
+        heads=heads, width=width, group=group, taps=taps, dtype=kind, device=where,
+        turns=turns, budget=budget,
+    )  # fmt: skip
+    console = measure.console()
+    machine = Machine.measure(where, kind)
+    console.print(str(machine))
+    try:
+        results = _bench(setting, sizes, machine, console)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    bars = _bars(results, sizes)
+    show_bars(bars, console)
+    config = {"heads": heads, "width": width, "group": group, "taps": taps, "dtype": dtype}
+    print(last_line("bench_ops", machine, config=config, results=results, bars=bars))
+
+
+def _bench(
+    setting: Setting, sizes: list[int], machine: Machine, console: Console
+) -> dict[str, Any]:
+    forward = {n: _sequence(setting, n, backward=False) for n in sizes}
+    _show_sequence("Forward", forward, setting, machine, console)
+    both = {n: _sequence(setting, n, backward=True) for n in sizes}
+    _show_sequence("Forward and backward", both, setting, machine, console)
+    steps = {n: _steps(setting, n) for n in sizes}
+    _show_steps(steps, machine, console)
+    return {"forward": forward, "forward_backward": both, "steps": steps}
+
+
+def _sequence(setting: Setting, tokens: int, *, backward: bool) -> dict[str, Any]:
+    q, k, v = (setting.draw(tokens) for _ in range(3))
+    alpha, taps = setting.parameters()
+    inputs = [q, k, v, alpha, taps]
+    grad = setting.draw(tokens)
+    shared: dict[str, Any] = {"alpha": alpha, "taps": taps, "group": setting.group}
+    calls: dict[str, Run] = {
+        name: lambda backend=backend: ops.mix(q, k, v, **shared, backend=backend)  # type: ignore
+        for name, backend in setting.ours().items()
+    }
+    calls[EINSUM] = lambda: baselines.einsum(q, k, v, **shared)
+    calls[SDPA] = lambda: baselines.softmax(q, k, v)
+    runs = {name: _with_gradient(call, inputs, grad) if backward else _without(call)
+            for name, call in calls.items()}  # fmt: skip
+    left_out = {}
+    estimate = _estimate(setting, tokens, backward)
+    if 3 * estimate > setting.budget:  # warming up, and two turns
+        left_out[SDPA] = f"left out: about {estimate:.0f} s a turn"
+        del runs[SDPA]
+    for x in inputs:
+        x.requires_grad_(backward)
+    timings = in_turns(runs, turns=setting.turns, budget=setting.budget, device=setting.device)
+    peaks = {name: peak_bytes(run, setting.device) for name, run in runs.items()}
+    return {
+        "time": timings,
+        "peak_bytes": peaks,
+        "input_bytes": q.nbytes + k.nbytes + v.nbytes,
+        "left_out": left_out,
+    }
+
+
+def _without(call: Run) -> Run:
+    return torch.no_grad()(call)
+
+
+def _with_gradient(call: Run, inputs: list[Tensor], grad: Tensor) -> Run:
+    def run() -> None:
+        out = call()
+        assert isinstance(out, Tensor)
+        torch.autograd.grad(out, inputs, grad, allow_unused=True)
+
+    return run
+
+
+def _estimate(setting: Setting, tokens: int, backward: bool) -> float:
+    """Seconds of softmax attention, from a short one: quadratic in the tokens."""
+    if tokens <= 2048:
+        return 0.0
+    q, k, v = (setting.draw(2048).requires_grad_(backward) for _ in range(3))
+    call: Run = lambda: baselines.softmax(q, k, v)  # noqa: E731
+    run = _with_gradient(call, [q, k, v], setting.draw(2048)) if backward else _without(call)
+    timing = in_turns({SDPA: run}, turns=3, budget=1, device=setting.device)[SDPA]
+    return timing.median * (tokens / 2048) ** 2
+
+
+@torch.no_grad()
+def _steps(setting: Setting, context: int) -> dict[str, Any]:
+    """One token after `context` of them, and trees of 16 and 64 nodes."""
+    q, k, v = (setting.draw(context) for _ in range(3))
+    alpha, taps = setting.parameters()
+    shared: dict[str, Any] = {"alpha": alpha, "taps": taps, "group": setting.group}
+    _, state = ops.attend(q, k, v, **shared)
+    cache = baselines.Cache(k, v, 64)
+    runs: dict[str, Run] = {}
+    for nodes in (1, 16, 64):
+        parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]])
+        tree = parents.to(setting.device)
+        x, y, z = (setting.draw(nodes) for _ in range(3))
+        path = ops.nodes.ancestors(tree)[0]
+        seen = torch.cat([path.new_ones(nodes, context), path], dim=1) if nodes > 1 else None
+        for name, backend in setting.ours().items():
+            runs[f"{name}, {nodes}"] = lambda x=x, y=y, z=z, tree=tree, backend=backend: (
+                ops.attend_tree(  # type: ignore
+                    x, y, z, tree, state, **shared, backend=backend
+                )
+            )
+        runs[f"{SDPA}, {nodes}"] = (
+            lambda x=x, y=y, z=z, seen=seen: cache.attend(x, y, z, seen)  # type: ignore
+        )
+    one, two = setting.draw(1), setting.draw(1)
+    again = state.clone()
+    for name, backend in setting.ours().items():
+        runs[f"{name}, commit of 1"] = (
+            lambda backend=backend: ops.fold_(again, one, two, backend=backend)  # type: ignore
+        )
+    timings = in_turns(
+        runs, turns=3 * setting.turns, budget=setting.budget / 4, device=setting.device
+    )
+    state_bytes = sum(x.nbytes for x in state.tensors().values())
+    return {"time": timings, "state_bytes": state_bytes, "cache_bytes": cache.nbytes}
+
+
+def _show_sequence(
+    title: str, found: dict[int, Any], setting: Setting, machine: Machine, console: Console
+) -> None:
+    columns = ["tokens", "", "time (quartiles)", "ours is faster", "peak MB", "× inputs", "FLOP/s"]
+    rows = []
+    for tokens, result in found.items():
+        times: dict[str, Timing] = result["time"]
+        ours = min(times[name].median for name in setting.ours())
+        work = _operations(setting, tokens) * (3.5 if title != "Forward" else 1)
+        for name, timing in times.items():
+            peak = result["peak_bytes"][name]
+            is_ours = name in setting.ours()
+            rows.append([
+                f"{tokens:,}",
+                name,
+                str(timing),
+                "" if is_ours else f"{timing.median / ours:.1f} ×",
+                f"{peak / 1e6:,.1f}",
+                f"{peak / result['input_bytes']:.2f}",
+                f"{work / timing.median / machine.flops:.0%} of the machine's" if is_ours else "",
+            ])  # fmt: skip
+        for name, why in result["left_out"].items():
+            rows.append([f"{tokens:,}", name, why, "", "", "", ""])
+    show(title, columns, rows, console)
+
+
+def _operations(setting: Setting, tokens: int) -> float:
+    """Floating-point operations of our forward: scores and their values in the group, memory
+    written and read, and the taps that reach out of it. With the backward: 3.5 times as many, two
+    for each product's gradients and a half for those computed again."""
+    pair = 2 * setting.group * 2 * setting.width
+    memory = 2 * 2 * setting.width**2
+    reach = 2 * (setting.taps - 1) * setting.width
+    return float(tokens * setting.heads * (pair + memory + reach))
+
+
+def _show_steps(found: dict[int, Any], machine: Machine, console: Console) -> None:
+    columns = ["context", "", "time (quartiles)", "× of one token", "bytes", "bytes/s"]
+    rows = []
+    for context, result in found.items():
+        times: dict[str, Timing] = result["time"]
+        for name, timing in times.items():
+            kind, what = name.split(", ")
+            single = times[f"{kind}, 1"].median
+            size = result["cache_bytes" if kind == SDPA else "state_bytes"]
+            share = size / timing.median / machine.copy
+            rows.append([
+                f"{context:,}",
+                f"{kind}, {what}" if what.startswith("commit") else f"{kind}, {what} nodes",
+                str(timing),
+                "" if what.startswith("commit") else f"{timing.median / single:.2f}",
+                f"{size:,}",
+                f"{share:.0%} of a copy's" if what == "1" else "",
+            ])  # fmt: skip
+    show("A step: one token, and trees, on top of a context", columns, rows, console)
+
+
+def _bars(results: dict[str, Any], sizes: list[int]) -> list[Bar]:
+    def ratio(part: str, other: str) -> float | None:
+        times = results[part].get(16384, {}).get("time", {})
+        if other not in times or "ours" not in times:
+            return None
+        return float(times[other].median / times["ours"].median)
+
+    extra = tree = growth = None
+    long = results["forward"].get(16384)
+    if long is not None and "ours" in long["peak_bytes"]:
+        extra = long["peak_bytes"]["ours"] / long["input_bytes"]
+    steps = results["steps"]
+    if 16384 in steps and "ours, 1" in steps[16384]["time"]:
+        times = steps[16384]["time"]
+        tree = times["ours, 16"].median / times["ours, 1"].median
+    if len(sizes) > 1:
+        growth = steps[sizes[-1]]["state_bytes"] / steps[sizes[0]]["state_bytes"]
+    return [
+        Bar("forward at 16K, times as fast as SDPA softmax", ratio("forward", SDPA), 15),
+        Bar("forward at 16K, times as fast as einsum", ratio("forward", EINSUM), 2),
+        Bar("forward at 16K, peak extra memory over the inputs", extra, 2, least=False),
+        Bar("forward + backward at 16K, × SDPA softmax", ratio("forward_backward", SDPA), 10),
+        Bar("16-node tree over one token, at 16K", tree, 1.5, least=False),
+        Bar("bytes of state, longest over shortest context", growth, 1, least=False),
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,203 @@
+"""Committing tokens to the state on a GPU, in place. Knows rows of state; knows no trees.
+
+B rows, K key/value heads, T tokens, G group size, X key width (the last F columns are features), U
+value width (the last E columns are the convolution's), M taps.
+
+The open group's tokens and the new ones are one line; token i of it is closed if i is less than
+`closed`, the whole groups on that line. Two launches, each for all rows at once: `close` reads the
+open group and adds what is closed to the memory; `append`, after it, moves the rest into the slots
+and the tail. Neither asks the GPU for a length, so that a commit can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearized.errors import ConfigError
+from linearized.ops.kernels.blocks import add_dot, load, store, total
+from linearized.ops.kernels.plan import block, check_device, numbers, on, rowwise, strides
+from linearized.state import GroupState
+
+ROWS = 32
+
+
+def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    """Take T more tokens into the state, in place; see `ops/reference.py`.
+
+    Raises:
+        ConfigError: tensors on no GPU.
+    """
+    check_device(v)
+    if not k.shape[2]:
+        return
+    _check_rows(state)
+    k, v = rowwise(k.to(state.keys.dtype)), rowwise(v.to(state.values.dtype))
+    mask = None if mask is None else mask.bool().contiguous()
+    shapes = {
+        "kv_heads": k.shape[1],
+        "group": state.group,
+        "key_width": k.shape[3],
+        "value_width": v.shape[3],
+        "rows": ROWS,
+    }
+    pairs, memory = k.shape[0] * k.shape[1], state.memory
+    with on(memory.device):
+        if memory.numel():
+            features, tile = block(memory.shape[2]), min(block(v.shape[3]), 64)
+            tile_f = min(features, 128)
+            close[(pairs, -(-v.shape[3] // tile), -(-memory.shape[2] // tile_f))](
+                k, v, mask, state.length, state.keys, state.values, memory,
+                *strides(k), *strides(v), *strides(state.keys), *strides(state.values),
+                *strides(memory), k.shape[2],
+                **shapes, features=memory.shape[2], feature_tile=tile_f, tile=tile,
+                **numbers(memory.dtype), num_warps=4, num_stages=1,
+            )  # fmt: skip
+        append[(pairs,)](
+            k, v, mask, state.length, state.keys, state.values, state.tail,
+            *strides(k), *strides(v), *strides(state.keys), *strides(state.values),
+            *strides(state.tail), k.shape[2],
+            **shapes, num_tail=state.taps - 1, tail_width=state.tail.shape[3],
+            key_block=block(k.shape[3]), value_block=block(v.shape[3]),
+            tail_block=block(state.taps - 1), tile=min(block(state.tail.shape[3]), 32),
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    state.length.add_(k.shape[2] if mask is None else mask.sum(1))
+
+
+def _check_rows(state: GroupState) -> None:
+    for name, tensor in state.tensors().items():
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ConfigError(
+                f"the rows of a state that is written in place lie in one piece; {name} has "
+                f"strides {tensor.stride()}: make it contiguous"
+            )
+
+
+@triton.jit
+def token_places(mask_ptr, b, first, num_tokens, line, rows: tl.constexpr):
+    """Of a block of tokens: which are there, their places on the line, and the line's length after
+    them."""
+    index = tl.arange(0, rows)
+    t = first + index
+    there = t < num_tokens
+    if mask_ptr is None:
+        return there, line + index, line + tl.minimum(rows, num_tokens - first)
+    else:
+        at = mask_ptr + b * num_tokens
+        there = tl.load(at + t, mask=there, other=0).to(tl.int1)
+        earlier = tl.where(index[None, :] < index[:, None], there[None, :].to(tl.int32), 0)
+        return there, line + total(earlier, 1), line + total(there.to(tl.int32), 0)
+
+
+@triton.jit
+def measure(mask_ptr, length_ptr, b, num_tokens, group: tl.constexpr, rows: tl.constexpr):
+    """Tokens in the open group, on the line, and of these in whole groups."""
+    filled = (tl.load(length_ptr + b) % group).to(tl.int32)
+    line = filled
+    if mask_ptr is None:
+        line += num_tokens
+    else:
+        for first in range(0, num_tokens, rows):
+            _, _, line = token_places(mask_ptr, b, first, num_tokens, line, rows)
+    return filled, line, line // group * group
+
+
+@triton.jit
+def close(
+    k_ptr, v_ptr, mask_ptr, length_ptr, keys_ptr, values_ptr, memory_ptr,
+    k_batch, k_head, k_slot, v_batch, v_head, v_slot,
+    keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
+    memory_batch, memory_head, memory_slot, num_tokens,
+    kv_heads: tl.constexpr, group: tl.constexpr,
+    key_width: tl.constexpr, value_width: tl.constexpr, rows: tl.constexpr,
+    features: tl.constexpr, feature_tile: tl.constexpr, tile: tl.constexpr,
+    wide: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Add what is closed to the memory. Program: (row and head, value tile, feature tile)."""
+    pair = tl.program_id(0)
+    b, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    filled, line, closed = measure(mask_ptr, length_ptr, b, num_tokens, group, rows)
+    if closed == 0:
+        return
+    skipped: tl.constexpr = key_width - features
+    k_ptr += b * k_batch + head * k_head + skipped
+    v_ptr += b * v_batch + head * v_head
+    keys_ptr += b * keys_batch + head * keys_head + skipped
+    values_ptr += b * values_batch + head * values_head
+    memory_ptr += b * memory_batch + head * memory_head
+    columns_f = tl.program_id(2) * feature_tile + tl.arange(0, feature_tile)
+    columns_u = tl.program_id(1) * tile + tl.arange(0, tile)
+    index = tl.arange(0, rows)
+    memory = load(memory_ptr, columns_f, memory_slot, columns_f < features, columns_u, value_width)
+    for first in range(0, group, rows):
+        slots = first + index
+        k = load(keys_ptr, slots, keys_slot, slots < filled, columns_f, features)
+        v = load(values_ptr, slots, values_slot, slots < filled, columns_u, value_width)
+        memory = add_dot(memory, tl.trans(k), v, precision)
+    line = filled
+    for first in range(0, num_tokens, rows):
+        there, places, line = token_places(mask_ptr, b, first, num_tokens, line, rows)
+        there = there & (places < closed)
+        k = load(k_ptr, first + index, k_slot, there, columns_f, features)
+        v = load(v_ptr, first + index, v_slot, there, columns_u, value_width)
+        memory = add_dot(memory, tl.trans(k), v, precision)
+    store(memory_ptr, memory, columns_f, memory_slot, columns_f < features, columns_u, value_width)
+
+
+@triton.jit
+def append(
+    k_ptr, v_ptr, mask_ptr, length_ptr, keys_ptr, values_ptr, tail_ptr,
+    k_batch, k_head, k_slot, v_batch, v_head, v_slot,
+    keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
+    tail_batch, tail_head, tail_slot, num_tokens,
+    kv_heads: tl.constexpr, group: tl.constexpr,
+    key_width: tl.constexpr, value_width: tl.constexpr, rows: tl.constexpr,
+    num_tail: tl.constexpr, tail_width: tl.constexpr,
+    key_block: tl.constexpr, value_block: tl.constexpr,
+    tail_block: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Move what is not closed into the slots, and the tail on. Program: row and head."""
+    pair = tl.program_id(0)
+    b, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    filled, line, closed = measure(mask_ptr, length_ptr, b, num_tokens, group, rows)
+    k_ptr += b * k_batch + head * k_head
+    v_ptr += b * v_batch + head * v_head
+    keys_ptr += b * keys_batch + head * keys_head
+    values_ptr += b * values_batch + head * values_head
+    tail_ptr += b * tail_batch + head * tail_head
+    columns_x, columns_u = tl.arange(0, key_block), tl.arange(0, value_block)
+    index = tl.arange(0, rows)
+    if closed > 0:
+        for first in range(0, group, rows):
+            slots = first + index
+            nought = tl.full([rows, key_block], 0.0, tl.float32)
+            store(keys_ptr, nought, slots, keys_slot, slots < group, columns_x, key_width)
+            nought = tl.full([rows, value_block], 0.0, tl.float32)
+            store(values_ptr, nought, slots, values_slot, slots < group, columns_u, value_width)
+    if num_tail > 0:
+        places = tl.arange(0, tail_block)
+        kept = places + (line - filled) < num_tail
+        for first in range(0, tail_width, tile):
+            columns = first + tl.arange(0, tile)
+            old = load(tail_ptr, places + (line - filled), tail_slot, kept, columns, tail_width)
+            tl.debug_barrier()  # all of it is read before any of it is written
+            store(tail_ptr, old, places, tail_slot, kept, columns, tail_width)
+    tl.debug_barrier()  # slots are cleared before they are filled
+    end = line
+    line = filled
+    for first in range(0, num_tokens, rows):
+        there, places, line = token_places(mask_ptr, b, first, num_tokens, line, rows)
+        k = load(k_ptr, first + index, k_slot, there, columns_x, key_width)
+        v = load(v_ptr, first + index, v_slot, there, columns_u, value_width)
+        slots = places - closed
+        stays = there & (slots >= 0)
+        store(keys_ptr, k, slots, keys_slot, stays, columns_x, key_width)
+        store(values_ptr, v, slots, values_slot, stays, columns_u, value_width)
+        if num_tail > 0:
+            columns = columns_u - (value_width - tail_width)
+            slots = num_tail + places - end
+            at = tail_ptr + slots.to(tl.int64)[:, None] * tail_slot + columns[None, :]
+            stays = (there & (slots >= 0))[:, None] & ((columns >= 0) & (columns < tail_width))
+            tl.store(at, v.to(tail_ptr.dtype.element_ty), mask=stays)

@@ -1,0 +1,289 @@
+"""Linear attention of sequences on a GPU, with gradients. Knows tensors, tiles and launches.
+
+B batch, H query heads, K key/value heads, R = H/K, S slots of the grid (see `ops/grid.py`), D key
+width, E value width, G group size, M taps, P segments.
+
+The walk. A row's slots are cut into P segments of `step` chunks; a chunk is some whole groups, and
+no more than a block of slots unless one group is more. With few heads, P is what fills the GPU:
+
+    sum_keys   what each segment adds to the memory                  (not if P = 1)
+    carry      a running sum of that, in float32: what each is given (not if P = 1)
+    outputs    one pass over q, k, v: a program takes a segment, keeps the memory on the chip from
+               chunk to chunk, and adds up all three parts of an output: pairs inside the chunk, the
+               memory, and the convolution as a Toeplitz matrix of weights
+
+Norms are one number a row, worked out before the walk by a pass of their own (in the walk they cost
+a fifth of its registers, and each would be worked out by five kernels and every tile); normalised
+queries and keys are never written.
+
+Saved for the gradient are the inputs, the norms and the P memories. It walks forwards once more
+for dq (`replay.py`), and backwards for dk and dv (`backward.py`), each a pass like that for outputs
+with other roles. A pair's weight is worked out again wherever it is needed: cheaper than to keep.
+
+Sums across programs (of dα, dtaps, and of segments) are over scratch memory, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearized.errors import ConfigError
+from linearized.ops.form import Form
+from linearized.ops.kernels import forward, gradients
+from linearized.ops.kernels.plan import (
+    Plan,
+    block,
+    check,
+    contiguous,
+    given,
+    new,
+    numbers,
+    on,
+    rowwise,
+    strides,
+)
+
+CHUNK = 64
+"""Slots of a group where groups make no difference."""
+
+
+def scan(
+    q: Tensor,  # [B, H, S, D]
+    k: Tensor,  # [B, K, S, D]
+    v: Tensor,  # [B, K, S, E]
+    *,
+    form: Form,
+    unit: bool,  # divide queries and keys by their norms first
+    alpha: Tensor | None,  # [H]
+    taps: Tensor | None,  # [H, M]
+    memory: Tensor | None,  # [B, K, D, E], before slot 0
+    before: Tensor | None,  # [B, K, M-1, E], values before slot 0
+    start: Tensor | None,  # [B, C], first group of a group's document
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Outputs [B, H, S, E] of the tokens on a grid; see `ops/cpu.py`.
+
+    Raises:
+        ConfigError: a form, width or device that the kernels do not do.
+    """
+    check(form, q.shape[3], v)
+    if not form.causal:
+        raise ConfigError("the Triton kernels are causal; for both directions use backend='cpu'")
+    group = form.group if form.grouped else CHUNK
+    num_groups = -(-q.shape[2] // group)
+    if start is not None and start.shape != (q.shape[0], num_groups):
+        raise ConfigError(
+            f"start must be [batch, groups] = {[q.shape[0], num_groups]} with groups of {group} "
+            f"slots, got {list(start.shape)}"
+        )
+    features = form.features > 0
+    num_taps = 1 if taps is None else taps.shape[1]
+    wide = torch.promote_types(v.dtype, torch.float32)
+    out, *_ = _scan(
+        q.to(v.dtype),
+        k.to(v.dtype),
+        v,
+        alpha if features else None,
+        taps,
+        memory.to(wide) if features and memory is not None else None,
+        before.to(v.dtype) if before is not None and num_taps > 1 else None,
+        start,
+        group,
+        form.inside,
+        features,
+        unit,
+    )
+    return out
+
+
+@torch.library.custom_op("linearized::scan", mutates_args=())
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    memory: Tensor | None,
+    before: Tensor | None,
+    start: Tensor | None,
+    group: int,
+    inside: str,
+    features: bool,
+    unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, what queries and keys are multiplied by to have norm 1, [B, H, S] and [B, K, S],
+    and the memory that each segment is given, [B, K, P, D, E]; empty where there is none."""
+    q, k, v = rowwise(q), rowwise(k), rowwise(v)
+    plan = Plan.of(q, k, v, group, inside, features)
+    before, start, taps = contiguous(before), contiguous(start), contiguous(taps)
+    with on(v.device):
+        q_norm, k_norm = _norms(plan, q, unit), _norms(plan, k, unit)
+        memories = _memories(plan, k, v, given(k_norm), memory, start)
+        out = new(q, v)
+        tiling = plan.tiling(plan.key_block, plan.value_block, 2 * plan.key_block)
+        forward.outputs[plan.grid(q, plan.value_width, tiling)](
+            q, k, v, given(q_norm), given(k_norm), alpha, taps, given(memories), before, start, out,
+            *strides(q), *strides(k), *strides(v), *strides(out), *plan.walk,
+            heads=q.shape[1], kv_heads=k.shape[1], key_block=plan.key_block,
+            **plan.blocking, **plan.weights, **plan.convolution(taps), **tiling,
+            **numbers(v.dtype),
+        )  # fmt: skip
+    return out, q_norm, k_norm, memories
+
+
+@_scan.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    memory: Tensor | None,
+    before: Tensor | None,
+    start: Tensor | None,
+    group: int,
+    inside: str,
+    features: bool,
+    unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan = Plan.of(q, k, v, group, inside, features)
+    q_norm, k_norm = _new_norms(plan, q, unit), _new_norms(plan, k, unit)
+    return new(q, v), q_norm, k_norm, _new_memories(plan, k, v, memory)
+
+
+def _norms(plan: Plan, x: Tensor, unit: bool) -> Tensor:
+    norms = _new_norms(plan, x, unit)
+    if norms.numel():
+        batch, heads, num_slots, width = x.shape
+        forward.invert_norms[(batch * heads, -(-num_slots // 32))](
+            x, norms, *strides(x), num_slots,
+            heads=heads, width=width, width_block=block(width), rows=32,
+            **numbers(x.dtype), num_warps=4,
+        )  # fmt: skip
+    return norms
+
+
+def _new_norms(plan: Plan, x: Tensor, unit: bool) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[:3] if unit and plan.key_width else (0,), dtype=wide)
+
+
+def _memories(
+    plan: Plan,
+    k: Tensor,
+    v: Tensor,
+    k_norm: Tensor | None,
+    memory: Tensor | None,
+    start: Tensor | None,
+) -> Tensor:
+    memories = _new_memories(plan, k, v, memory)
+    if plan.num_segments > 1 and memories.numel():
+        tiling = plan.tiling(plan.key_block, plan.value_block, plan.key_block)
+        pairs, _, tiles = plan.grid(k, plan.value_width, tiling)
+        forward.sum_keys[(pairs, plan.num_segments - 1, tiles)](
+            k, v, k_norm, start, memories, *strides(k), *strides(v), *plan.walk,
+            kv_heads=k.shape[1], key_block=plan.key_block,
+            **plan.blocking, **tiling, **numbers(v.dtype),
+        )  # fmt: skip
+    if memories.numel():
+        gradients.carry(plan, memories, contiguous(memory), None, start, reverse=False)
+    return memories
+
+
+def _new_memories(plan: Plan, k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:
+    wide = torch.promote_types(v.dtype, torch.float32)
+    if not plan.features or (plan.num_segments == 1 and memory is None):
+        return v.new_empty(0, dtype=wide)
+    shape = (k.shape[0], k.shape[1], plan.num_segments, k.shape[3], v.shape[3])
+    return v.new_empty(shape, dtype=wide)
+
+
+@torch.library.custom_op("linearized::scan_backward", mutates_args=())
+def _scan_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    memories: Tensor,
+    before: Tensor | None,
+    start: Tensor | None,
+    group: int,
+    inside: str,
+    features: bool,
+    wants_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, alpha, taps, memory and before; empty for what is not there."""
+    plan = Plan.of(q, k, v, group, inside, features)
+    inputs = gradients.Inputs(
+        g=rowwise(g),
+        q=rowwise(q),
+        k=rowwise(k),
+        v=rowwise(v),
+        q_norm=given(q_norm),
+        k_norm=given(k_norm),
+        alpha=alpha,
+        taps=contiguous(taps),
+        before=contiguous(before),
+        start=contiguous(start),
+    )
+    with on(v.device):
+        later, dmemory = gradients.memories(plan, inputs, wants_memory)
+        dq, dalpha = gradients.queries(plan, inputs, given(memories))
+        dk = gradients.keys(plan, inputs, later)
+        dv = gradients.values(plan, inputs, later)
+        dtaps = gradients.taps(plan, inputs)
+    return dq, dk, dv, dalpha, dtaps, dmemory, gradients.before(plan, inputs)
+
+
+@_scan_backward.register_fake
+def _(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    memories: Tensor,
+    before: Tensor | None,
+    start: Tensor | None,
+    group: int,
+    inside: str,
+    features: bool,
+    wants_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(v.dtype, torch.float32)
+    memory = (*k.shape[:2], q.shape[3], v.shape[3]) if wants_memory and features else (0,)
+    return (
+        new(q, q),
+        new(k, k),
+        new(v, v),
+        v.new_empty(0) if alpha is None else alpha.new_empty(alpha.shape),
+        v.new_empty(0) if taps is None else taps.new_empty(taps.shape),
+        v.new_empty(memory, dtype=wide),
+        v.new_empty(0) if before is None else before.new_empty(before.shape),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, alpha, taps, _, before, start, *ctx.constants, _ = inputs
+    ctx.save_for_backward(q, k, v, alpha, taps, *output[1:], before, start)
+
+
+def _differentiate(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    alpha, taps, memory, before = ctx.needs_input_grad[3:7]
+    found = _scan_backward(g, *ctx.saved_tensors, *ctx.constants, memory)
+    wanted = (True, True, True, alpha, taps, memory, before)
+    grads = [x if is_wanted else None for x, is_wanted in zip(found, wanted, strict=True)]
+    return (*grads, None, None, None, None, None)
+
+
+_scan.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,278 @@
+"""Token trees on top of a state, on a GPU. Knows nodes; writes nothing but outputs.
+
+B batch, H query heads, K key/value heads, R = H/K, N nodes, D key width, E value width, G group
+size, M taps. `Nodes` says for each pair whether it is of one group, of different groups, or unseen,
+so that a batch of different trees is one launch.
+
+`many` takes blocks of rows (a query head's node each; those of one key/value head together, so
+that its memory is read once) through four sums: memory, open group, nodes, tail. `one` is the step
+of one token: no products of matrices, every tensor read at once, and that is the time it takes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearized.ops.form import Form
+from linearized.ops.kernels.blocks import add_dot, dot, load, total
+from linearized.ops.kernels.plan import block, check, new, numbers, on, rowwise, strides
+from linearized.ops.nodes import Nodes
+from linearized.state import GroupState
+
+AT_ONCE = 16384
+"""Elements of the open group's keys that `one` can hold."""
+
+
+def attend_tree(
+    q: Tensor,  # [B, H, N, D]
+    k: Tensor,  # [B, K, N, D]
+    v: Tensor,  # [B, K, N, E]
+    nodes: Nodes,
+    state: GroupState,
+    *,
+    form: Form,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+) -> Tensor:
+    """Outputs [B, H, N, E] of N tree nodes; see `ops/reference.py`. Has no gradient.
+
+    Raises:
+        ConfigError: a form or device that the kernels do not do.
+    """
+    check(form, q.shape[3], v)
+    q, k, v = (rowwise(x.detach().to(state.values.dtype)) for x in (q, k, v))
+    keys, values, memory = rowwise(state.keys), rowwise(state.values), rowwise(state.memory)
+    tail = None if taps is None or taps.shape[1] == 1 else rowwise(state.tail)
+    out = new(q, v)
+    batch, heads, num_nodes, width = q.shape
+    kv_heads, features = k.shape[1], form.features > 0
+    pairs = features or form.inside != "none"
+    repeats, key_block = heads // kv_heads, block(width)
+    single = num_nodes == 1 and block(state.group) * key_block <= AT_ONCE
+    most = 64 if not single or batch * kv_heads >= 128 else 32
+    tile = min(block(v.shape[3]), most)
+    tiles = -(-v.shape[3] // tile)
+    shapes = {
+        "kv_heads": kv_heads,
+        "repeats": repeats,
+        "key_width": width if pairs else 0,
+        "value_width": v.shape[3],
+        "group": state.group,
+        "key_block": key_block,
+        "tile": tile,
+        "taps": 0 if taps is None else taps.shape[1],
+        "inside": form.inside,
+        "features": features,
+        "wide": numbers(memory.dtype)["wide"],
+        "enable_fp_fusion": True,
+    }
+    tensors = (
+        q, k, v, keys, values, memory, tail,
+        nodes.same.contiguous(), nodes.earlier.contiguous(), nodes.lags.contiguous(),
+        alpha if features else None, None if taps is None else taps.contiguous(), out,
+        *strides(q), *strides(k), *strides(v), *strides(keys), *strides(values), *strides(memory),
+        *strides(state.tail), *strides(out),
+    )  # fmt: skip
+    with on(v.device):
+        if single:
+            warps = 8 if block(state.group) * key_block > AT_ONCE // 2 else 4
+            one[(batch * kv_heads, tiles)](
+                *tensors, group_block=block(state.group), tail_block=block(state.taps - 1),
+                num_warps=warps, num_stages=1, **shapes,
+            )  # fmt: skip
+        else:
+            rows = min(max(16, triton.next_power_of_2(repeats * num_nodes)), 64)
+            blocks = -(-repeats * num_nodes // rows)
+            many[(batch * kv_heads, tiles, blocks)](
+                *tensors, num_nodes, rows=rows, columns=32, num_warps=4, num_stages=2,
+                precision=numbers(v.dtype)["precision"], **shapes,
+            )  # fmt: skip
+    return out
+
+
+@triton.jit
+def weigh(s, same, earlier, alpha, inside: tl.constexpr, features: tl.constexpr):
+    """A pair's weight, from its score and where its key is."""
+    weights = tl.full(s.shape, 0.0, s.dtype)
+    if inside == "linear":
+        return tl.where(same | earlier, alpha * s, 0.0)
+    else:
+        if features:
+            weights = tl.where(earlier, alpha * s, 0.0)
+        if inside == "relu2":
+            positive = tl.maximum(s, 0.0)
+            weights += tl.where(same, positive * positive, 0.0)
+        return weights
+
+
+@triton.jit
+def many(
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, memory_ptr, tail_ptr,
+    same_ptr, earlier_ptr, lags_ptr, alpha_ptr, taps_ptr, out_ptr,
+    q_batch, q_head, q_node, k_batch, k_head, k_node, v_batch, v_head, v_node,
+    keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
+    memory_batch, memory_head, memory_slot, tail_batch, tail_head, tail_slot,
+    out_batch, out_head, out_node, num_nodes,
+    kv_heads: tl.constexpr, repeats: tl.constexpr,
+    key_width: tl.constexpr, value_width: tl.constexpr, group: tl.constexpr,
+    key_block: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    taps: tl.constexpr, inside: tl.constexpr, features: tl.constexpr,
+    wide: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a block of rows. Program: (b and key/value head, value tile, block of rows)."""
+    pair = tl.program_id(0)
+    b, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    row = tl.program_id(2) * rows + tl.arange(0, rows)
+    there = row < repeats * num_nodes
+    head, node = kv_head * repeats + row // num_nodes, row % num_nodes
+    columns_e = tl.program_id(1) * tile + tl.arange(0, tile)
+    columns_d = tl.arange(0, key_block)
+    index = tl.arange(0, columns)
+    kind = v_ptr.dtype.element_ty
+    q_at = q_ptr + b * q_batch + head * q_head + node * q_node.to(tl.int64)
+    alpha = tl.full([rows], 1.0, wide)
+    if alpha_ptr is not None:
+        alpha = tl.load(alpha_ptr + head, mask=there, other=0.0).to(wide)
+    taps_at = taps_ptr
+    if taps > 0:
+        taps_at = taps_ptr + head * taps
+
+    out = tl.full([rows, tile], 0.0, wide)
+    if features:
+        memory_at = memory_ptr + b * memory_batch + kv_head * memory_head
+        step: tl.constexpr = 16 if key_block < 64 else 64
+        for first in range(0, key_width, step):
+            d = first + tl.arange(0, step)
+            piece = tl.load(q_at[:, None] + d[None, :], mask=there[:, None] & (d < key_width),
+                            other=0.0)  # fmt: skip
+            memory = load(memory_at, d, memory_slot, d < key_width, columns_e, value_width)
+            out = add_dot(out, piece.to(wide), memory, precision)
+        out *= alpha[:, None]
+    if key_width > 0:
+        q = tl.load(q_at[:, None] + columns_d[None, :],
+                    mask=there[:, None] & (columns_d < key_width), other=0.0)  # fmt: skip
+        pairs_at = (b * num_nodes + node) * (group + num_nodes)
+        for first in range(0, group, columns):
+            m = first + index
+            k = load(keys_ptr + b * keys_batch + kv_head * keys_head, m, keys_slot, m < group,
+                     columns_d, key_width)  # fmt: skip
+            v = load(values_ptr + b * values_batch + kv_head * values_head, m, values_slot,
+                     m < group, columns_e, value_width)  # fmt: skip
+            scores = dot(q, tl.trans(k), precision, wide)
+            seen = there[:, None] & (m < group)[None, :]
+            pair_at = pairs_at[:, None] + m[None, :]
+            same = tl.load(same_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            earlier = tl.load(earlier_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            weights = weigh(scores, same, earlier, alpha[:, None], inside, features)
+            out = add_dot(out, weights.to(kind), v, precision)
+    for first in range(0, num_nodes, columns):
+        m = first + index
+        v = load(v_ptr + b * v_batch + kv_head * v_head, m, v_node, m < num_nodes, columns_e,
+                 value_width)  # fmt: skip
+        weights = tl.full([rows, columns], 0.0, wide)
+        seen = there[:, None] & (m < num_nodes)[None, :]
+        if key_width > 0:
+            k = load(k_ptr + b * k_batch + kv_head * k_head, m, k_node, m < num_nodes, columns_d,
+                     key_width)  # fmt: skip
+            scores = dot(q, tl.trans(k), precision, wide)
+            pair_at = pairs_at[:, None] + (group + m)[None, :]
+            same = tl.load(same_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            earlier = tl.load(earlier_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            weights = weigh(scores, same, earlier, alpha[:, None], inside, features)
+        if taps > 0:
+            lags_at = (b * num_nodes + node) * (taps - 1 + num_nodes)
+            weights += lagged(lags_ptr, lags_at[:, None] + (taps - 1 + m)[None, :], seen,
+                              taps_at[:, None], taps, wide)  # fmt: skip
+        out = add_dot(out, weights.to(kind), v, precision)
+    if tail_ptr is not None:
+        for first in range(0, taps - 1, columns):
+            m = first + index
+            v = load(tail_ptr + b * tail_batch + kv_head * tail_head, m, tail_slot, m < taps - 1,
+                     columns_e, value_width)  # fmt: skip
+            seen = there[:, None] & (m < taps - 1)[None, :]
+            lags_at = (b * num_nodes + node) * (taps - 1 + num_nodes)
+            weights = lagged(
+                lags_ptr, lags_at[:, None] + m[None, :], seen, taps_at[:, None], taps, wide
+            )
+            out = add_dot(out, weights.to(kind), v.to(kind), precision)
+    out_at = out_ptr + b * out_batch + head * out_head + node * out_node.to(tl.int64)
+    tl.store(out_at[:, None] + columns_e[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=there[:, None] & (columns_e < value_width)[None, :])  # fmt: skip
+
+
+@triton.jit
+def lagged(lags_ptr, at, seen, taps_at, taps: tl.constexpr, wide: tl.constexpr):
+    """The taps of the lags that are stored at `at`; M is out of reach."""
+    lags = tl.load(lags_ptr + at, mask=seen, other=taps)
+    return tl.load(taps_at + lags, mask=lags < taps, other=0.0).to(wide)
+
+
+@triton.jit
+def one(
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, memory_ptr, tail_ptr,
+    same_ptr, earlier_ptr, lags_ptr, alpha_ptr, taps_ptr, out_ptr,
+    q_batch, q_head, q_node, k_batch, k_head, k_node, v_batch, v_head, v_node,
+    keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
+    memory_batch, memory_head, memory_slot, tail_batch, tail_head, tail_slot,
+    out_batch, out_head, out_node,
+    kv_heads: tl.constexpr, repeats: tl.constexpr,
+    key_width: tl.constexpr, value_width: tl.constexpr, group: tl.constexpr,
+    key_block: tl.constexpr, tile: tl.constexpr,
+    group_block: tl.constexpr, tail_block: tl.constexpr,
+    taps: tl.constexpr, inside: tl.constexpr, features: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one node a row. Program: (b and key/value head, value tile)."""
+    pair = tl.program_id(0)
+    b, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    columns_e = tl.program_id(1) * tile + tl.arange(0, tile)
+    columns_d = tl.arange(0, key_block)
+    in_e, in_d = columns_e < value_width, columns_d < key_width
+    m = tl.arange(0, group_block)
+    own_v = tl.load(v_ptr + b * v_batch + kv_head * v_head + columns_e, mask=in_e, other=0.0)
+    own_v = own_v.to(wide)
+    if key_width > 0:
+        own_k = tl.load(k_ptr + b * k_batch + kv_head * k_head + columns_d, mask=in_d, other=0.0)
+        k = load(keys_ptr + b * keys_batch + kv_head * keys_head, m, keys_slot, m < group,
+                 columns_d, key_width).to(wide)  # fmt: skip
+        v = load(values_ptr + b * values_batch + kv_head * values_head, m, values_slot,
+                 m < group, columns_e, value_width).to(wide)  # fmt: skip
+        pairs_at = b * (group + 1)
+        same = tl.load(same_ptr + pairs_at + m, mask=m < group, other=0).to(tl.int1)
+        earlier = tl.load(earlier_ptr + pairs_at + m, mask=m < group, other=0).to(tl.int1)
+        own_same = tl.load(same_ptr + pairs_at + group).to(tl.int1)
+        own_earlier = tl.load(earlier_ptr + pairs_at + group).to(tl.int1)
+    if features:
+        memory = load(memory_ptr + b * memory_batch + kv_head * memory_head, columns_d,
+                      memory_slot, in_d, columns_e, value_width)  # fmt: skip
+    if tail_ptr is not None:
+        p = tl.arange(0, tail_block)
+        tail = load(tail_ptr + b * tail_batch + kv_head * tail_head, p, tail_slot, p < taps - 1,
+                    columns_e, value_width).to(wide)  # fmt: skip
+    for r in range(repeats):
+        head = kv_head * repeats + r
+        out = tl.full([tile], 0.0, wide)
+        own = tl.full([], 0.0, wide)
+        if key_width > 0:
+            alpha = tl.full([], 1.0, wide)
+            if alpha_ptr is not None:
+                alpha = tl.load(alpha_ptr + head).to(wide)
+            q = tl.load(q_ptr + b * q_batch + head * q_head + columns_d, mask=in_d, other=0.0)
+            q = q.to(wide)
+            if features:
+                out += alpha * total(q[:, None] * memory, 0)
+            scores = total(k * q[None, :], 1)
+            out += total(weigh(scores, same, earlier, alpha, inside, features)[:, None] * v, 0)
+            own = weigh(total(own_k.to(wide) * q, 0), own_same, own_earlier, alpha, inside,
+                        features)  # fmt: skip
+        if taps > 0:
+            own += tl.load(taps_ptr + head * taps).to(wide)
+        if tail_ptr is not None:
+            weights = lagged(
+                lags_ptr, b * taps + p, p < taps - 1, taps_ptr + head * taps, taps, wide
+            )
+            out += total(weights[:, None] * tail, 0)
+        out += own * own_v
+        out_at = out_ptr + b * out_batch + head * out_head + columns_e
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=in_e)
