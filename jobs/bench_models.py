@@ -6,14 +6,16 @@
 Both have the same random weights; the linearized one's new parameters are random, too. Ours reads a
 text in chunks with `linearized.extend`, as serving does, and decodes with `verify` and `commit` of
 one token. The twin runs transformers' own forward with SDPA: prefill in one forward with a dynamic
-cache, decoding with a dynamic and with a static cache. Contexts for decoding are not computed: the
-caches are filled with random numbers, and so is our state, whose size does not depend on the length
-that it is given. Prefill is computed in full. Ends with one line of JSON.
+cache, decoding with a dynamic and with a static cache. "packed" has its weights laid out for the
+CPU (`linearized.pack`), the twin's just as ours. Contexts for decoding are not computed: the caches
+are filled with random numbers, and so is our state, whose size does not depend on the length that
+it is given. Prefill is computed in full. Ends with one line of JSON.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Annotated, Any
 
 import torch
@@ -30,7 +32,14 @@ from linearized.models import new_parameters
 
 OURS, DYNAMIC, STATIC = "ours", "softmax, dynamic cache", "softmax, static cache"
 SOFTMAX = "softmax"
+PACKED = ", packed"
+LONG = 8192
+"""Longer prompts take minutes: two turns, and only one softmax model."""
 NODES = (1, 8, 16)
+
+
+Twins = dict[str, tuple[PreTrainedModel, PreTrainedModel]]
+"""The softmax model and its linear twin, by the suffix of their names."""
 
 
 def main(
@@ -67,16 +76,22 @@ def main(
     count = sum(p.numel() for p in softmax.parameters())
     console.print(f"{count / 1e6:.1f}M parameters, {layers} layers, hidden {hidden}")
     settings: dict[str, Any] = {"turns": turns, "budget": budget, "device": where}
-    decode = {n: _decode(softmax, linear, n, **settings) for n in sizes}
+    twins = {"": (softmax, linear)}
+    if where.type == "cpu":
+        twins[PACKED] = (_packed(softmax), _packed(linear))
+        console.print(f"packing takes {linearized.pack(twins[PACKED][1]) / 1e6:.0f} MB a model")
+    constant = _constant(linear, sizes, **settings)
+    _show_constant(constant, console)
+    decode = {n: _decode(twins, n, **settings) for n in sizes}
     _show_decode(decode, console)
-    trees = _trees(linear, sizes[0], **settings)
+    trees = _trees(twins, sizes[0], **settings)
     _show_trees(trees, console)
-    prefill = {n: _prefill(softmax, linear, n, chunk, **settings) for n in lengths}
+    prefill = {n: _prefill(twins, n, chunk, **settings) for n in lengths}
     _show_prefill(prefill, console)
-    bars = _bars(decode, prefill)
+    bars = _bars(constant, decode, prefill)
     show_bars(bars, console)
     config = {"parameters": count, "hidden": hidden, "layers": layers, "chunk": chunk}
-    results = {"decode": decode, "trees": trees, "prefill": prefill}
+    results = {"constant": constant, "decode": decode, "trees": trees, "prefill": prefill}
     print(last_line("bench_models", machine, config=config, results=results, bars=bars))
 
 
@@ -103,42 +118,73 @@ def _twins(
     return softmax, linear
 
 
+def _packed(model: PreTrainedModel) -> PreTrainedModel:
+    twin = copy.deepcopy(model)
+    linearized.pack(twin)
+    return twin
+
+
+def _constant(
+    linear: PreTrainedModel, sizes: list[int], *, turns: int, budget: float, device: torch.device
+) -> dict[str, Any]:
+    """Our decoding at every context, in turns with itself, where no cache of a rival gets in
+    between."""
+    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+    states = {str(n): _state(linear, n) for n in sizes}
+    runs: dict[str, Run] = {
+        n: functools.partial(_ours, linear, token, state) for n, state in states.items()
+    }
+    times = in_turns(runs, turns=3 * turns, budget=budget, device=device)
+    return {"time": times, "bytes": {n: state.nbytes for n, state in states.items()}}
+
+
 @torch.no_grad()
 def _decode(
-    softmax: PreTrainedModel,
-    linear: PreTrainedModel,
-    context: int,
-    *,
-    turns: int,
-    budget: float,
-    device: torch.device,
+    twins: Twins, context: int, *, turns: int, budget: float, device: torch.device
 ) -> dict[str, Any]:
     """A token after `context` of them."""
+    runs: dict[str, Run] = {}
+    sizes: dict[str, int] = {}
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
-    state = _state(linear, context)
-    root = torch.full_like(token, -1)
+    softmax, linear = twins[""]
+    state, dynamic, static = (
+        _state(linear, context),
+        _dynamic(softmax, context),
+        _static(softmax, context),
+    )
+    for kind, (softmax, linear) in twins.items():
+        own = linearized.DecodeState(state.layers, linearized.fingerprint(linear))
+        runs[OURS + kind] = functools.partial(_ours, linear, token, own)
+        sizes[OURS + kind] = state.nbytes
+        runs[DYNAMIC + kind] = functools.partial(_with_dynamic, softmax, token, dynamic, context)
+        sizes[DYNAMIC + kind] = _bytes(dynamic)
+        runs[STATIC + kind] = functools.partial(_with_static, softmax, token, static, context)
+        sizes[STATIC + kind] = _bytes(static)
+    return {"time": in_turns(runs, turns=turns, budget=budget, device=device), "bytes": sizes}
 
-    def ours() -> None:
-        _, pending = linearized.verify(linear, token, root, state)
-        linearized.commit(state, pending, [[0]])
 
-    dynamic, static = _dynamic(softmax, context), _static(softmax, context)
+def _ours(model: PreTrainedModel, token: Tensor, state: linearized.DecodeState) -> None:
+    _, pending = linearized.verify(model, token, torch.full_like(token, -1), state)
+    linearized.commit(state, pending, [[0]])
+
+
+@torch.no_grad()
+def _with_dynamic(
+    model: PreTrainedModel, token: Tensor, cache: transformers.DynamicCache, context: int
+) -> None:
     position = torch.full_like(token, context)
+    model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+    cache.crop(-1)
 
-    def with_dynamic() -> None:
-        softmax(input_ids=token, position_ids=position, past_key_values=dynamic, use_cache=True)
-        dynamic.crop(-1)
 
-    def with_static() -> None:
-        for layer in static.layers:  # write the same slot again
-            layer.cumulative_length.fill_(context)  # type: ignore[union-attr]
-        softmax(input_ids=token, position_ids=position, past_key_values=static, use_cache=True)
-
-    runs: dict[str, Run] = {OURS: ours, DYNAMIC: with_dynamic, STATIC: with_static}
-    return {
-        "time": in_turns(runs, turns=turns, budget=budget, device=device),
-        "bytes": {OURS: state.nbytes, DYNAMIC: _bytes(dynamic), STATIC: _bytes(static)},
-    }
+@torch.no_grad()
+def _with_static(
+    model: PreTrainedModel, token: Tensor, cache: transformers.StaticCache, context: int
+) -> None:
+    for layer in cache.layers:  # write the same slot again
+        layer.cumulative_length.fill_(context)  # type: ignore[union-attr]
+    position = torch.full_like(token, context)
+    model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
 
 
 def _state(linear: PreTrainedModel, context: int) -> linearized.DecodeState:
@@ -187,47 +233,56 @@ def _bytes(cache: transformers.Cache) -> int:
 
 @torch.no_grad()
 def _trees(
-    linear: PreTrainedModel, context: int, *, turns: int, budget: float, device: torch.device
+    twins: Twins, context: int, *, turns: int, budget: float, device: torch.device
 ) -> dict[str, Timing]:
     """Trees of some nodes, verified by the whole model."""
-    state = _state(linear, context)
     runs: dict[str, Run] = {}
-    for nodes in NODES:
-        parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]], device=device)
-        tokens = torch.ones_like(parents)
-        runs[str(nodes)] = lambda tokens=tokens, parents=parents: linearized.verify(  # type: ignore
-            linear, tokens, parents, state
-        )
+    for kind, (_, linear) in twins.items():
+        state = _state(linear, context)
+        for nodes in NODES:
+            parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]], device=device)
+            tokens = torch.ones_like(parents)
+            runs[f"{nodes}{kind}"] = functools.partial(
+                linearized.verify, linear, tokens, parents, state
+            )
     return in_turns(runs, turns=turns, budget=budget, device=device)
 
 
 @torch.no_grad()
 def _prefill(
-    softmax: PreTrainedModel,
-    linear: PreTrainedModel,
-    tokens: int,
-    chunk: int,
-    *,
-    turns: int,
-    budget: float,
-    device: torch.device,
+    twins: Twins, tokens: int, chunk: int, *, turns: int, budget: float, device: torch.device
 ) -> dict[str, Any]:
     """A prompt, to the logits of its last token."""
     prompt = torch.randint(8192, (1, tokens), device=device)
-
-    def ours() -> None:
-        state = linearized.new_state(linear)
-        for part in prompt.split(chunk, dim=1):
-            linearized.extend(linear, part, state, logits_to_keep=1)
-
-    def theirs() -> None:
-        softmax(input_ids=prompt, use_cache=True, logits_to_keep=1)
-
-    if tokens > 8192:  # minutes a turn: warmed up by the shorter prompts, timed twice
-        turns = 2
-    runs: dict[str, Run] = {OURS: ours, SOFTMAX: theirs}
-    warm = tokens <= 8192
+    runs: dict[str, Run] = {}
+    for kind, (softmax, linear) in twins.items():
+        runs[OURS + kind] = functools.partial(_read, linear, prompt, chunk)
+        if tokens <= LONG or not kind:
+            runs[SOFTMAX + kind] = functools.partial(_forward, softmax, prompt)
+    warm = tokens <= LONG  # the shorter ones have warmed up the longer
+    turns = turns if warm else 2
     return {"time": in_turns(runs, turns=turns, budget=budget, device=device, warm=warm)}
+
+
+def _read(model: PreTrainedModel, prompt: Tensor, chunk: int) -> None:
+    state = linearized.new_state(model)
+    for part in prompt.split(chunk, dim=1):
+        linearized.extend(model, part, state, logits_to_keep=1)
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, prompt: Tensor) -> None:
+    model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+
+def _show_constant(found: dict[str, Any], console: Console) -> None:
+    first = next(iter(found["time"].values())).median
+    rows = [
+        [f"{int(n):,}", str(timing), f"{timing.median / first:.3f}", f"{found['bytes'][n]:,}"]
+        for n, timing in found["time"].items()
+    ]
+    columns = ["context", "time (quartiles)", "× of the first", "bytes of state"]
+    show("Ours, one token", columns, rows, console)
 
 
 def _show_decode(found: dict[int, Any], console: Console) -> None:
@@ -235,18 +290,27 @@ def _show_decode(found: dict[int, Any], console: Console) -> None:
     for context, result in found.items():
         times: dict[str, Timing] = result["time"]
         for name, timing in times.items():
-            ratio = timing.median / times[OURS].median
             rows.append([
-                f"{context:,}", name, str(timing), "" if name == OURS else f"{ratio:.1f} ×",
+                f"{context:,}", name, str(timing), _faster(times, name),
                 f"{result['bytes'][name]:,}",
             ])  # fmt: skip
     columns = ["context", "", "time (quartiles)", "ours is faster", "bytes of state or cache"]
     show("Decoding, one token", columns, rows, console)
 
 
+def _faster(times: dict[str, Timing], name: str) -> str:
+    """Than ours, packed or not as this one is."""
+    if name.startswith(OURS):
+        return ""
+    ours = OURS + (PACKED if name.endswith(PACKED) else "")
+    return f"{times[name].median / times[ours].median:.2f} ×"
+
+
 def _show_trees(found: dict[str, Timing], console: Console) -> None:
-    single = found["1"].median
-    rows = [[n, str(timing), f"{timing.median / single:.2f}"] for n, timing in found.items()]
+    rows = []
+    for name, timing in found.items():
+        single = found["1" + (PACKED if name.endswith(PACKED) else "")].median
+        rows.append([name, str(timing), f"{timing.median / single:.2f}"])
     show("Verifying a tree", ["nodes", "time (quartiles)", "× of one"], rows, console)
 
 
@@ -255,32 +319,33 @@ def _show_prefill(found: dict[int, Any], console: Console) -> None:
     for tokens, result in found.items():
         times: dict[str, Timing] = result["time"]
         for name, timing in times.items():
-            ratio = timing.median / times[OURS].median
-            rows.append([
-                f"{tokens:,}", name, str(timing), f"{tokens / timing.median:,.0f}",
-                "" if name == OURS else f"{ratio:.2f} ×",
-            ])  # fmt: skip
+            speed = f"{tokens / timing.median:,.0f}"
+            rows.append([f"{tokens:,}", name, str(timing), speed, _faster(times, name)])
     columns = ["prompt", "", "time (quartiles)", "tokens/s", "ours is faster"]
     show("Prefill", columns, rows, console)
 
 
-def _bars(decode: dict[int, Any], prefill: dict[int, Any]) -> list[Bar]:
-    growth = size = faster = filled = None
-    if 1024 in decode and 32768 in decode:
-        long, short = decode[32768], decode[1024]
-        growth = long["time"][OURS].median / short["time"][OURS].median
-        size = long["bytes"][OURS] / short["bytes"][OURS]
-        best = min(long["time"][name].median for name in (DYNAMIC, STATIC))
-        faster = best / long["time"][OURS].median
+def _bars(constant: dict[str, Any], decode: dict[int, Any], prefill: dict[int, Any]) -> list[Bar]:
+    """Like with like: packed against packed, where both are measured."""
+    growth = size = filled = None
+    if {"1024", "32768"} <= set(constant["time"]):
+        growth = constant["time"]["32768"].median / constant["time"]["1024"].median
+        size = constant["bytes"]["32768"] / constant["bytes"]["1024"]
+    bars = [
+        Bar("decoding at 32K over 1K, time", growth, 1.05, least=False),
+        Bar("decoding at 32K over 1K, bytes", size, 1, least=False),
+    ]
+    for kind in ("", PACKED):
+        faster = None
+        times = decode.get(32768, {}).get("time", {})
+        if OURS + kind in times:
+            best = min(times[name + kind].median for name in (DYNAMIC, STATIC))
+            faster = best / times[OURS + kind].median
+        bars.append(Bar(f"decoding at 32K, × the better softmax cache{kind}", faster, 5))
     if 32768 in prefill:
         times = prefill[32768]["time"]
         filled = times[SOFTMAX].median / times[OURS].median
-    return [
-        Bar("decoding at 32K over 1K, time", growth, 1.05, least=False),
-        Bar("decoding at 32K over 1K, bytes", size, 1, least=False),
-        Bar("decoding at 32K, × the better softmax cache", faster, 5),
-        Bar("prefill of 32K, × softmax", filled, 2.5),
-    ]
+    return [*bars, Bar("prefill of 32K, × softmax", filled, 2.5)]
 
 
 if __name__ == "__main__":

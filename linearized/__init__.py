@@ -20,6 +20,7 @@ from linearized.models import (
     set_backend,
     verify,
 )
+from linearized.packing import pack
 from linearized.speculative import generate
 from linearized.state import DecodeState
 
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "new_state",
     "ops",
+    "pack",
     "set_backend",
     "verify",
 ]

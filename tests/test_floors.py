@@ -31,6 +31,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.models": 6,
     "linearized.flash": 6,
     "linearized.interface": 5,
+    "linearized.packing": 1,
     "linearized.attention": 4,
     "linearized.ops": 3,
     "linearized.state": 2,

@@ -1,0 +1,77 @@
+"""Weights laid out for the CPU's matrix products. Knows `nn.Linear`; knows nothing of attention.
+
+Eager torch multiplies weights as they lie. oneDNN multiplies them in blocks that fit the processor,
+if it may lay them out so once; `python -m jobs.bench_models` shows how much faster that is. It is
+for decoding and evaluation, in float32; what needs a gradient, or another type, goes the ordinary
+way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linearized.errors import ConfigError
+
+ROWS = 64
+"""What the layout is chosen for. It is good for one row, too, and for hundreds."""
+
+
+def pack(model: nn.Module) -> int:
+    """Lay out the weights of every linear layer on the CPU in float32 a second time. Returns the
+    bytes that this takes. The model's parameters stay what they are; whoever writes them afterwards
+    is noticed, and they are laid out anew.
+
+    Raises:
+        ConfigError: this build of torch cannot.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        raise ConfigError("this build of torch has no oneDNN, which packing needs")
+    size = 0
+    for linear in _linears(model):
+        if _fits(linear.weight):
+            linear.forward = _Packed(linear)  # type: ignore[method-assign,assignment]
+            size += linear.weight.nbytes
+    return size
+
+
+def unpack(model: nn.Module) -> None:
+    """Let go of what `pack` has laid out."""
+    for linear in _linears(model):
+        linear.__dict__.pop("forward", None)
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
+def _fits(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class _Packed:
+    """The forward of a linear layer. Lays its weight out when it is called."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self._packed: Tensor | None = None
+        self._stamp: tuple[int, int] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if learns or not _fits(x) or not _fits(weight):
+            return F.linear(x, weight, bias)
+        stamp = (0 if weight.is_inference() else weight._version, weight.data_ptr())
+        if self._packed is None or self._stamp != stamp:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            self._stamp = stamp
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles lay out their own."""
+        return _Packed, (self.linear,)
