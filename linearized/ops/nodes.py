@@ -7,10 +7,11 @@ taps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from linearized.errors import ConfigError
 
@@ -56,6 +57,19 @@ class Nodes:
             crosses=parents.is_cuda or bool(earlier.any()),
             lags=torch.cat([to_tail, to_nodes], dim=2).clamp(max=taps),
         )
+
+    def at(self, num_slots: int) -> Nodes:
+        """The same with this many slots, at least S, of the open group looked at."""
+        num_nodes = self.same.shape[1]
+        trimmed = self.same.shape[2] - num_nodes
+        if trimmed == num_slots:
+            return self
+
+        def wider(mask: Tensor) -> Tensor:
+            slots, nodes = mask.split([trimmed, num_nodes], dim=2)
+            return torch.cat([F.pad(slots, (0, num_slots - trimmed)), nodes], dim=2)
+
+        return replace(self, same=wider(self.same), earlier=wider(self.earlier))
 
 
 def ancestors(parents: Tensor) -> Tensor:

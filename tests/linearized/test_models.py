@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -280,6 +281,33 @@ def test_a_failed_forward_leaves_the_state_whole(linear):
     broken.forward = forward
     for name, tensor in before.layers.tensors().items():
         assert torch.equal(tensor, state.layers.tensors()[name])
+
+
+def test_the_triton_backend_in_a_model(linear, tmp_path):
+    """In a process of its own, where Triton's interpreter stands in for the GPU."""
+    model = linear(dtype=torch.float32, group=8, layers=1)
+    tokens = tokens_of(model, 2, 21)
+    model.save_pretrained(tmp_path)
+    torch.save((tokens, model(input_ids=tokens, use_cache=False).logits), tmp_path / "want.pt")
+    script = f"""
+import torch, linearized
+model = linearized.load({str(tmp_path)!r})
+linearized.set_backend(model, "triton")
+tokens, want = torch.load({str(tmp_path / "want.pt")!r})
+state = linearized.new_state(model, batch_size=2)
+parts = [linearized.extend(model, part, state) for part in tokens.split(6, dim=1)]
+with torch.no_grad():
+    whole = model(input_ids=tokens, use_cache=False).logits
+for logits in (whole, torch.cat(parts, dim=1)):
+    assert (logits - want).abs().max() < 1e-4 * want.abs().max(), (logits - want).abs().max()
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ConfigError, match="'cudnn'.*cpu, reference, triton"):
+        linearized.set_backend(model, "cudnn")
 
 
 def test_training_with_the_defaults_of_transformers(linear):

@@ -64,7 +64,7 @@ def scan(
     start: Tensor | None,  # [B, C], first group of a group's document
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Outputs [B, H, S, E] of the tokens on a grid; see `ops/cpu.py`.
+    """Outputs [B, H, S, E] of the tokens on a grid; see `ops/cpu/scan.py`.
 
     Raises:
         ConfigError: a form, width or device that the kernels do not do.

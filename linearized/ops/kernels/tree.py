@@ -42,6 +42,7 @@ def attend_tree(
         ConfigError: a form or device that the kernels do not do.
     """
     check(form, q.shape[3], v)
+    nodes = nodes.at(state.group)
     q, k, v = (rowwise(x.detach().to(state.values.dtype)) for x in (q, k, v))
     keys, values, memory = rowwise(state.keys), rowwise(state.values), rowwise(state.memory)
     tail = None if taps is None or taps.shape[1] == 1 else rowwise(state.tail)

@@ -135,6 +135,11 @@ def test_states_and_trees(
     nodes = Nodes.of(parents, state.length, group=state.group, taps=state.taps)
     fast = ops.linear_attention(*tree, **made, state=state, nodes=nodes)
     assert_close(fast, reference.attend_tree(*tree, parents, state, **made))
+    trimmed = Nodes.of(parents, state.length, group=state.group, taps=state.taps, trim=True)
+    assert trimmed.same.shape[2] <= nodes.same.shape[2]
+    assert_close(ops.linear_attention(*tree, **made, state=state, nodes=trimmed), fast)
+    for name in ("same", "earlier", "lags", "positions"):
+        assert torch.equal(getattr(trimmed.at(state.group), name), getattr(nodes, name))
     assert other["form"] == made["form"]
 
 
