@@ -54,7 +54,7 @@ __all__ = [
     "verify",
 ]
 
-SMALL = 32
+SMALL = ops.FEW
 """Up to this many tokens `extend` goes the tree's way, which has less to set up."""
 
 

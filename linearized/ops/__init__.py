@@ -47,6 +47,10 @@ BACKENDS = ("cpu", "reference", "triton")
 """`cpu` are chunks, on every device; `triton` needs a GPU (or TRITON_INTERPRET=1)."""
 
 
+FEW = 32
+"""Up to this many tokens on top of a state go as a tree that is a chain: less to set up."""
+
+
 def choose(backend: str | None) -> ModuleType:
     """The backend of this name; None: `cpu`, until the kernels have proven themselves on GPUs."""
     if backend is None or backend == "cpu":
@@ -144,8 +148,7 @@ def attend_tree(
     chosen = choose(backend)
     if chosen is reference:
         return reference.attend_tree(q, k, v, parents, state, form=form, alpha=alpha, taps=taps)
-    trim = chosen is cpu and not parents.is_cuda
-    nodes = Nodes.of(parents, state.length, group=group, taps=state.taps, trim=trim)
+    nodes = _nodes(parents, state, chosen)
     out: Tensor = chosen.attend_tree(q, k, v, nodes, state, form=form, alpha=alpha, taps=taps)
     return out
 
@@ -185,6 +188,10 @@ def linear_attention(
     chosen = choose(backend)
     if unit_norm and (state is not None or chosen is reference):
         q, k, unit_norm = unit(q), unit(k), False
+    few = mask is None and q.shape[2] <= FEW and form.causal and not torch.is_grad_enabled()
+    if few and state is not None and nodes is None and chosen is cpu:
+        chain = torch.arange(-1, q.shape[2] - 1, device=q.device).expand(len(q), -1)
+        nodes = _nodes(chain, state, chosen)
     if nodes is not None:
         out: Tensor = chosen.attend_tree(q, k, v, nodes, state, form=form, alpha=alpha, taps=taps)
         return out
@@ -296,6 +303,11 @@ def fold_(
     """Take T more tokens, those that `mask` [B, T] keeps, into the state, in place. Keys and
     values [B, K, T, ·] are those that the operator was given (of unit norm, if it normalises)."""
     choose(backend).fold_(state, k, v, mask)
+
+
+def _nodes(parents: Tensor, state: GroupState, backend: ModuleType) -> Nodes:
+    trim = backend is cpu and not parents.is_cuda  # on a GPU, looking would wait
+    return Nodes.of(parents, state.length, group=state.group, taps=state.taps, trim=trim)
 
 
 def _form(q: Tensor, alpha: Tensor | None, group: int) -> Form:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from linearized.ops.grid import Grid, gather
 from linearized.state import GroupState
@@ -58,8 +57,10 @@ def _close(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> None
             values,
         )
     slots = closed[:, None] + torch.arange(group, device=k.device)  # B G
-    state.keys.copy_(gather(F.pad(keys, (0, 0, 0, group)), slots))
-    state.values.copy_(gather(F.pad(values, (0, 0, 0, group)), slots))
+    there = (slots < keys.shape[2])[:, None, :, None]
+    slots = slots.clamp(max=keys.shape[2] - 1)
+    state.keys.copy_(gather(keys, slots) * there)
+    state.values.copy_(gather(values, slots) * there)
 
 
 def _remember(memory: Tensor, features: Tensor, values: Tensor) -> None:

@@ -50,7 +50,11 @@ def attend_tree(
     local = torch.bmm(queries[..., :inside], keys[..., :inside].transpose(1, 2)).view(shape)
     across = None
     if num_features and (form.inside == "linear" or nodes.crosses):
-        across = torch.bmm(features, keys[..., width - num_features :].transpose(1, 2)).view(shape)
+        if inside == width:  # the same scores
+            across = local if alpha is None else local * alpha[:, None, None]
+        else:
+            far = keys[..., width - num_features :].transpose(1, 2)
+            across = torch.bmm(features, far).view(shape)
     weights = _weights(form, local, across, nodes)
     out = torch.bmm(weights.view(batch * kv_heads, rows, -1), values)
     if num_features:
@@ -75,7 +79,7 @@ def _weights(form: Form, local: Tensor, across: Tensor | None, nodes: Nodes) -> 
     if form.inside == "none":
         return torch.zeros_like(local) if across is None else across * earlier
     if form.inside == "relu2":
-        weights = local.relu_().square_().mul_(same)
+        weights = local.relu().square_().mul_(same)
     elif form.inside == "laplace":
         weights = torch.erf((local - 0.5**0.5) * (2 * torch.pi) ** 0.5).add(1) / 2 * same
     else:
