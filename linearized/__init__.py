@@ -7,6 +7,7 @@ Importing it registers linearized models with transformers' `from_pretrained`.
 """
 
 from linearized import ops
+from linearized.compiled import compile
 from linearized.config import LinearConfig
 from linearized.flash import FlashConfig, FlashForCausalLM
 from linearized.models import (
@@ -30,6 +31,7 @@ __all__ = [
     "FlashForCausalLM",
     "LinearConfig",
     "commit",
+    "compile",
     "encode",
     "extend",
     "fingerprint",

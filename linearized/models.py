@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from linearized import ops
+from linearized import compiled, ops
 from linearized.attention import LinearAttention
 from linearized.config import FLASH, LinearConfig
 from linearized.errors import ModelError, StateError
@@ -144,7 +144,7 @@ def extend(
     nodes = None
     if mask is None and num_tokens <= SMALL:
         chain = torch.arange(-1, num_tokens - 1, device=tokens.device).expand(rows, -1)
-        nodes = _nodes(chain, state)
+        nodes = _nodes(model, chain, state)
     step = Pass(state=state, nodes=nodes, mask=mask)
     valid = torch.ones_like(tokens) if mask is None else mask.long()
     positions = (state.length[:, None] + valid.cumsum(1) - 1).clamp(min=0)
@@ -162,7 +162,7 @@ def verify(
     The state is untouched; hand `Pending` to `commit`."""
     _check(model, tokens, state)
     ops.check_parents(parents, *tokens.shape)
-    nodes = _nodes(parents, state)
+    nodes = _nodes(model, parents, state)
     step = Pass(state=state, nodes=nodes)
     logits = _forward(model, tokens, nodes.positions, step, 0)
     return logits, step.pending(parents.tolist())
@@ -236,6 +236,8 @@ def _forward(
             encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False, linear_pass=step
         )
         output.logits = output.logits[:, -logits_to_keep:]
+    elif step.nodes is not None and compiled.is_compiled(model):
+        return compiled.forward(model, tokens, step)[:, -logits_to_keep:]
     else:
         output = model(
             input_ids=tokens,
@@ -252,9 +254,10 @@ def _forward(
     return output.logits
 
 
-def _nodes(parents: Tensor, state: DecodeState) -> ops.Nodes:
+def _nodes(model: PreTrainedModel, parents: Tensor, state: DecodeState) -> ops.Nodes:
     layers = state.layers
-    trim = parents.device.type == "cpu"  # on a GPU, looking would wait
+    # On a GPU, looking would wait; a program takes the group as it is.
+    trim = parents.device.type == "cpu" and not compiled.is_compiled(model)
     return ops.Nodes.of(parents, state.length, group=layers.group, taps=layers.taps, trim=trim)
 
 

@@ -8,7 +8,9 @@ way.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +59,21 @@ class _Packed:
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
+        self.handle = next(_handles)
         self._packed: Tensor | None = None
         self._stamp: tuple[int, int] | None = None
+        _by_handle[self.handle] = self
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.linear.weight, self.linear.bias
         learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if learns or not _fits(x) or not _fits(weight):
             return F.linear(x, weight, bias)
+        out: Tensor = torch.ops.linearized.packed_linear(x, self.handle, len(weight))
+        return out
+
+    def multiply(self, x: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
         stamp = (0 if weight.is_inference() else weight._version, weight.data_ptr())
         if self._packed is None or self._stamp != stamp:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
@@ -75,3 +84,18 @@ class _Packed:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles lay out their own."""
         return _Packed, (self.linear,)
+
+
+_handles = itertools.count()
+_by_handle: WeakValueDictionary[int, _Packed] = WeakValueDictionary()
+
+# An operator of its own, so that torch.compile need not look at oneDNN's opaque tensors. It takes
+# no weight and so no gradient.
+_library = torch.library.Library("linearized", "FRAGMENT")
+_library.define("packed_linear(Tensor x, int handle, int width) -> Tensor")
+_library.impl("packed_linear", lambda x, handle, width: _by_handle[handle].multiply(x), "CPU")
+
+
+@torch.library.register_fake("linearized::packed_linear", lib=_library)
+def _shape(x: Tensor, handle: int, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)

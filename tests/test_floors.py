@@ -30,6 +30,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.evaluation": 7,
     "linearized.models": 6,
     "linearized.flash": 6,
+    "linearized.compiled": 5,
     "linearized.interface": 5,
     "linearized.packing": 1,
     "linearized.attention": 4,

@@ -1,0 +1,117 @@
+"""The forward of a decoding step, compiled once. Knows a model's tensors; knows nothing of trees.
+
+Eager torch spends about as long on looking up what to do as on doing it, where a pass reads a few
+tokens. `torch.compile` makes one program of the pass, for any number of rows and nodes. It takes
+its inputs as they are: the state's tensors, the open group whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from linearized import ops
+from linearized.errors import ConfigError, ModelError
+from linearized.interface import Pass, attention_modules, linear_modules
+from linearized.state import DecodeState, GroupState
+
+_KEY = "_linearized_step"
+
+
+def compile(model: PreTrainedModel) -> None:
+    """Let `verify`, and `extend` by a few tokens, run as compiled programs from now on. The first
+    calls of one row, of several, of one node and of several take tens of seconds each; torch keeps
+    what they have made in a folder, and finds it again the next time.
+
+    Raises:
+        ModelError: a hybrid, whose state grows, or an encoder-decoder model. ConfigError: there is
+            no C++ compiler, which programs for CPUs need.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model; its steps cannot be compiled")
+    if len(linear_modules(model)) < len(attention_modules(model)):
+        raise ModelError(f"{name} keeps softmax in some layers; its steps cannot be compiled")
+    if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ConfigError("compiling for a CPU needs a C++ compiler; install g++ or go without")
+    model.__dict__[_KEY] = _Program(model)
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    return _KEY in model.__dict__
+
+
+def forward(model: PreTrainedModel, tokens: Tensor, step: Pass) -> Tensor:
+    """Logits [B, N, V] at the nodes of `step`, which is left as an eager forward leaves it."""
+    assert step.nodes is not None
+    nodes, layers, shift = step.nodes, step.state.layers, step.state.shift
+    trees = [tokens, nodes.positions, nodes.same, nodes.earlier, nodes.lags]
+    states = [layers.memory, layers.keys, layers.values, layers.tail]
+    for tensor in trees:
+        _mark(tensor, range(tensor.ndim))
+    for tensor in states:
+        _mark(tensor, [1])
+    _mark(layers.length, [0])
+    if shift is not None:
+        _mark(shift, [1])
+    program: _Program = model.__dict__[_KEY]
+    logits, keys, values, shifts = program.step(*trees, *states, layers.length, shift)
+    step.layers.extend(zip(keys, values, strict=True))
+    if shifts is not None:
+        step.shifts.extend(shifts)
+    out: Tensor = logits
+    return out
+
+
+def _mark(tensor: Tensor, dims: Iterable[int]) -> None:
+    """As sizes that vary. A size of 1 makes a program of its own, which is faster."""
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # type: ignore[no-untyped-call]
+
+
+class _Program:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.step: Any = torch.compile(_Step(model), dynamic=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles compile their own."""
+        return _Program, (self.model,)
+
+
+class _Step(nn.Module):
+    """Tensors in, tensors out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        same: Tensor,
+        earlier: Tensor,
+        lags: Tensor,
+        memory: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tail: Tensor,
+        length: Tensor,
+        shift: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        layers = GroupState(memory, keys, values, tail, length)
+        nodes = ops.Nodes(positions, same, earlier, lags, crosses=True)
+        step = Pass(state=DecodeState(layers, "", shift=shift), nodes=nodes)
+        output = self.model(
+            input_ids=tokens, position_ids=positions, use_cache=False, linear_pass=step
+        )
+        new_keys, new_values = zip(*step.layers, strict=True)
+        shifts = torch.stack(step.shifts) if step.shifts else None
+        return output.logits, torch.stack(new_keys), torch.stack(new_values), shifts

@@ -1,0 +1,80 @@
+"""A compiled step gives what the eager one gives."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+import linearized
+from linearized.compiled import is_compiled
+from linearized.errors import ConfigError, ModelError
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    torch._dynamo.reset()
+
+
+def decoded(model, batch, tokens):
+    """Logits of an extension and of a tree on top of what was read; and the state after it."""
+    state = linearized.new_state(model, batch_size=batch)
+    linearized.extend(model, tokens, state)  # crosses a group
+    few = linearized.extend(model, tokens[:, :1], state)
+    trees = []
+    for nodes in (1, 3, 9):
+        parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]]).expand(batch, -1)
+        logits, pending = linearized.verify(model, tokens[:, :nodes], parents, state)
+        linearized.commit(state, pending, [[0, 2] if nodes > 1 else [0]] * batch)
+        trees.append(logits)
+    return few, trees, state
+
+
+@needs_compiler
+@pytest.mark.timeout(110)
+def test_rows_and_nodes_of_any_number(linear):
+    model = linear(dtype=torch.float32, layers=1)
+    inputs = {batch: torch.randint(1, 50, (batch, 45)) for batch in (1, 2, 3)}
+    want = {batch: decoded(model, batch, tokens) for batch, tokens in inputs.items()}
+    linearized.compile(model)
+    for batch, tokens in inputs.items():
+        few, trees, state = decoded(model, batch, tokens)
+        torch.testing.assert_close(few, want[batch][0], atol=1e-4, rtol=1e-4)
+        for tree, expected in zip(trees, want[batch][1], strict=True):
+            torch.testing.assert_close(tree, expected, atol=1e-4, rtol=1e-4)
+        for name, tensor in state.layers.tensors().items():
+            expected = want[batch][2].layers.tensors()[name]
+            torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+def test_with_packed_weights_and_in_copies(linear):
+    model = linear(dtype=torch.float32, layers=1)
+    tokens = torch.randint(1, 50, (1, 9))
+    want = linearized.extend(model, tokens, linearized.new_state(model))
+    linearized.pack(model)
+    linearized.compile(model)
+    twin = copy.deepcopy(model)
+    assert is_compiled(twin)
+    for one in (model, twin):
+        got = linearized.extend(one, tokens, linearized.new_state(one))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)  # its copy keeps its own
+    got = linearized.extend(twin, tokens, linearized.new_state(twin))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_compiled_says_why(llama, linear, monkeypatch):
+    config = linearized.LinearConfig(attention="grouped", layers=(0,))
+    hybrid = linearized.linearize(llama(), config)
+    with pytest.raises(ModelError, match="keeps softmax in some layers"):
+        linearized.compile(hybrid)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
+        linearized.compile(linear())
