@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 from typing import Annotated, Any
 
 import torch
@@ -32,7 +33,7 @@ from linearized.models import new_parameters
 
 OURS, DYNAMIC, STATIC = "ours", "softmax, dynamic cache", "softmax, static cache"
 SOFTMAX = "softmax"
-PACKED = ", packed"
+PACKED, COMPILED = ", packed", ", packed and compiled"
 LONG = 8192
 """Longer prompts take minutes: two turns, and only one softmax model."""
 NODES = (1, 8, 16)
@@ -80,6 +81,10 @@ def main(
     if where.type == "cpu":
         twins[PACKED] = (_packed(softmax), _packed(linear))
         console.print(f"packing takes {linearized.pack(twins[PACKED][1]) / 1e6:.0f} MB a model")
+        if shutil.which("g++"):
+            twins[COMPILED] = (_packed(softmax), _packed(linear))
+            twins[COMPILED][0].compile(dynamic=False)
+            linearized.compile(twins[COMPILED][1])
     constant = _constant(linear, sizes, **settings)
     _show_constant(constant, console)
     decode = {n: _decode(twins, n, **settings) for n in sizes}
@@ -156,8 +161,10 @@ def _decode(
         own = linearized.DecodeState(state.layers, linearized.fingerprint(linear))
         runs[OURS + kind] = functools.partial(_ours, linear, token, own)
         sizes[OURS + kind] = state.nbytes
-        runs[DYNAMIC + kind] = functools.partial(_with_dynamic, softmax, token, dynamic, context)
-        sizes[DYNAMIC + kind] = _bytes(dynamic)
+        if kind != COMPILED:  # it grows at every step, and so would be compiled at every step
+            run = functools.partial(_with_dynamic, softmax, token, dynamic, context)
+            runs[DYNAMIC + kind] = run
+            sizes[DYNAMIC + kind] = _bytes(dynamic)
         runs[STATIC + kind] = functools.partial(_with_static, softmax, token, static, context)
         sizes[STATIC + kind] = _bytes(static)
     return {"time": in_turns(runs, turns=turns, budget=budget, device=device), "bytes": sizes}
@@ -256,6 +263,8 @@ def _prefill(
     prompt = torch.randint(8192, (1, tokens), device=device)
     runs: dict[str, Run] = {}
     for kind, (softmax, linear) in twins.items():
+        if kind == COMPILED:  # that is for steps
+            continue
         runs[OURS + kind] = functools.partial(_read, linear, prompt, chunk)
         if tokens <= LONG or not kind:
             runs[SOFTMAX + kind] = functools.partial(_forward, softmax, prompt)
@@ -299,17 +308,20 @@ def _show_decode(found: dict[int, Any], console: Console) -> None:
 
 
 def _faster(times: dict[str, Timing], name: str) -> str:
-    """Than ours, packed or not as this one is."""
+    """Than ours, packed and compiled or not as this one is."""
     if name.startswith(OURS):
         return ""
-    ours = OURS + (PACKED if name.endswith(PACKED) else "")
-    return f"{times[name].median / times[ours].median:.2f} ×"
+    return f"{times[name].median / times[OURS + _kind(name)].median:.2f} ×"
+
+
+def _kind(name: str) -> str:
+    return next(kind for kind in (COMPILED, PACKED, "") if name.endswith(kind))
 
 
 def _show_trees(found: dict[str, Timing], console: Console) -> None:
     rows = []
     for name, timing in found.items():
-        single = found["1" + (PACKED if name.endswith(PACKED) else "")].median
+        single = found["1" + _kind(name)].median
         rows.append([name, str(timing), f"{timing.median / single:.2f}"])
     show("Verifying a tree", ["nodes", "time (quartiles)", "× of one"], rows, console)
 
@@ -326,7 +338,7 @@ def _show_prefill(found: dict[int, Any], console: Console) -> None:
 
 
 def _bars(constant: dict[str, Any], decode: dict[int, Any], prefill: dict[int, Any]) -> list[Bar]:
-    """Like with like: packed against packed, where both are measured."""
+    """Like with like: packed against packed, compiled against compiled."""
     growth = size = filled = None
     if {"1024", "32768"} <= set(constant["time"]):
         growth = constant["time"]["32768"].median / constant["time"]["1024"].median
@@ -335,11 +347,12 @@ def _bars(constant: dict[str, Any], decode: dict[int, Any], prefill: dict[int, A
         Bar("decoding at 32K over 1K, time", growth, 1.05, least=False),
         Bar("decoding at 32K over 1K, bytes", size, 1, least=False),
     ]
-    for kind in ("", PACKED):
+    for kind in ("", PACKED, COMPILED):
         faster = None
         times = decode.get(32768, {}).get("time", {})
         if OURS + kind in times:
-            best = min(times[name + kind].median for name in (DYNAMIC, STATIC))
+            rivals = [name + kind for name in (DYNAMIC, STATIC) if name + kind in times]
+            best = min(times[name].median for name in rivals)
             faster = best / times[OURS + kind].median
         bars.append(Bar(f"decoding at 32K, × the better softmax cache{kind}", faster, 5))
     if 32768 in prefill:
