@@ -60,7 +60,9 @@ def forward(model: PreTrainedModel, tokens: Tensor, step: Pass) -> Tensor:
     if shift is not None:
         _mark(shift, [1])
     program: _Program = model.__dict__[_KEY]
-    logits, keys, values, shifts = program.step(*trees, *states, layers.length, shift)
+    logits, keys, values, shifts, step.hidden = program.step(
+        *trees, *states, layers.length, shift, step.keeps_hidden
+    )
     step.layers.extend(zip(keys, values, strict=True))
     if shifts is not None:
         step.shifts.extend(shifts)
@@ -105,13 +107,19 @@ class _Step(nn.Module):
         tail: Tensor,
         length: Tensor,
         shift: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        keeps_hidden: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         layers = GroupState(memory, keys, values, tail, length)
         nodes = ops.Nodes(positions, same, earlier, lags, crosses=True)
         step = Pass(state=DecodeState(layers, "", shift=shift), nodes=nodes)
         output = self.model(
-            input_ids=tokens, position_ids=positions, use_cache=False, linear_pass=step
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            linear_pass=step,
+            output_hidden_states=keeps_hidden,
         )
+        hidden = output.hidden_states[-1] if keeps_hidden else None
         new_keys, new_values = zip(*step.layers, strict=True)
         shifts = torch.stack(step.shifts) if step.shifts else None
-        return output.logits, torch.stack(new_keys), torch.stack(new_values), shifts
+        return output.logits, torch.stack(new_keys), torch.stack(new_values), shifts, hidden

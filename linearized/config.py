@@ -43,7 +43,7 @@ class LinearConfig:
     reads in both directions)."""
     layers: tuple[int, ...] | None = None
     """Layers to linearize, counted from 0; the others keep softmax, and a state that grows. None:
-    all."""
+    all. Empty: softmax throughout, with this library's way to decode."""
     features: int = 128
     """Random features of `performer` and `rfa`; rows of `linformer`."""
     hashes: int = 16
@@ -98,6 +98,6 @@ def _layers(given: Any) -> tuple[int, ...]:
     if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
         raise ConfigError(f"layers must be a list of layer numbers from 0, got {given!r}")
     layers = tuple(given)
-    if not layers or not all(_is_integer(layer) and layer >= 0 for layer in layers):
+    if not all(_is_integer(layer) and layer >= 0 for layer in layers):
         raise ConfigError(f"layers must be a list of layer numbers from 0, got {list(layers)}")
     return tuple(sorted(set(layers)))

@@ -38,7 +38,7 @@ from linearized.attention import (
 )
 from linearized.config import LinearConfig
 from linearized.errors import ModelError, StateError
-from linearized.state import DecodeState, History, Pending
+from linearized.state import DecodeState, GroupState, History, Pending
 
 NAME = "linearized"
 SUBMODULE = "linear_attention"
@@ -164,13 +164,15 @@ def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
                 causal.append(attention)
         elif getattr(module, "is_causal", True):
             softmax.append(module)
-    if not causal:
+    if not causal and not softmax:
         raise ModelError(
             f"{type(model).__name__} reads its text in both directions: call it as a whole, it has "
             "no decode state"
         )
     where: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-    layers = causal[0].empty_state(len(causal), batch_size, **where)
+    layers = GroupState.none(batch_size, **where)
+    if causal:
+        layers = causal[0].empty_state(len(causal), batch_size, **where)
     history = memory = shift = None
     if softmax:
         _, kv_heads, width = _heads(softmax[0], model.config)
@@ -201,6 +203,9 @@ class Pass:
     history: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of the layers that keep softmax."""
     memories: list[Tensor] = field(default_factory=list)
+    keeps_hidden: bool = False
+    hidden: Tensor | None = None
+    """[B, T, C], of the last layer, if it is to be kept."""
     shifts: list[Tensor] = field(default_factory=list)
     """[B, T, C], what each token hands to the next one, where a model shifts channels."""
 
@@ -248,17 +253,19 @@ class Pass:
 
     def pending(self, parents: list[list[int]]) -> Pending:
         return Pending(
-            layers=_stack(self.layers),
+            layers=_stack(self.layers, like=self.state.layers),
             history=_stack(self.history) if self.history else None,
             parents=parents,
             length=self.state.length.clone(),
             shift=torch.stack(self.shifts) if self.shifts else None,
+            hidden=self.hidden,
         )
 
     def fold(self) -> None:
         history = _stack(self.history) if self.history else None
         shift = torch.stack(self.shifts) if self.shifts else None
-        fold(self.state, _stack(self.layers), history, self.mask, shift)
+        layers = _stack(self.layers, like=self.state.layers)
+        fold(self.state, layers, history, self.mask, shift)
 
     def remember(self) -> None:
         """Keep what cross attention has read."""
@@ -266,7 +273,11 @@ class Pass:
         self.state.cross.copy_(torch.stack(self.memories))
 
 
-def _stack(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _stack(
+    pairs: list[tuple[Tensor, Tensor]], like: GroupState | None = None
+) -> tuple[Tensor, Tensor]:
+    if not pairs and like is not None:  # no layer is linear
+        return like.keys, like.values
     keys, values = zip(*pairs, strict=True)
     return torch.stack(keys), torch.stack(values)
 
@@ -284,12 +295,10 @@ def fold(
         state.history.append(*history, state.length, mask)
     if state.shift is not None and shift is not None:
         state.shift.copy_(_newest(state.shift, shift, mask))
-    flat = state.flat()
-    keys, values = (x.flatten(0, 1) for x in layers)
-    if mask is not None:
-        mask = mask.bool().repeat(state.num_layers, 1)
-    ops.fold_(flat, keys, values, mask)
-    state.length.copy_(flat.length[: state.batch_size])
+    if state.num_layers:
+        ops.fold_(state.layers, *layers, None if mask is None else mask.bool())
+    elif history is not None:
+        state.length.add_(history[0].shape[3] if mask is None else mask.sum(1))
 
 
 def _newest(last: Tensor, new: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,6 +5,8 @@ Knows what users call; `linearized.interface` knows what transformers calls.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +43,7 @@ __all__ = [
     "attention_modules",
     "check_decoder",
     "commit",
+    "decoder",
     "encode",
     "extend",
     "fingerprint",
@@ -69,10 +72,21 @@ def linearize(model: PreTrainedModel | str | Path, config: LinearConfig) -> PreT
     if isinstance(model, str | Path):
         model = load(model)
     _refuse_unsupported(model, config)
-    _warn_of_losses(model)
+    if config.layers != ():
+        _warn_of_losses(model)
     attach(cast(PreTrainedModel, model.base_model), config)
     model.set_attn_implementation(NAME)
     return model
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """This model, if it is linearized. Else a twin that has the same weights in memory, keeps
+    softmax in every layer, and decodes with `extend`, `verify` and `commit`; its state grows."""
+    if getattr(model.config, NAME, None):
+        return model
+    weights = itertools.chain(model.parameters(), model.buffers())
+    twin = copy.deepcopy(model, {id(weight): weight for weight in weights})
+    return linearize(twin, LinearConfig(attention="grouped", layers=()))
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -155,15 +169,21 @@ def extend(
 
 @torch.no_grad()
 def verify(
-    model: PreTrainedModel, tokens: Tensor, parents: Tensor, state: DecodeState
+    model: PreTrainedModel,
+    tokens: Tensor,
+    parents: Tensor,
+    state: DecodeState,
+    *,
+    hidden: bool = False,
 ) -> tuple[Tensor, Pending]:
     """Logits [B, N, V] at every node of one token tree per row, each as decoding along its path
     would give. `parents` [B, N]: -1 for a child of the last committed token, else a smaller index.
-    The state is untouched; hand `Pending` to `commit`."""
+    The state is untouched; hand `Pending` to `commit`. With `hidden` it holds what the last layer
+    gave, too."""
     _check(model, tokens, state)
     ops.check_parents(parents, *tokens.shape)
     nodes = _nodes(model, parents, state)
-    step = Pass(state=state, nodes=nodes)
+    step = Pass(state=state, nodes=nodes, keeps_hidden=hidden)
     logits = _forward(model, tokens, nodes.positions, step, 0)
     return logits, step.pending(parents.tolist())
 
@@ -245,7 +265,10 @@ def _forward(
             use_cache=False,
             logits_to_keep=logits_to_keep,
             linear_pass=step,
+            output_hidden_states=step.keeps_hidden,
         )
+        if step.keeps_hidden:
+            step.hidden = output.hidden_states[-1]
     if len(step.layers) != step.state.num_layers:
         raise ModelError(
             f"{len(step.layers)} of {step.state.num_layers} layers of {type(model).__name__} "

@@ -66,6 +66,16 @@ class GroupState:
             length=torch.zeros(leading[-1], dtype=torch.int64, device=device),
         )
 
+    @classmethod
+    def none(
+        cls, rows: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> GroupState:
+        """Of a model without linear layers: lengths."""
+        return cls.empty(
+            0, rows, heads=1, features=0, key_width=0, value_width=0, tail_width=0, group=1, taps=1,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+
     @property
     def group(self) -> int:
         return self.keys.shape[-2]
@@ -95,6 +105,12 @@ class History:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    def copy_(self, other: History) -> None:
+        size = other.keys.shape[3]
+        self.reserve(size)
+        self.keys[:, :, :, :size].copy_(other.keys)
+        self.values[:, :, :, :size].copy_(other.values)
+
     def append(self, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None) -> None:
         """Add [S, B, K, T, ·] after each row's `length` [B], those that `mask` [B, T] keeps."""
         num_tokens = keys.shape[3]
@@ -103,16 +119,18 @@ class History:
         else:
             ranks = mask.long().cumsum(1) - 1
         slots = length[:, None] + ranks  # B T
-        self._grow(int(slots.max()) + 1)
+        size = int(slots.max()) + 1
+        if size > self.keys.shape[3]:
+            self.reserve(max(size, 2 * self.keys.shape[3], 64))
         for whole, new in ((self.keys, keys), (self.values, values)):
             for row in range(len(length)):
                 kept = slice(None) if mask is None else mask[row].bool()
                 whole[:, row, :, slots[row, kept]] = new[:, row, :, kept].to(whole.dtype)
 
-    def _grow(self, size: int) -> None:
-        room = self.keys.shape[3]
-        if size > room:
-            more = max(size, 2 * room, 64) - room
+    def reserve(self, size: int) -> None:
+        """Make room for this many tokens."""
+        more = size - self.keys.shape[3]
+        if more > 0:
             self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
 
 
@@ -158,13 +176,10 @@ class DecodeState:
         length = stacked.pop("length")
         return GroupState(**{name: t[index] for name, t in stacked.items()}, length=length)
 
-    def flat(self) -> GroupState:
-        """All layers as rows, [L·B, …], views of the same memory, so that one call folds them all
-        in place; the length is a copy."""
-        stacked = self.layers.tensors()
-        length = stacked.pop("length").repeat(self.num_layers)
-        rows = {n: t.view(t.shape[0] * t.shape[1], *t.shape[2:]) for n, t in stacked.items()}
-        return GroupState(**rows, length=length)
+    def rows(self, start: int, stop: int) -> DecodeState:
+        """Views of some neighbouring rows: who writes them writes this state. (Not so where a
+        hybrid's history grows: make room for it first.)"""
+        return self._map(lambda name, t: t[start:stop] if name == "length" else t[:, start:stop])
 
     def clone(self) -> DecodeState:
         return self._map(lambda name, tensor: tensor.clone())
@@ -184,8 +199,7 @@ class DecodeState:
         if self.shift is not None and other.shift is not None:
             self.shift.copy_(other.shift)
         if self.history is not None and other.history is not None:
-            self.history.keys = other.history.keys.clone()
-            self.history.values = other.history.values.clone()
+            self.history.copy_(other.history)
 
     def select(self, rows: Sequence[int]) -> DecodeState:
         """A new state with copies of these rows, in this order."""
@@ -268,6 +282,8 @@ class Pending:
     """[B], the state's when the nodes were verified."""
     shift: Tensor | None = None
     """[L, B, N, C], where a model shifts channels by a token."""
+    hidden: Tensor | None = None
+    """[B, N, C], of the last layer, where it was asked for."""
 
     def check(self, path: Sequence[Sequence[int]], state: DecodeState) -> None:
         """Raises StateError unless `path` walks down each row's tree from the last committed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError
-from linearized.speculative import ModelDrafter, Sampling
+from linearized.speculative import Ask, ModelDrafter, Sampling, Text
 from serve_apps.draft_server import DraftServer
 from serve_apps.forward import Forward
 from serve_apps.protocol import MAX_NODES, Endpoint
@@ -56,6 +56,7 @@ class DraftReplica:
             forward=self._forward,
             fingerprint=linearized.fingerprint(self._model),
             vocab_size=self._model.config.vocab_size,
+            max_nodes=config.depth * config.width,
             max_sessions=config.max_sessions,
             host=host,
         )
@@ -93,7 +94,7 @@ class DraftReplica:
     def _warm_up(self) -> None:
         """The first calls of every shape are slow."""
         drafter = self._drafter()
-        tokens = [0] * 64
+        text = Text([0] * 64, sampling=Sampling(), max_new_tokens=0)
         for new in range(1, self._config.depth + 2):
-            drafter.propose(tokens, Sampling())
-            tokens = tokens + [0] * new
+            drafter.propose([Ask(text, self._config.depth, self._config.width)])
+            text.tokens += [0] * new

@@ -1,6 +1,6 @@
-"""The draft's end of the link: sessions of all targets, drafted for one after another.
+"""The draft's end of the link: sessions of all targets, drafted for side by side.
 
-Knows sockets, sessions and their order; of drafters only `propose`, which runs in the one thread
+Knows sockets and sessions; of drafters only `propose` and `forget`, which run in the one thread
 that the caller gives. What it remembers can always be rebuilt from token ids.
 """
 
@@ -12,7 +12,8 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 
-from linearized.speculative import Drafter, Sampling, TokenTree
+from linearized.errors import ConfigError
+from linearized.speculative import Ask, Drafter, Text, TokenTree
 from serve_apps import protocol
 from serve_apps.connection import HEARTBEAT_S, Connection, LinkError, accept
 from serve_apps.forward import Forward
@@ -31,13 +32,17 @@ class DraftServer:
         forward: Forward,
         fingerprint: str,
         vocab_size: int,
+        max_nodes: int = 16,
         max_sessions: int = 64,
         host: str = "127.0.0.1",
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
-        """`make` gives a session its drafter, in the forward thread. Beyond `max_sessions` the
-        longest unused one is forgotten; its target opens it anew if it goes on."""
+        """`make` makes the drafter, in the forward thread; its trees have up to `max_nodes`. Beyond
+        `max_sessions` the longest unused one is forgotten; its target opens it anew if it goes
+        on."""
         self._make = make
+        self._drafter: Drafter | None = None
+        self._max_nodes = max_nodes
         self._forward = forward
         self._fingerprint = fingerprint
         self._vocab_size = vocab_size
@@ -48,6 +53,8 @@ class DraftServer:
         self._sessions: OrderedDict[Key, _Session] = OrderedDict()
         self._due: OrderedDict[Key, None] = OrderedDict()
         """Sessions whose text has gone on since they were last drafted for, in that order."""
+        self._ended: list[Text] = []
+        """Texts that the drafter is to forget."""
         self._wake = asyncio.Event()
         self._peers: dict[asyncio.Task[None], Connection | None] = {}
         self._server: asyncio.Server | None = None
@@ -135,7 +142,8 @@ class DraftServer:
         if problem is not None:
             connection.send(Error(message.session, message.epoch, protocol.REFUSED, problem))
             return
-        self._sessions[key] = _Session(message.epoch, list(message.tokens), message.sampling)
+        self._forget(key)
+        self._sessions[key] = _Session(message)
         self._request(key)
         while len(self._sessions) > self._max_sessions:
             self._forget(next(iter(self._sessions)))
@@ -147,6 +155,10 @@ class DraftServer:
             return "there are no tokens to go on from"
         if max(message.tokens) >= self._vocab_size:
             return "a token is outside the vocabulary"
+        try:
+            message.sampling.check(self._vocab_size)
+        except ConfigError as error:
+            return str(error)
         return None
 
     def _commit(self, connection: Connection, message: Commit) -> None:
@@ -154,7 +166,7 @@ class DraftServer:
         session = self._sessions.get(key)
         if session is not None and message.epoch < session.epoch:
             return
-        length = len(session.tokens) if session is not None else 0
+        length = session.length if session is not None else 0
         if session is None or message.epoch > session.epoch or message.base > length:
             unknown = "open it anew with all its tokens"
             code = protocol.UNKNOWN_SESSION
@@ -165,7 +177,7 @@ class DraftServer:
             return  # said before
         if max(new) >= self._vocab_size:
             raise LinkError("a token is outside the vocabulary")
-        session.tokens += new
+        session.ahead += new
         self._request(key)
 
     def _request(self, key: Key) -> None:
@@ -174,42 +186,73 @@ class DraftServer:
         self._wake.set()
 
     def _forget(self, key: Key) -> None:
-        self._sessions.pop(key, None)
+        session = self._sessions.pop(key, None)
         self._due.pop(key, None)
+        if session is not None:
+            self._ended.append(session.text)
+            self._wake.set()
 
     async def _draft(self) -> None:
-        """One tree at a time, for the session that has waited longest. A session that goes on
-        meanwhile is drafted for once, from where it is then."""
+        """All that are due at once. A session that goes on meanwhile is drafted for once, from
+        where it is then."""
         while True:
             await self._wake.wait()
-            while self._due:
-                key, _ = self._due.popitem(last=False)
-                await self._draft_for(key, self._sessions[key])
             self._wake.clear()
+            while self._due or self._ended:
+                due = [(key, self._sessions[key]) for key in self._due]
+                self._due.clear()
+                ended, self._ended = self._ended, []
+                await self._draft_for(due, ended)
 
-    async def _draft_for(self, key: Key, session: _Session) -> None:
-        connection, number = key
-        tokens = list(session.tokens)
+    async def _draft_for(self, due: list[tuple[Key, _Session]], ended: list[Text]) -> None:
+        for _, session in due:
+            session.go_on()
+        trees = await self._forward.run(self._propose, [session.text for _, session in due], ended)
+        for (key, session), tree in zip(due, trees, strict=True):
+            connection, number = key
+            current = self._sessions.get(key) is session
+            if tree is None:
+                if current:
+                    self._forget(key)
+                failed = Error(number, session.epoch, protocol.REFUSED, "drafting failed")
+                connection.send(failed)
+            elif current and not session.ahead:
+                connection.send(Draft(number, session.epoch, len(session.text.tokens), tree))
+
+    def _propose(self, texts: list[Text], ended: list[Text]) -> list[TokenTree | None]:
+        """In the forward thread. None: no tree can be drafted for this text."""
+        if self._drafter is None:
+            self._drafter = self._make()
+        for text in ended:
+            self._drafter.forget(text)
+        depth = self._drafter.depth
+        asks = [Ask(text, depth, self._max_nodes) for text in texts]
         try:
-            tree = await self._forward.run(self._propose, session, tokens)
+            return list(self._drafter.propose(asks)) if asks else []
         except Exception:
+            if len(asks) > 1:  # let the others have theirs
+                return [tree for text in texts for tree in self._propose([text], [])]
             log.exception("drafting failed; the session goes on without")
-            if self._sessions.get(key) is session:
-                self._forget(key)
-            connection.send(Error(number, session.epoch, protocol.REFUSED, "drafting failed"))
-            return
-        if self._sessions.get(key) is session and len(session.tokens) == len(tokens):
-            connection.send(Draft(number, session.epoch, len(tokens), tree))
-
-    def _propose(self, session: _Session, tokens: list[int]) -> TokenTree:
-        if session.drafter is None:
-            session.drafter = self._make()
-        return session.drafter.propose(tokens, session.sampling)
+            return [None]
 
 
 class _Session:
-    def __init__(self, epoch: int, tokens: list[int], sampling: Sampling) -> None:
-        self.epoch = epoch
-        self.tokens = tokens
-        self.sampling = sampling
-        self.drafter: Drafter | None = None
+    def __init__(self, message: Open) -> None:
+        self.epoch = message.epoch
+        self.text = Text(
+            message.tokens,
+            sampling=message.sampling,
+            max_new_tokens=0,
+            num_prompt=message.num_prompt,
+        )
+        """As far as it is drafted for; the forward thread reads it."""
+        self.ahead: list[int] = []
+        """Tokens that have come since."""
+
+    @property
+    def length(self) -> int:
+        return len(self.text.tokens) + len(self.ahead)
+
+    def go_on(self) -> None:
+        self.text.tokens += self.ahead
+        self.ahead = []

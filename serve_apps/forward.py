@@ -38,6 +38,10 @@ class Forward:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._timed, work, args, kwargs)
 
+    def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
+        """In its turn, and nobody waits for it."""
+        self._executor.submit(self._timed, work, args, kwargs)
+
     def check(self, longest_s: float) -> None:
         """
         Raises:

@@ -45,8 +45,6 @@ class Delta:
 class Finished:
     reason: str
     """`stop`: the end of the text or a stop string; `length`: max_tokens."""
-    text: str
-    """What was held back until now."""
     completion_tokens: int
     accepted: int
     """Drafted tokens that are in the text."""

@@ -137,7 +137,7 @@ async def _whole(answer: api.Answer, texts: Texts, starts: list[Started]) -> dic
     usage = _usage(starts)
     async with aclosing(texts.events()) as events:
         async for index, event in events:
-            if isinstance(event, Delta | Finished):
+            if isinstance(event, Delta):
                 parts[index].append(event.text)
             if isinstance(event, Finished):
                 reasons[index] = event.reason
@@ -162,7 +162,7 @@ async def _stream(
                     choices = [api.choice(index, event.text)]
                 elif isinstance(event, Finished):
                     usage.add(event)
-                    choices = [api.choice(index, event.text, event.reason)]
+                    choices = [api.choice(index, "", event.reason)]
                 else:
                     continue
                 yield answer.chunk(choices, None, with_usage=with_usage)

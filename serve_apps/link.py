@@ -71,9 +71,11 @@ class DraftLink:
                 await self._up.wait()
         return self.connected
 
-    def session(self, sampling: Sampling) -> LinkSession:
+    def session(self, sampling: Sampling, num_prompt: int) -> LinkSession:
+        """For a text whose prompt has so many tokens."""
         number = next(self._numbers)
-        self._sessions[number] = LinkSession(self, number, sampling, self._vocab_size)
+        session = LinkSession(self, number, sampling, num_prompt, self._vocab_size)
+        self._sessions[number] = session
         return self._sessions[number]
 
     def forget(self, number: int) -> None:
@@ -139,10 +141,13 @@ class DraftLink:
 class LinkSession:
     """One text's side of the link. Tell it how the text goes on; ask it for a tree."""
 
-    def __init__(self, link: DraftLink, number: int, sampling: Sampling, vocab_size: int) -> None:
+    def __init__(
+        self, link: DraftLink, number: int, sampling: Sampling, num_prompt: int, vocab_size: int
+    ) -> None:
         self._link = link
         self._number = number
         self._sampling = sampling
+        self._num_prompt = num_prompt
         self._vocab_size = vocab_size
         self._connection: Connection | None = None
         """Where the session is open."""
@@ -211,8 +216,14 @@ class LinkSession:
     def _open(self, connection: Connection) -> None:
         self._connection = connection
         self._epoch += 1
-        tokens = tuple(self._tokens)
-        message = Open(self._number, self._epoch, tokens, self._sampling, self._vocab_size)
+        message = Open(
+            self._number,
+            self._epoch,
+            tuple(self._tokens),
+            self._num_prompt,
+            self._sampling,
+            self._vocab_size,
+        )
         try:
             connection.send(message)
         except protocol.ProtocolError:  # too long for a frame

@@ -26,7 +26,7 @@ import msgpack
 from linearized.errors import LinearizedError
 from linearized.speculative import Sampling, TokenTree
 
-VERSION = 1
+VERSION = 2
 HEADER = 4
 MAX_FRAME = 8 * 2**20
 """Bytes after the header; an Open with 1.6 million tokens."""
@@ -82,6 +82,8 @@ class Open:
     session: int
     epoch: int
     tokens: tuple[int, ...]
+    num_prompt: int
+    """How many of the tokens are the prompt."""
     sampling: Sampling
     vocab_size: int
     """The target's; a draft with another one has another tokenizer."""
@@ -182,9 +184,10 @@ def decode(payload: bytes) -> Message:
 
 def _pack(message: Message) -> list[Any]:
     match message:
-        case Open(session, epoch, tokens, s, vocab_size):
-            sampling = [s.temperature, s.top_k, s.top_p, s.min_p, s.seed]
-            return [session, epoch, tokens, sampling, vocab_size]
+        case Open(session, epoch, tokens, num_prompt, s, vocab_size):
+            sampling = [getattr(s, name) for name in _SAMPLING]
+            sampling[_STOP_IDS] = sorted(s.stop_ids)
+            return [session, epoch, tokens, num_prompt, sampling, vocab_size]
         case Draft(session, epoch, base, tree):
             return [session, epoch, base, [tree.tokens, tree.parents]]
         case _:
@@ -230,17 +233,37 @@ def _tokens(value: Any) -> tuple[int, ...]:
     return tuple(_token(token) for token in value)
 
 
+def _pairs(value: Any) -> tuple[tuple[int, float], ...]:
+    if type(value) is not list or any(type(one) is not list or len(one) != 2 for one in value):
+        raise TypeError("expected an array of pairs")
+    return tuple((_token(token), _number(bias)) for token, bias in value)
+
+
+_SAMPLING: dict[str, Callable[[Any], Any]] = {
+    "temperature": _number,
+    "top_k": _count,
+    "top_p": _number,
+    "min_p": _number,
+    "repetition_penalty": _number,
+    "presence_penalty": _number,
+    "frequency_penalty": _number,
+    "logit_bias": _pairs,
+    "min_tokens": _count,
+    "stop_ids": _tokens,
+    "seed": _seed,
+    "choice": _count,
+    "typical": _number,
+}
+_STOP_IDS = list(_SAMPLING).index("stop_ids")
+
+
 def _sampling(value: Any) -> Sampling:
-    if type(value) is not list or len(value) != 5:
-        raise TypeError("expected the five numbers of a Sampling")
-    temperature, top_k, top_p, min_p, seed = value
-    return Sampling(
-        temperature=_number(temperature),
-        top_k=_count(top_k),
-        top_p=_number(top_p),
-        min_p=_number(min_p),
-        seed=_seed(seed),
-    )
+    if type(value) is not list or len(value) != len(_SAMPLING):
+        raise TypeError(f"expected the {len(_SAMPLING)} values of a Sampling")
+    checked = {
+        name: check(one) for (name, check), one in zip(_SAMPLING.items(), value, strict=True)
+    }
+    return Sampling(**checked)
 
 
 def _tree(value: Any) -> TokenTree:
@@ -255,7 +278,7 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[Callable[[Any], Any], ...]]] = {
     1: (Challenge, (_count, _bytes)),
     2: (Hello, (_count, _bytes, _bytes)),
     3: (Welcome, (_bytes,)),
-    4: (Open, (_count, _count, _tokens, _sampling, _count)),
+    4: (Open, (_count, _count, _tokens, _count, _sampling, _count)),
     5: (Commit, (_count, _count, _count, _tokens)),
     6: (Draft, (_count, _count, _count, _tree)),
     7: (Close, (_count,)),

@@ -1,7 +1,7 @@
 """A target replica: owns requests, their states and their sampling.
 
-A plain class; `serve_apps.app` makes a deployment of it. Each text is a coroutine that asks the one
-forward thread for one chunk of its prompt or one round at a time, so texts take turns. Knows
+A plain class; `serve_apps.app` makes a deployment of it. One engine, in the one forward thread,
+goes on with all texts round by round; each text is a coroutine that waits for its pieces. Knows
 nothing of HTTP.
 """
 
@@ -13,13 +13,14 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import transformers
 
 import linearized
-from linearized.errors import ConfigError
-from linearized.speculative import NgramDrafter, Sampling, Sequence, TokenTree
+from linearized.errors import ConfigError, LinearizedError
+from linearized.speculative import Engine, Piece, Text
+from linearized.speculative.generate import decoding, end_of_text
 from serve_apps.forward import Forward
 from serve_apps.generation import (
     Delta,
@@ -33,9 +34,10 @@ from serve_apps.generation import (
 from serve_apps.link import DraftLink
 from serve_apps.protocol import Endpoint
 from serve_apps.speculator import Speculator
-from serve_apps.text import TextStream
 
 STUCK_S = 120.0
+MAX_NODES = 16
+"""Of a tree that is verified."""
 LINK_S = 60.0
 """How long the first link to a draft may take before the replica counts as ready without."""
 
@@ -82,7 +84,19 @@ class TargetReplica:
         self._fingerprint = linearized.fingerprint(self._model)
         self._stop_ids = _stop_ids(self._model, self._tokenizer)
         self._link = DraftLink(find_draft, vocab_size=self._vocab_size) if find_draft else None
-        self._slots = asyncio.Semaphore(config.max_sessions)
+        self._decode = decoding(self._tokenizer)
+        self._speculator = Speculator(config.deadline_ms / 1000)
+        self._engine = Engine(
+            self._model,
+            drafters=self._speculator.drafters,
+            rows=config.max_sessions,
+            max_nodes=MAX_NODES,
+        )
+        """Touched in the forward thread only."""
+        self._pieces: dict[Text, asyncio.Queue[Piece | Exception]] = {}
+        """Of the texts in the engine."""
+        self._wake = asyncio.Event()
+        self._rounds: asyncio.Task[None] | None = None
         self._num_texts = 0
         self._seconds = 1.0
         """What a text takes, averaged over the last ones."""
@@ -111,6 +125,9 @@ class TargetReplica:
         self._forward.check(STUCK_S)
 
     async def close(self) -> None:
+        if self._rounds is not None:
+            self._rounds.cancel()
+            await asyncio.gather(self._rounds, return_exceptions=True)
         if self._link is not None:
             await self._link.close()
         self._forward.close()
@@ -132,7 +149,7 @@ class TargetReplica:
                 return
             echo = await self._echo(job, prompt) if job.echo else ""
             yield Started(prompt_tokens=len(prompt), prompt_text=echo)
-            async with self._slots, aclosing(self._generate(job, prompt)) as events:
+            async with aclosing(self._generate(job, prompt)) as events:
                 async for event in events:
                     yield event
             self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - began)
@@ -140,55 +157,73 @@ class TargetReplica:
             self._num_texts -= 1
 
     async def _generate(self, job: Generation, prompt: list[int]) -> AsyncGenerator[Event, None]:
-        speculator = self._speculator(job)
+        text = self._text(job, prompt)
+        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        if text.finished is None:
+            self._pieces[text] = pieces
+            mode = job.speculate or ("ngram" if self._link is None else "model")
+            session = None
+            if mode == "model" and self._link is not None:
+                session = self._link.session(text.sampling, len(prompt))
+            # The draft reads the prompt while the target does.
+            self._speculator.open(text, session, ngrams=mode != "none")
         try:
-            speculator.advance(prompt)  # the draft reads the prompt while the target does
-            text = await self._forward.run(self._sequence, job, prompt)
-            while text.finished is None and not await self._forward.run(text.prefill):
-                pass
-            stream = TextStream(self._decode, prompt=prompt, stop=job.stop)
-            while text.finished is None and not stream.stopped:
-                tree = await speculator.tree()
-                new = await self._forward.run(_round, text, tree, speculator.ngram)
-                if text.finished is None:
-                    speculator.advance(text.tokens)
-                before = stream.num_tokens
-                delta = stream.push(new)
-                kept = new[: stream.num_tokens - before]
-                yield Delta(text=delta, tokens=tuple(kept))
-            rest = stream.flush()
+            if text.finished is None:
+                await self._forward.run(self._engine.add, text)
+                self._wake.set()
+            done = text.finished is not None
+            while not done:
+                piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise LinearizedError("the model failed in the middle of a text") from piece
+                done = text.finished is not None and pieces.empty()
+                yield Delta(text=piece.text, tokens=piece.tokens)
         finally:
-            speculator.close()
-        # A stop string may be found in the middle of a round, or in what was held back.
-        accepted = min(text.accepted, stream.num_tokens)
+            if self._pieces.pop(text, None) is not None and text.finished is None:
+                self._forward.submit(self._engine.drop, text)
+            self._speculator.close(text)
+        accepted = text.accepted.total()
         yield Finished(
-            reason="stop" if stream.stopped else text.finished or "stop",
-            text=rest,
-            completion_tokens=stream.num_tokens,
+            reason=text.finished or "stop",
+            completion_tokens=len(text.new_tokens),
             accepted=accepted,
-            rejected=text.drafted - accepted,
+            rejected=text.drafted.total() - accepted,
             rounds=text.rounds,
         )
 
-    def _sequence(self, job: Generation, prompt: list[int]) -> Sequence:
-        return Sequence(
-            self._model,
-            prompt,
-            sampling=job.sampling,
-            max_new_tokens=job.max_tokens,
-            stop_ids=self._stop_ids,
-        )
+    async def _go_on(self) -> None:
+        """Round after round while there are texts."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._pieces:
+                await self._speculator.gather(list(self._pieces))
+                try:
+                    found = await self._forward.run(self._engine.step)
+                except Exception as error:
+                    log.exception("a round failed; its texts end here")
+                    await self._fail(error)
+                    continue
+                for text, piece in found:
+                    if text in self._pieces:
+                        self._pieces[text].put_nowait(piece)
+                        if text.finished is None:
+                            self._speculator.advance(text)
 
-    def _speculator(self, job: Generation) -> Speculator:
-        mode = job.speculate or ("ngram" if self._link is None else "model")
-        if mode == "none":
-            return Speculator()
-        if mode == "ngram" or self._link is None:
-            return Speculator(ngram=NgramDrafter())
-        return Speculator(
-            session=self._link.session(job.sampling),
-            ngram=NgramDrafter(),
-            deadline_s=self._config.deadline_ms / 1000,
+    async def _fail(self, error: Exception) -> None:
+        """Nobody knows what state the engine is in: all its texts end."""
+        failed = list(self._pieces)
+        for text in failed:
+            self._pieces.pop(text).put_nowait(error)
+            await self._forward.run(self._engine.drop, text)
+
+    def _text(self, job: Generation, prompt: list[int]) -> Text:
+        return Text(
+            prompt,
+            sampling=replace(job.sampling, stop_ids=job.sampling.stop_ids | self._stop_ids),
+            max_new_tokens=job.max_tokens,
+            stop=job.stop,
+            decode=self._decode,
         )
 
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> list[int]:
@@ -200,9 +235,6 @@ class TargetReplica:
         if isinstance(job.prompt, str):
             return job.prompt
         return await self._texts.run(self._decode, prompt)
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _refuse(self, job: Generation, prompt: list[int]) -> Refused | None:
         def invalid(message: str, param: str, code: str = "invalid_value") -> Refused:
@@ -239,31 +271,15 @@ class TargetReplica:
     async def _start(self) -> None:
         if self._link is not None:
             self._link.start()
-        await self._forward.run(self._warm_up)
+        await self._forward.run(self._engine.measure)  # the first calls of every size are slow
+        self._rounds = asyncio.create_task(self._go_on())
         if self._link is not None and not await self._link.wait_connected(LINK_S):
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
-
-    def _warm_up(self) -> None:
-        """The first calls of every shape are slow."""
-        text = Sequence(self._model, [0] * 64, sampling=Sampling(), max_new_tokens=64)
-        while not text.prefill():
-            pass
-        for nodes in (0, 4, 8, 0, 4, 8):
-            text.step(TokenTree.chain([0] * nodes))
-
-
-def _round(text: Sequence, tree: TokenTree | None, ngram: NgramDrafter | None) -> list[int]:
-    if not tree and ngram is not None:
-        tree = ngram.propose(text.tokens, text.sampling)
-    return text.step(tree or TokenTree.empty)
 
 
 def _stop_ids(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> frozenset[int]:
     """What ends a text, as the model and its tokenizer have it."""
-    ids: set[int] = set()
-    for end in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        if end is not None:
-            ids.update([end] if isinstance(end, int) else end)
-    return frozenset(ids)
+    own = tokenizer.eos_token_id
+    return frozenset(end_of_text(model)) | ({own} if own is not None else set())

@@ -6,8 +6,10 @@ import signal
 from collections.abc import Callable
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import linearized
 
@@ -59,3 +61,34 @@ def llama() -> Callable[..., transformers.LlamaForCausalLM]:
 @pytest.fixture
 def linear() -> Callable[..., transformers.PreTrainedModel]:
     return tiny_linear
+
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "def add(a, b):\n    return a + b\n",
+    "größere Wörter, 日本語のテキスト, emoji 🙂🚀",
+]
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level, with a few merges."""
+    return tiny_tokenizer()

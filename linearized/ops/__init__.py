@@ -301,7 +301,8 @@ def fold_(
     backend: str | None = None,
 ) -> None:
     """Take T more tokens, those that `mask` [B, T] keeps, into the state, in place. Keys and
-    values [B, K, T, ·] are those that the operator was given (of unit norm, if it normalises)."""
+    values [B, K, T, ·] are those that the operator was given (of unit norm, if it normalises). All
+    layers of a model, [L, B, …], are folded at once by the `cpu` backend."""
     choose(backend).fold_(state, k, v, mask)
 
 

@@ -1,17 +1,24 @@
-"""Speculation: trees, drafters, one acceptance rule."""
+"""Speculation: trees, drafters, one acceptance rule, and an engine for many texts."""
 
-from linearized.speculative.drafters import Drafter, ModelDrafter, NgramDrafter
+from linearized.speculative.drafters import Ask, Drafter, ModelDrafter, NgramDrafter
+from linearized.speculative.engine import Engine
 from linearized.speculative.generate import generate
-from linearized.speculative.sampling import Sampling
-from linearized.speculative.sequence import Sequence
-from linearized.speculative.tree import TokenTree
+from linearized.speculative.sampling import Sampler, Sampling
+from linearized.speculative.text import Alternatives, Piece, Text
+from linearized.speculative.tree import Shape, TokenTree
 
 __all__ = [
+    "Alternatives",
+    "Ask",
     "Drafter",
+    "Engine",
     "ModelDrafter",
     "NgramDrafter",
+    "Piece",
+    "Sampler",
     "Sampling",
-    "Sequence",
+    "Shape",
+    "Text",
     "TokenTree",
     "generate",
 ]

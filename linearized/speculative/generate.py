@@ -1,19 +1,21 @@
-"""`linearized.generate`: text from a linearized model, with or without a drafter."""
+"""`linearized.generate`: text from a linearized model, with or without drafters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import overload
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearized.errors import ConfigError
-from linearized.speculative import sequence
 from linearized.speculative.drafters import Drafter, ModelDrafter, NgramDrafter
+from linearized.speculative.engine import Engine
 from linearized.speculative.sampling import Sampling
-from linearized.speculative.tree import TokenTree
+from linearized.speculative.text import Text
 
 OnTokens = Callable[[int, list[int]], None]
+Guesser = Drafter | PreTrainedModel | str
+ROWS = 8
 
 
 @overload
@@ -33,66 +35,117 @@ def generate(  # type: ignore[misc]
     prompt: Sequence[int] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    drafter: Drafter | PreTrainedModel | str | None = None,
+    drafter: Guesser | Sequence[Guesser] | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    min_tokens: int = 0,
+    typical: float = 0.0,
     seed: int = 0,
+    stop: str | Sequence[str] = (),
     stop_ids: Iterable[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rows: int = ROWS,
+    adaptive: bool = True,
     on_tokens: OnTokens | None = None,
 ) -> list[int] | list[list[int]]:
     """Continue one prompt (token ids) or several (lists of them): the new ids, nested alike.
 
-    `drafter`: None, "ngram", a smaller linearized model, or a `Drafter`; it changes the speed and
-    never the text. `stop_ids`: the text ends after one of them; by default the model's end of
-    text. `on_tokens(index of the prompt, new ids)` is called as they come.
+    `drafter`: None, "ngram", a smaller model with the same tokenizer, a `Drafter`, or several of
+    these in the order in which to ask them; it changes the speed and never the text. `stop`: the
+    text ends before the first of these strings, which need `tokenizer`. `stop_ids`: it ends after
+    one of these tokens; by default the model's end of text. For the other parameters see
+    `Sampling`. `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured
+    before the first token; else all that is drafted. `on_tokens(index of the prompt, new ids)` is
+    called as they come.
 
     Raises:
         RequestError: an empty prompt, an unknown token. ConfigError: a setting out of range.
     """
     many = bool(prompt) and not isinstance(prompt[0], int)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    stops = frozenset(_end_of_text(model) if stop_ids is None else stop_ids)
-    guesser = _drafter(drafter, model)
-    texts: list[list[int]] = []
-    for index, one in enumerate(prompt if many else [prompt]):
-        text = sequence.Sequence(
-            model,
-            one,  # type: ignore[arg-type]
+    prompts: list[Sequence[int]] = list(prompt) if many else [prompt]  # type: ignore[list-item,arg-type]
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=tuple((logit_bias or {}).items()),
+        min_tokens=min_tokens,
+        stop_ids=frozenset(end_of_text(model) if stop_ids is None else stop_ids),
+        seed=seed,
+        typical=typical,
+    )
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if strings and tokenizer is None:
+        raise ConfigError("stop strings need the tokenizer, to see text in token ids")
+    texts = [
+        Text(
+            one,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            stop_ids=stops,
+            stop=strings,
+            decode=decoding(tokenizer) if strings and tokenizer is not None else None,
         )
-        while not text.prefill():
-            pass
-        while text.finished is None:
-            tree = guesser.propose(text.tokens, sampling) if guesser else TokenTree.empty
-            new = text.step(tree)
-            if on_tokens is not None:
-                on_tokens(index, new)
-        texts.append(text.new_tokens)
-    return texts if many else texts[0]
+        for one in prompts
+    ]
+    engine = Engine(model, drafters=drafters(drafter, model), rows=max(1, min(rows, len(texts))))
+    if adaptive and drafter is not None:
+        engine.plan(engine.measure())
+    for text in texts:
+        engine.add(text)
+    index = {text: i for i, text in enumerate(texts)}
+    while engine.busy:
+        for text, piece in engine.step():
+            if on_tokens is not None and piece.tokens:
+                on_tokens(index[text], list(piece.tokens))
+    found = [text.new_tokens for text in texts]
+    return found if many else found[0]
 
 
-def _drafter(
-    drafter: Drafter | PreTrainedModel | str | None, model: PreTrainedModel
-) -> Drafter | None:
-    if isinstance(drafter, str):
-        if drafter != "ngram":
-            raise ConfigError(f"unknown drafter {drafter!r}; choose from ngram, or give a model")
+def drafters(given: Guesser | Sequence[Guesser] | None, model: PreTrainedModel) -> list[Drafter]:
+    """
+    Raises:
+        ConfigError: an unknown name, or a model with another vocabulary.
+    """
+    if given is None:
+        return []
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        given = [given]
+    return [_drafter(one, model) for one in given]
+
+
+def _drafter(given: Guesser, model: PreTrainedModel) -> Drafter:
+    if isinstance(given, Drafter):
+        return given
+    if isinstance(given, str):
+        if given != "ngram":
+            raise ConfigError(f"unknown drafter {given!r}; choose from ngram, or give a model")
         return NgramDrafter()
-    if isinstance(drafter, PreTrainedModel):
-        if drafter.config.vocab_size != model.config.vocab_size:
-            raise ConfigError(
-                f"the draft's vocabulary has {drafter.config.vocab_size} tokens, the target's "
-                f"{model.config.vocab_size}; they must share one tokenizer"
-            )
-        return ModelDrafter(drafter)
-    return drafter
+    if not isinstance(given, PreTrainedModel):
+        raise ConfigError(f"a drafter is a name, a model or a Drafter, got {type(given).__name__}")
+    if given.config.vocab_size != model.config.vocab_size:
+        raise ConfigError(
+            f"the draft's vocabulary has {given.config.vocab_size} tokens, the target's "
+            f"{model.config.vocab_size}; they must share one tokenizer"
+        )
+    return ModelDrafter(given)
 
 
-def _end_of_text(model: PreTrainedModel) -> list[int]:
+def decoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids to text, without special tokens."""
+    return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def end_of_text(model: PreTrainedModel) -> list[int]:
+    """Tokens that end a text, as the model has it."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     if ids is None:
         return []

@@ -1,12 +1,19 @@
-"""Which token follows, given logits: filters, temperature, noise. One rule for target and draft.
+"""Which token follows, given logits: penalties, filters, temperature, noise. One rule for target
+and draft.
 
-The token at position p is argmax(filtered logits / temperature + noise(seed, p)); temperature 0
-has no noise. So a text depends on model, prompt, parameters and seed only.
+The token at position p is argmax(filtered logits / temperature + noise(seed, choice, p));
+temperature 0 has no noise. So a text depends on model, prompt, parameters and seed only. What
+depends on the text so far is worked out for each node of a tree along its own path, as it would be
+without speculation.
+
+In this order: logit_bias, min_tokens, repetition, presence and frequency penalties, temperature,
+top_k, top_p, min_p, noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +21,9 @@ from torch import Tensor
 
 from linearized.errors import ConfigError
 from linearized.speculative.noise import gumbel
+
+PREFIX = 512
+"""Tokens among which the nucleus of top_p is looked for first; sorting all of them takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,27 +36,71 @@ class Sampling:
     """Keep the fewest tokens whose probabilities reach p."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, below 0) the logits of tokens in prompt and text (Keskar et al., CTRL,
+    2019); 1: none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the text, as OpenAI has it."""
+    frequency_penalty: float = 0.0
+    """The same, times how often they are in it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these tokens; a mapping will do."""
+    min_tokens: int = 0
+    """No stop token before the text has so many tokens."""
+    stop_ids: frozenset[int] = frozenset()
+    """The text ends with one of them."""
     seed: int = 0
+    choice: int = 0
+    """Which of several texts for the same prompt and seed."""
+    typical: float = 0.0
+    """Above 0, **lossy**: a drafted token is taken if its probability is above the smaller of this
+    and √this · e^(-entropy), Medusa's typical acceptance (Cai et al., ICML 2024, 2.3.1; their
+    value is 0.09). The text then depends on the drafts, and is not distributed as the target's."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0 (0: all tokens), got {self.top_k}")
+        for name, least in (("top_k", 0), ("min_tokens", 0), ("choice", 0)):
+            if getattr(self, name) < least:
+                hint = " (0: all tokens)" if name == "top_k" else ""
+                value = getattr(self, name)
+                raise ConfigError(f"{name} must be at least {least}{hint}, got {value}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must lie between 0 and 1, got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)}")
+        if not 0 <= self.typical <= 1:
+            raise ConfigError(f"typical must lie between 0 and 1, got {self.typical}")
+        if self.typical and not self.temperature:
+            raise ConfigError("typical acceptance needs a temperature above 0")
 
-    def scores(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """What the next token is the argmax of. Logits [N, V] at N places whose next token takes
-        `positions` [N]; scores [N, V]."""
-        if self.temperature == 0:
-            return logits
-        # Relative to the best, so that no temperature, however small, makes them infinite above.
-        relative = logits.double() - logits.amax(1, keepdim=True)
-        filtered = self.filter(relative / self.temperature)
-        return filtered + gumbel(self.seed, positions, logits.shape[1])
+    def check(self, vocab_size: int) -> None:
+        """Raises ConfigError for a token that the vocabulary does not have."""
+        named = {"logit_bias": [token for token, _ in self.logit_bias], "stop_ids": self.stop_ids}
+        for name, tokens in named.items():
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise ConfigError(
+                        f"{name} names token id {token}, outside the vocabulary of {vocab_size}"
+                    )
+
+    @property
+    def follows_text(self) -> bool:
+        """Do scores depend on the text so far?"""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or bool(self.min_tokens and self.stop_ids)
+
+    @property
+    def is_plain(self) -> bool:
+        """Is the token the argmax of the model's own logits?"""
+        return self.temperature == 0 and not self.follows_text and not self.logit_bias
 
     def filter(self, logits: Tensor) -> Tensor:
         """-inf for every token that top_k, top_p and min_p leave out; applied in that order, to
@@ -55,12 +109,141 @@ class Sampling:
             least = logits.topk(self.top_k, dim=1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
         if self.top_p < 1:
-            ordered, order = logits.sort(dim=1, descending=True, stable=True)
-            probabilities = ordered.softmax(1)
-            before = probabilities.cumsum(1) - probabilities
-            dropped = torch.zeros_like(before, dtype=torch.bool)
-            logits = logits.masked_fill(dropped.scatter(1, order, before >= self.top_p), -math.inf)
+            logits = torch.cat([_nucleus(row, self.top_p) for row in logits.split(1)])
         if self.min_p > 0:
             best = logits.amax(1, keepdim=True)
             logits = logits.masked_fill(logits < best + math.log(self.min_p), -math.inf)
         return logits
+
+
+class Sampler:
+    """Scores the tokens of one text. Remembers what the text holds, and follows it as it grows."""
+
+    def __init__(self, sampling: Sampling, *, num_prompt: int) -> None:
+        self.sampling = sampling
+        self.num_prompt = num_prompt
+        self._counted: list[int] = []
+        self._counts: Tensor | None = None
+        """[2, V], how often each token is in the prompt and in the text."""
+        self._noise: dict[int, Tensor] = {}
+
+    def scores(
+        self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
+    ) -> Tensor:
+        """What the next token is the argmax of, [N, V], from logits [N, V] at N places: behind
+        `tokens`, prompt and text so far, and then `paths[n]`."""
+        sampling = self.sampling
+        if sampling.is_plain:
+            return logits
+        logits = self._adjusted(logits, tokens, paths)
+        if sampling.temperature == 0:
+            return logits
+        # Relative to the best, so that no temperature, however small, makes them infinite above.
+        relative = logits.double() - logits.amax(1, keepdim=True)
+        filtered = sampling.filter(relative / sampling.temperature)
+        return filtered + self._noise_at([len(tokens) + len(path) for path in paths], logits)
+
+    def typical(
+        self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
+    ) -> Tensor:
+        """[N, V], which tokens typical acceptance would take at each place."""
+        sampling = self.sampling
+        logits = self._adjusted(logits, tokens, paths).double()
+        relative = (logits - logits.amax(1, keepdim=True)) / sampling.temperature
+        log_p = sampling.filter(relative).log_softmax(1)
+        entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(1, keepdim=True)
+        bound = (0.5 * math.log(sampling.typical) - entropy).clamp(max=math.log(sampling.typical))
+        return log_p > bound
+
+    def _adjusted(
+        self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
+    ) -> Tensor:
+        """With bias and penalties."""
+        sampling = self.sampling
+        if sampling.logit_bias:
+            ids, biases = zip(*sampling.logit_bias, strict=True)
+            bias = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+            logits = logits.index_add(1, _ids(ids, logits), bias.expand(len(logits), -1))
+        if not sampling.follows_text:
+            return logits
+        logits = logits.clone()
+        for row, path in enumerate(paths):
+            length = len(tokens) + len(path) - self.num_prompt
+            if length < sampling.min_tokens and sampling.stop_ids:
+                logits[row, _ids(sampling.stop_ids, logits)] = -math.inf
+        prompt, text = self._follow(tokens, logits)
+        counts = text.repeat(len(paths), 1)  # N V
+        rows = [row for row, path in enumerate(paths) for _ in path]
+        if rows:
+            new = _ids((token for path in paths for token in path), logits)
+            counts.index_put_((_ids(rows, logits), new), counts.new_ones(()), accumulate=True)
+        penalty = sampling.repetition_penalty
+        if penalty != 1:
+            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where((counts > 0) | (prompt > 0), penalized, logits)
+        logits -= sampling.frequency_penalty * counts
+        logits -= sampling.presence_penalty * (counts > 0)
+        return logits
+
+    def _follow(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
+        """[2, V], in logits' type, counts of prompt and text."""
+        known = len(self._counted)
+        if self._counts is None or list(tokens[:known]) != self._counted:
+            known = 0
+            self._counts = logits.new_zeros(2, logits.shape[1])
+        new = list(tokens[known:])
+        if new:
+            place = [int(i >= self.num_prompt) for i in range(known, len(tokens))]
+            index = (_ids(place, logits), _ids(new, logits))
+            self._counts.index_put_(index, self._counts.new_ones(()), accumulate=True)
+        self._counted = list(tokens)
+        return self._counts
+
+    def _noise_at(self, positions: Sequence[int], logits: Tensor) -> Tensor:
+        """[N, V]; of a position it is worked out once, for draft and target."""
+        missing = sorted(set(positions) - self._noise.keys())
+        if missing:
+            oldest = min(positions)
+            self._noise = {p: row for p, row in self._noise.items() if p >= oldest}
+            sampling, size = self.sampling, logits.shape[1]
+            at = _ids(missing, logits)
+            rows = gumbel(sampling.seed, at, size, choice=sampling.choice)
+            self._noise.update(zip(missing, rows, strict=True))
+        return torch.stack([self._noise[position] for position in positions])
+
+
+def _nucleus(row: Tensor, top_p: float) -> Tensor:
+    """-inf for all but the fewest tokens of [1, V] whose probabilities reach `top_p`. One row at a
+    time: what is kept does not depend on what other rows there are."""
+    log_total = row.logsumexp(1, keepdim=True)
+    size = min(PREFIX, row.shape[1])
+    ordered, order = row.topk(size, dim=1)
+    probabilities = (ordered - log_total).exp()
+    reached = probabilities.cumsum(1)
+    if size < row.shape[1] and reached[0, -1] < top_p:
+        ordered, order = row.sort(dim=1, descending=True, stable=True)
+        probabilities = (ordered - log_total).exp()
+        reached = probabilities.cumsum(1)
+    kept = reached - probabilities < top_p
+    return torch.full_like(row, -math.inf).scatter(1, order, ordered.masked_fill(~kept, -math.inf))
+
+
+def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    if not bias:
+        return ()
+    given = bias.items() if isinstance(bias, Mapping) else bias
+    pairs = []
+    try:
+        for token, value in given:  # type: ignore[attr-defined]
+            if isinstance(token, bool) or int(token) != float(token):
+                raise ValueError
+            pairs.append((int(token), float(value)))
+            if not math.isfinite(pairs[-1][1]):
+                raise ValueError
+    except (TypeError, ValueError):
+        raise ConfigError(f"logit_bias must give token ids finite numbers, got {bias!r}") from None
+    return tuple(sorted(pairs))
+
+
+def _ids(values: Iterable[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=like.device)

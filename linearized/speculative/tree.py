@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from linearized.errors import ConfigError
 
@@ -12,10 +16,12 @@ from linearized.errors import ConfigError
 @dataclass(frozen=True, slots=True)
 class TokenTree:
     """`parents[i]` is the node that `tokens[i]` follows: -1 for the sequence's last token, else a
-    smaller index."""
+    smaller index. `scores[i]`, where the drafter has them: how probable it finds the whole path to
+    node i, so never more than its parent's."""
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
+    scores: tuple[float, ...] = ()
 
     empty: ClassVar[TokenTree]
 
@@ -28,13 +34,64 @@ class TokenTree:
         for node, parent in enumerate(self.parents):
             if not -1 <= parent < node:
                 raise ConfigError(f"node {node} must follow an earlier node or -1, got {parent}")
+        if self.scores and len(self.scores) != len(self.tokens):
+            raise ConfigError(
+                f"a tree needs one score a token or none, got {len(self.tokens)} tokens and "
+                f"{len(self.scores)} scores"
+            )
+        for node, score in enumerate(self.scores):
+            above = self.parents[node]
+            if not 0 <= score <= (self.scores[above] if above >= 0 else 1):
+                raise ConfigError(
+                    f"node {node} has score {score}: a path is at most as probable as its beginning"
+                )
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @classmethod
-    def chain(cls, tokens: Sequence[int]) -> TokenTree:
-        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)))
+    def chain(cls, tokens: Sequence[int], scores: Sequence[float] = ()) -> TokenTree:
+        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)), tuple(scores))
+
+    @property
+    def depths(self) -> list[int]:
+        """Of each node; 1 for a child of the sequence's last token."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    @property
+    def ancestors(self) -> Tensor:
+        """[N, N], is m an ancestor of n, or n itself?"""
+        reach = torch.eye(len(self), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                reach[node] |= reach[parent]
+        return reach
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """Tokens from below the sequence's last token down to each node, itself included."""
+        paths: list[tuple[int, ...]] = []
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            paths.append((token,) if parent < 0 else (*paths[parent], token))
+        return paths
+
+    def best(self, num_nodes: int) -> TokenTree:
+        """The `num_nodes` most probable nodes; of a tree without scores, the first ones. Each still
+        stands behind its parent."""
+        if num_nodes >= len(self):
+            return self
+        kept = list(range(num_nodes))
+        if self.scores:  # a tie is for the earlier node, so a parent never loses to its child
+            ranked = sorted(range(len(self)), key=lambda node: -self.scores[node])
+            kept = sorted(ranked[:num_nodes])
+        place = {node: i for i, node in enumerate(kept)} | {-1: -1}
+        return TokenTree(
+            tuple(self.tokens[node] for node in kept),
+            tuple(place[self.parents[node]] for node in kept),
+            tuple(self.scores[node] for node in kept) if self.scores else (),
+        )
 
     def walk(self, chosen: Sequence[int]) -> tuple[list[int], list[int]]:
         """Follow the model down the tree. `chosen[0]` is the token it wants after the sequence's
@@ -50,5 +107,81 @@ class TokenTree:
             new.append(chosen[1 + node])
         return path, new
 
+    def deepest(self, accepted: Sequence[bool]) -> list[int]:
+        """The longest path whose nodes are all accepted; of equal ones, the first."""
+        best: list[int] = []
+        paths: list[list[int] | None] = []
+        for node, parent in enumerate(self.parents):
+            above = [] if parent < 0 else paths[parent]
+            path = None if above is None or not accepted[node] else [*above, node]
+            paths.append(path)
+            if path is not None and len(path) > len(best):
+                best = path
+        return best
+
 
 TokenTree.empty = TokenTree((), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tree whose form is fixed beforehand: node i is the `ranks[i]`-th guess, from 0, of those
+    for its depth."""
+
+    ranks: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    @classmethod
+    def chain(cls, depth: int) -> Shape:
+        return cls((0,) * depth, tuple(range(-1, depth - 1)))
+
+    @classmethod
+    def sparse(cls, accuracies: Sequence[Sequence[float]], num_nodes: int) -> Shape:
+        """Medusa's sparse tree (Cai et al., ICML 2024, 2.3.3): the nodes that are most often right,
+        if guess r for depth d is right with probability `accuracies[d - 1][r]`, whatever stands
+        before it."""
+        ranks: list[int] = []
+        parents: list[int] = []
+        waiting: list[tuple[float, int, int, int]] = []  # probability, parent, rank, depth
+
+        def offer(probability: float, parent: int, rank: int, depth: int) -> None:
+            if depth <= len(accuracies) and rank < len(accuracies[depth - 1]):
+                right = probability * accuracies[depth - 1][rank]
+                heapq.heappush(waiting, (-right, parent, rank, depth))
+
+        above = {-1: 1.0}
+        offer(1.0, -1, 0, 1)
+        while waiting and len(ranks) < num_nodes:
+            negative, parent, rank, depth = heapq.heappop(waiting)
+            node = len(ranks)
+            ranks.append(rank)
+            parents.append(parent)
+            above[node] = -negative
+            offer(above[parent], parent, rank + 1, depth)
+            offer(above[node], node, 0, depth + 1)
+        return cls(tuple(ranks), tuple(parents))
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def fill(
+        self, guesses: Sequence[Sequence[int]], probabilities: Sequence[Sequence[float]]
+    ) -> TokenTree:
+        """The tree whose guesses for depth d are `guesses[d - 1]`, best first. Nodes that are
+        deeper, or of a higher rank, than there are guesses are left out."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        scores: list[float] = []
+        place = {-1: -1}
+        depths = {-1: 0}
+        for node, (rank, parent) in enumerate(zip(self.ranks, self.parents, strict=True)):
+            depths[node] = depths[parent] + 1
+            level = depths[node] - 1
+            if parent not in place or level >= len(guesses) or rank >= len(guesses[level]):
+                continue
+            place[node] = len(tokens)
+            above = scores[place[parent]] if parent >= 0 else 1.0
+            tokens.append(guesses[level][rank])
+            parents.append(place[parent])
+            scores.append(above * probabilities[level][rank])
+        return TokenTree(tuple(tokens), tuple(parents), tuple(scores))

@@ -5,37 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import linearized
 from linearized.models import new_parameters
-
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog",
-    "def add(a, b):\n    return a + b\n",
-    "größere Wörter, 日本語のテキスト, emoji 🙂🚀",
-]
-
-
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def save_tiny(folder: Path, *, vocab: int, seed: int = 0, layers: int = 2) -> None:
@@ -61,11 +35,6 @@ def save_tiny(folder: Path, *, vocab: int, seed: int = 0, layers: int = 2) -> No
     with torch.no_grad():
         model.lm_head.weight[0] = 0  # the end of text is never the best token
     model.save_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -44,9 +44,9 @@ class Echoing:
                 if word == "fail":
                     raise ValueError("secret detail")
                 yield Delta(text=f" {word}", tokens=(1,))
+            yield Delta(text="!", tokens=())
             yield Finished(
                 reason="length",
-                text="!",
                 completion_tokens=len(words),
                 accepted=1,
                 rejected=2,
@@ -120,7 +120,7 @@ async def test_a_stream(client):
     assert done == "[DONE]"
     chunks = [json.loads(chunk) for chunk in chunks]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " a b!"
-    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "length"]
+    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, None, "length"]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all("usage" not in chunk for chunk in chunks)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from linearized.speculative import Sampling, TokenTree
+from linearized.speculative import Drafter, Sampling, TokenTree
 from serve_apps import link, protocol
 from serve_apps.connection import LinkError, dial
 from serve_apps.draft_server import DraftServer
@@ -21,16 +21,18 @@ VOCAB = 1000
 GREEDY = Sampling()
 
 
-class Counting:
+class Counting(Drafter):
     """Guesses the next two whole numbers."""
 
+    depth = 2
     delay = 0.0
 
-    def propose(self, tokens, sampling):
+    def propose(self, asks):
         time.sleep(self.delay)
-        if tokens[-1] == 666:
+        last = [ask.text.tokens[-1] for ask in asks]
+        if 666 in last:
             raise ValueError("no such number")
-        return TokenTree.chain([tokens[-1] + 1, tokens[-1] + 2])
+        return [TokenTree.chain([number + 1, number + 2]) for number in last]
 
 
 class Slow(Counting):
@@ -76,7 +78,7 @@ def short_pauses(monkeypatch):
 async def test_drafts_follow_the_text():
     async with serving() as (_, endpoint), linked(finder(endpoint)) as it:
         assert await it.wait_connected(2)
-        session = it.session(GREEDY)
+        session = it.session(GREEDY, 1)
         tokens = [5]
         session.advance(tokens)
         for last in (5, 8, 11):
@@ -90,7 +92,7 @@ async def test_drafts_follow_the_text():
 async def test_a_round_trip_is_short():
     async with serving() as (_, endpoint), linked(finder(endpoint)) as it:
         await it.wait_connected(2)
-        session = it.session(GREEDY)
+        session = it.session(GREEDY, 1)
         tokens = [1]
         times = []
         for _ in range(200):
@@ -107,7 +109,7 @@ async def test_a_round_trip_is_short():
 async def test_sessions_do_not_mix():
     async with serving() as (server, endpoint), linked(finder(endpoint)) as it:
         await it.wait_connected(2)
-        sessions = [it.session(GREEDY) for _ in range(20)]
+        sessions = [it.session(GREEDY, 1) for _ in range(20)]
         for number, session in enumerate(sessions):
             session.advance([10 * number])
         for number, session in enumerate(sessions):
@@ -121,7 +123,7 @@ async def test_sessions_do_not_mix():
 async def test_a_late_draft_is_not_waited_for_and_not_taken():
     async with serving(Slow) as (_, endpoint), linked(finder(endpoint)) as it:
         await it.wait_connected(2)
-        session = it.session(GREEDY)
+        session = it.session(GREEDY, 1)
         session.advance([5])
         began = time.perf_counter()
         assert await session.tree(0.03) is None
@@ -136,7 +138,7 @@ async def test_no_link_no_waiting():
         raise RuntimeError("there is no replica")
 
     async with linked(nobody) as it:
-        session = it.session(GREEDY)
+        session = it.session(GREEDY, 1)
         session.advance([5])
         began = time.perf_counter()
         assert await session.tree(5) is None
@@ -155,7 +157,7 @@ async def test_a_draft_that_dies_wakes_whoever_waits_and_is_replaced():
         endpoints.append(endpoint)
         async with linked(find) as it:
             await it.wait_connected(2)
-            session = it.session(GREEDY)
+            session = it.session(GREEDY, 1)
             session.advance([5])
             waiting = asyncio.create_task(session.tree(30))
             await asyncio.sleep(0.05)
@@ -205,9 +207,9 @@ async def test_another_vocabulary_is_not_used():
         async with linked(finder(endpoint), vocab_size=VOCAB + 1) as it:
             assert not await it.wait_connected(0.2)
         async with open_connection(endpoint) as connection:
-            connection.send(Open(1, 1, (5,), GREEDY, VOCAB + 1))
+            connection.send(Open(1, 1, (5,), 1, GREEDY, VOCAB + 1))
             assert (await connection.receive()).code == protocol.REFUSED
-            connection.send(Open(2, 1, (VOCAB,), GREEDY, VOCAB))
+            connection.send(Open(2, 1, (VOCAB,), 1, GREEDY, VOCAB))
             assert (await connection.receive()).code == protocol.REFUSED
 
 
@@ -227,7 +229,7 @@ async def test_nonsense_ends_the_connection_and_nothing_else(sent):
                 bad._writer.write(sent)
                 with pytest.raises(LinkError):
                     await bad.receive()
-            good.send(Open(1, 1, (5,), GREEDY, VOCAB))
+            good.send(Open(1, 1, (5,), 1, GREEDY, VOCAB))
             assert (await good.receive()).tree.tokens == (6, 7)
         assert server.running
 
@@ -249,16 +251,16 @@ async def test_repeated_stale_and_unplaceable_commits():
         it.send(Commit(7, 1, 3, (4,)))
         unknown = await it.receive()
         assert isinstance(unknown, Error) and unknown.code == protocol.UNKNOWN_SESSION
-        it.send(Open(7, 1, (1, 2, 3), GREEDY, VOCAB))
+        it.send(Open(7, 1, (1, 2, 3), 1, GREEDY, VOCAB))
         assert await it.receive() == Draft(7, 1, 3, TokenTree.chain([4, 5]))
-        it.send(Open(7, 1, (9, 9), GREEDY, VOCAB))  # repeated: ignored
+        it.send(Open(7, 1, (9, 9), 1, GREEDY, VOCAB))  # repeated: ignored
         it.send(Commit(7, 0, 3, (9,)))  # of a former epoch: ignored
         it.send(Commit(7, 1, 1, (2, 3)))  # known already: ignored
         it.send(Commit(7, 1, 2, (3, 10)))  # overlaps: the rest is taken
         assert await it.receive() == Draft(7, 1, 4, TokenTree.chain([11, 12]))
         it.send(Commit(7, 1, 9, (4,)))  # a gap
         assert (await it.receive()).code == protocol.UNKNOWN_SESSION
-        it.send(Open(7, 2, (20,), GREEDY, VOCAB))
+        it.send(Open(7, 2, (20,), 1, GREEDY, VOCAB))
         assert await it.receive() == Draft(7, 2, 1, TokenTree.chain([21, 22]))
         it.send(Close(7))
         it.send(Close(8))  # there is none: ignored
@@ -269,7 +271,7 @@ async def test_repeated_stale_and_unplaceable_commits():
 async def test_a_forgotten_session_is_opened_anew():
     async with serving(max_sessions=1) as (server, endpoint), linked(finder(endpoint)) as it:
         await it.wait_connected(2)
-        one, two = it.session(GREEDY), it.session(GREEDY)
+        one, two = it.session(GREEDY, 1), it.session(GREEDY, 1)
         one.advance([5])
         assert (await one.tree(2)).tokens == (6, 7)
         two.advance([50])
@@ -282,7 +284,7 @@ async def test_a_forgotten_session_is_opened_anew():
 async def test_a_drafter_that_fails_is_left_alone():
     async with serving() as (server, endpoint), linked(finder(endpoint)) as it:
         await it.wait_connected(2)
-        session, other = it.session(GREEDY), it.session(GREEDY)
+        session, other = it.session(GREEDY, 1), it.session(GREEDY, 1)
         session.advance([666])
         assert await asyncio.wait_for(session.tree(30), 2) is None
         session.advance([666, 1])

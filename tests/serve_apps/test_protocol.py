@@ -36,7 +36,14 @@ samplings = st.builds(
     top_k=st.integers(0, 1000),
     top_p=st.floats(0.01, 1),
     min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.1, 5),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=5),
+    min_tokens=st.integers(0, 1000),
+    stop_ids=st.frozensets(st.integers(0, 2**31 - 1), max_size=5),
     seed=st.integers(-(2**63), 2**63 - 1),
+    choice=st.integers(0, 100),
 )
 
 
@@ -50,7 +57,7 @@ messages = st.one_of(
     st.builds(Challenge, count, nonce),
     st.builds(Hello, count, nonce, nonce),
     st.builds(Welcome, nonce),
-    st.builds(Open, count, count, tokens, samplings, count),
+    st.builds(Open, count, count, tokens, count, samplings, count),
     st.builds(Commit, count, count, count, tokens),
     st.builds(Draft, count, count, count, trees()),
     st.builds(Close, count),
@@ -97,6 +104,11 @@ def test_cut_or_changed_frames(message, data):
             decode(broken)
 
 
+def greedy(temperature: float) -> list:
+    """A Sampling on the wire."""
+    return [temperature, 0, 1.0, 0.0, 1.0, 0.0, 0.0, [], 0, [], 0, 0, 0.0]
+
+
 @pytest.mark.parametrize(
     "values, says",
     [
@@ -105,8 +117,10 @@ def test_cut_or_changed_frames(message, data):
         ([6, 1, 1, 1, [[5] * 300, [-1] * 300]], "at most 256"),
         ([6, 1, 1, 1, [[-5], [-1]]], "integer between"),
         ([6, 1, True, 1, [[5], [-1]]], "integer between"),
-        ([4, 1, 1, [5], [-1.0, 0, 1.0, 0.0, 0], 9], "temperature"),
-        ([4, 1, 1, [5], [float("nan"), 0, 1.0, 0.0, 0], 9], "temperature"),
+        ([4, 1, 1, [5], 1, greedy(-1.0), 9], "temperature"),
+        ([4, 1, 1, [5], 1, greedy(float("nan")), 9], "temperature"),
+        ([4, 1, 1, [5], 1, greedy(0.0)[:5], 9], "13 values"),
+        ([4, 1, 1, [5], 1, [*greedy(0.0)[:7], [[5]], *greedy(0.0)[8:]], 9], "pairs"),
         ([5, 1, 1, -1, [5]], "integer between"),
         ([5, 1, 1, 1], "4 fields"),
         ([77], "unknown message"),

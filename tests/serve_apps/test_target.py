@@ -52,7 +52,7 @@ async def read(target, wanted):
     seen = [event async for event in target.complete(wanted)]
     assert isinstance(seen[0], Started) and isinstance(seen[-1], Finished)
     assert all(isinstance(event, Delta) for event in seen[1:-1])
-    text = "".join(event.text for event in seen[1:])
+    text = "".join(event.text for event in seen[1:-1])
     assert sum(len(event.tokens) for event in seen[1:-1]) == seen[-1].completion_tokens
     return text, seen[-1]
 
@@ -96,7 +96,6 @@ async def test_a_draft_that_dies_in_the_middle_changes_nothing(folders):
                     rounds += 1
                     if rounds == 4:
                         await draft.close()
-                if isinstance(event, Delta | Finished):
                     text += event.text
             assert text == expected
             assert (await target.ready()).draft == "away"
@@ -168,7 +167,7 @@ async def test_max_tokens_none_at_all(folders):
     async with replica(folders) as target:
         seen = [event async for event in target.complete(job(max_tokens=0, echo=True))]
         assert seen[0].prompt_text == PROMPT
-        assert (seen[-1].reason, seen[-1].completion_tokens, seen[-1].text) == ("length", 0, "")
+        assert (seen[-1].reason, seen[-1].completion_tokens) == ("length", 0)
         assert len(seen) == 2
 
 

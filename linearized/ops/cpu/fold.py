@@ -1,6 +1,6 @@
 """A state after more tokens, in place. Knows groups and slots; knows nothing of queries.
 
-B batch, K key/value heads, T tokens, G group size, S slots of the grid.
+L layers, B rows, K key/value heads, T tokens, G group size, S slots of the grid, M taps.
 """
 
 from __future__ import annotations
@@ -13,54 +13,101 @@ from linearized.state import GroupState
 
 
 def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
-    """Take T more tokens into the state, in place; see `reference.fold_`."""
-    num_tokens, group = k.shape[2], state.group
-    first = state.length % group
-    if mask is None and bool((first + num_tokens < group).all()):
-        slots = first[:, None] + torch.arange(num_tokens, device=k.device)
-        index = slots[:, None, :, None]
-        state.keys.scatter_(2, index.expand_as(k), k)
-        state.values.scatter_(2, index.expand_as(v), v)
-    else:
-        _close(state, k, v, mask)
-    width = state.tail.shape[3]
-    newest = v[..., v.shape[3] - width :]
+    """Take T more tokens into the state, in place; see `reference.fold_`. All layers at once, too:
+    state, k and v [L, B, …]. Rows may lie apart from each other."""
+    layers = _stacked(state)
+    k, v = (x if x.ndim == 5 else x[None] for x in (k, v))
+    num_tokens = k.shape[3]
     count = torch.full_like(state.length, num_tokens) if mask is None else mask.sum(1)
-    if state.tail.shape[2] and mask is None:
-        num_tail = state.tail.shape[2]
-        recent = torch.cat([state.tail[:, :, min(num_tokens, num_tail) :], newest], dim=2)
-        state.tail.copy_(recent[:, :, recent.shape[2] - num_tail :])
-    elif state.tail.shape[2]:
-        placed = Grid.of(num_tokens, 1, mask=mask).place(newest)
-        slots = count[:, None] + torch.arange(state.tail.shape[2], device=k.device)
-        state.tail.copy_(gather(torch.cat([state.tail, placed], dim=2), slots))
+    closes = state.length % state.group + count >= state.group  # B
+    if not bool(closes.any()):
+        _fill(layers, k, v, mask)
+    elif bool(closes.all()):
+        _close(layers, k, v, mask)
+    else:
+        some = _rows(layers, rows := closes.nonzero()[:, 0])
+        _close(some, k[:, rows], v[:, rows], None if mask is None else mask[rows])
+        kept = torch.ones(k.shape[1], num_tokens, device=k.device) if mask is None else mask
+        _fill(layers, k, v, kept.bool() & ~closes[:, None])
+        for name, tensor in some.tensors().items():
+            if name != "length":
+                getattr(layers, name).index_copy_(1, rows, tensor)
     state.length.add_(count)
 
 
-def _close(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    """Add what fills a group to the memory, keep the rest."""
-    num_tokens, group = k.shape[2], state.group
-    features = state.memory.shape[2]
-    if group == 1 and mask is None:  # every token fills one
-        _remember(state.memory, k[..., k.shape[3] - features :], v)
+def _stacked(state: GroupState) -> GroupState:
+    """Views, [L, B, …]."""
+    if state.memory.ndim == 5:
+        return state
+    tensors = {name: x[None] for name, x in state.tensors().items()}
+    return GroupState(**{**tensors, "length": state.length})
+
+
+def _rows(layers: GroupState, rows: Tensor) -> GroupState:
+    """Copies."""
+    tensors = {n: x[:, rows] for n, x in layers.tensors().items() if n != "length"}
+    return GroupState(**tensors, length=layers.length[rows])
+
+
+def _fill(layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Put tokens into slots of the open group; no group is filled by that."""
+    first = layers.length % layers.group
+    if mask is None:
+        slots = first[:, None] + torch.arange(k.shape[3], device=k.device)
+        index = slots[None, :, None, :, None]
+        layers.keys.scatter_(3, index.expand_as(k), k)
+        layers.values.scatter_(3, index.expand_as(v), v)
+    else:
+        rows, columns = mask.nonzero(as_tuple=True)
+        slots = first[rows] + (mask.long().cumsum(1) - 1)[rows, columns]
+        layers.keys[:, rows, :, slots] = k[:, rows, :, columns]
+        layers.values[:, rows, :, slots] = v[:, rows, :, columns]
+    _slide(layers.tail, v, mask)
+
+
+def _slide(tail: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """The last M-1 values, after more of them."""
+    num_tail, num_tokens = tail.shape[3], v.shape[3]
+    if not num_tail:
         return
-    grid = Grid.of(num_tokens, group, length=state.length, mask=mask)
-    keys = grid.prepend(grid.place(k), state.keys)  # B K S X
-    values = grid.prepend(grid.place(v), state.values)
-    count = torch.full_like(state.length, num_tokens) if mask is None else mask.sum(1)
-    closed = (state.length % group + count) // group * group  # B, slots
-    if bool(closed.any()):
-        is_closed = (torch.arange(keys.shape[2], device=k.device) < closed[:, None]).to(keys.dtype)
-        _remember(
-            state.memory,
-            keys[..., keys.shape[3] - features :] * is_closed[:, None, :, None],
-            values,
-        )
-    slots = closed[:, None] + torch.arange(group, device=k.device)  # B G
+    newest = v[..., v.shape[4] - tail.shape[4] :]
+    if mask is None:
+        recent = torch.cat([tail[:, :, :, min(num_tokens, num_tail) :], newest], dim=3)
+        tail.copy_(recent[:, :, :, recent.shape[3] - num_tail :])
+        return
+    kept_first = (~mask.bool()).long().argsort(dim=1, stable=True)  # B T
+    last = num_tail + mask.sum(1, keepdim=True)
+    slots = last - torch.arange(num_tail, 0, -1, device=v.device)  # B M-1, of the tail and then T
+    columns = kept_first.gather(1, (slots - num_tail).clamp(min=0))
+    slots = torch.where(slots < num_tail, slots, num_tail + columns)
+    index = slots[None, :, None, :, None].expand_as(tail)
+    tail.copy_(torch.cat([tail, newest], dim=3).gather(3, index))
+
+
+def _close(layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Add what fills a group to the memory, keep the rest; every row fills one."""
+    num_layers, _, group = k.shape[0], k.shape[1], layers.group
+    features = layers.memory.shape[3]
+    if group == 1 and mask is None:  # every token fills one
+        _remember(layers.memory, k[..., k.shape[4] - features :], v)
+        _slide(layers.tail, v, None)
+        return
+    length = layers.length.repeat(num_layers)
+    repeated = None if mask is None else mask.repeat(num_layers, 1)
+    grid = Grid.of(k.shape[3], group, length=length, mask=repeated)
+    keys = grid.prepend(grid.place(k.flatten(0, 1)), layers.keys.flatten(0, 1))  # L·B K S X
+    values = grid.prepend(grid.place(v.flatten(0, 1)), layers.values.flatten(0, 1))
+    count = torch.full_like(length, k.shape[3]) if repeated is None else repeated.sum(1)
+    closed = (length % group + count) // group * group  # L·B, slots
+    is_closed = (torch.arange(keys.shape[2], device=k.device) < closed[:, None]).to(keys.dtype)
+    far = keys[..., keys.shape[3] - features :] * is_closed[:, None, :, None]
+    _remember(layers.memory, far.unflatten(0, k.shape[:2]), values.unflatten(0, k.shape[:2]))
+    slots = closed[:, None] + torch.arange(group, device=k.device)  # L·B G
     there = (slots < keys.shape[2])[:, None, :, None]
     slots = slots.clamp(max=keys.shape[2] - 1)
-    state.keys.copy_(gather(keys, slots) * there)
-    state.values.copy_(gather(values, slots) * there)
+    layers.keys.copy_((gather(keys, slots) * there).unflatten(0, k.shape[:2]))
+    layers.values.copy_((gather(values, slots) * there).unflatten(0, k.shape[:2]))
+    _slide(layers.tail, v, mask)
 
 
 def _remember(memory: Tensor, features: Tensor, values: Tensor) -> None:

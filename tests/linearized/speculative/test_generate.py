@@ -9,29 +9,35 @@ import torch
 
 import linearized
 from linearized.errors import ConfigError, ModelError, RequestError
-from linearized.speculative import ModelDrafter, NgramDrafter, Sampling, Sequence, TokenTree
+from linearized.speculative import Drafter, ModelDrafter, NgramDrafter, Sampling, Text, TokenTree
+from linearized.speculative.drafters import Ask
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
 
 
-class Knowing:
+class Knowing(Drafter):
     """Drafts what plain decoding will say, as far as `right` goes, then something else."""
+
+    depth = 20
 
     def __init__(self, text: list[int], *, right: int, wrong: int = 0) -> None:
         self.text, self.right, self.wrong = text, right, wrong
 
-    def propose(self, tokens, sampling):
-        rest = self.text[len(tokens) : len(tokens) + self.right]
+    def propose(self, asks):
+        return [self.tree(self.text[len(ask.text.tokens) :][: self.right]) for ask in asks]
+
+    def tree(self, rest: list[int]) -> TokenTree:
         return TokenTree.chain(rest + [(rest or [0])[-1] + 1] * self.wrong)
 
 
-class Random:
+class Random(Knowing):
     """Draws trees of any shape, often empty."""
 
     def __init__(self, vocab: int, seed: int) -> None:
+        super().__init__([], right=0)
         self.vocab, self.random = vocab, random.Random(seed)
 
-    def propose(self, tokens, sampling):
+    def tree(self, rest):
         size = self.random.choice([0, 0, 1, 2, 5, 13])
         return TokenTree(
             tuple(self.random.randrange(self.vocab) for _ in range(size)),
@@ -42,14 +48,18 @@ class Random:
 class Branching(Knowing):
     """The right continuation as one branch among wrong ones."""
 
-    def propose(self, tokens, sampling):
-        rest = self.text[len(tokens) : len(tokens) + self.right]
+    def tree(self, rest):
         guesses, parents, last = [], [], -1
         for token in rest:
             guesses += [(token + 1) % 61, token]
             parents += [last, last]
             last = len(guesses) - 1
         return TokenTree(tuple(guesses), tuple(parents))
+
+
+def generate(model, prompt, **settings):
+    """Every tree is verified, whether it pays or not."""
+    return linearized.generate(model, prompt, adaptive=False, **settings)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -59,7 +69,7 @@ def test_the_text_is_the_same_for_every_drafter(linear, temperature, length):
     model = linear(group=8, taps=5)
     prompt = (PROMPT * 3)[:length]
     settings = {"max_new_tokens": 40, "temperature": temperature, "top_p": 0.95, "seed": 5}
-    plain = linearized.generate(model, prompt, **settings)
+    plain = generate(model, prompt, **settings)
     text = prompt + plain
     drafters = {
         "right": Knowing(text, right=5),
@@ -74,126 +84,126 @@ def test_the_text_is_the_same_for_every_drafter(linear, temperature, length):
         "unsure": ModelDrafter(linear(layers=1, seed=3), depth=6, width=3, floor=0.9),
     }
     for name, drafter in drafters.items():
-        assert linearized.generate(model, prompt, drafter=drafter, **settings) == plain, name
+        assert generate(model, prompt, drafter=drafter, **settings) == plain, name
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_text_is_the_same_in_float32(linear, seed):
     model = linear(dtype=torch.float32, group=8, taps=5, seed=seed)
     prompt = [seed + 1, 2, 3]
-    plain = linearized.generate(model, prompt, max_new_tokens=40)
+    plain = generate(model, prompt, max_new_tokens=40)
     for drafter in (Knowing(prompt + plain, right=6), Random(61, seed), "ngram", model):
-        assert linearized.generate(model, prompt, max_new_tokens=40, drafter=drafter) == plain
-
-
-def test_a_right_draft_saves_rounds(linear):
-    model = linear(group=8)
-    sampling = Sampling()
-    plain = linearized.generate(model, PROMPT, max_new_tokens=40, stop_ids=())
-    drafters = [
-        (Knowing(PROMPT + plain, right=4), 8, 32),
-        (Knowing(PROMPT + plain, right=0), 40, 0),
-        (ModelDrafter(model, depth=4, width=1, floor=0.0), 8, 32),
-    ]
-    for drafter, rounds, accepted in drafters:
-        text = Sequence(model, PROMPT, sampling=sampling, max_new_tokens=40)
-        while not text.prefill():
-            pass
-        while text.finished is None:
-            text.step(drafter.propose(text.tokens, sampling))
-        assert text.new_tokens == plain
-        assert (text.rounds, text.accepted) == (rounds, accepted)
-
-
-def test_sampled_draft_and_target_share_their_noise(linear):
-    """A draft equal to the target guesses its random choices too."""
-    model = linear(group=8)
-    sampling = Sampling(temperature=1.0, seed=9)
-    text = Sequence(model, PROMPT, sampling=sampling, max_new_tokens=40)
-    drafter = ModelDrafter(model, depth=4, width=1, floor=0.0)
-    assert text.prefill()
-    while text.finished is None:
-        text.step(drafter.propose(text.tokens, sampling))
-    assert text.accepted == 32
+        assert generate(model, prompt, max_new_tokens=40, drafter=drafter) == plain
 
 
 def test_end_of_text_inside_a_tree(linear):
     model = linear(group=8)
-    plain = linearized.generate(model, PROMPT, max_new_tokens=30, stop_ids=())
+    plain = generate(model, PROMPT, max_new_tokens=30, stop_ids=())
     for stop in (plain[4], plain[11]):
         want = plain[: plain.index(stop) + 1]
         for drafter in (None, Knowing(PROMPT + plain, right=8), "ngram"):
-            out = linearized.generate(
-                model, PROMPT, max_new_tokens=30, stop_ids=[stop], drafter=drafter
-            )
+            out = generate(model, PROMPT, max_new_tokens=30, stop_ids=[stop], drafter=drafter)
             assert out == want
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5])
 def test_max_new_tokens_inside_a_tree(linear, limit):
     model = linear(group=8)
-    plain = linearized.generate(model, PROMPT, max_new_tokens=30, stop_ids=())
+    plain = generate(model, PROMPT, max_new_tokens=30, stop_ids=())
     drafter = Knowing(PROMPT + plain, right=8)
-    out = linearized.generate(model, PROMPT, max_new_tokens=limit, drafter=drafter, stop_ids=())
+    out = generate(model, PROMPT, max_new_tokens=limit, drafter=drafter, stop_ids=())
     assert out == plain[:limit]
-
-
-def test_prompts_longer_than_a_chunk(linear, monkeypatch):
-    monkeypatch.setattr("linearized.speculative.sequence.PREFILL_CHUNK", 7)
-    model = linear(group=8)
-    prompt = PROMPT * 4
-    text = Sequence(model, prompt, sampling=Sampling(), max_new_tokens=5)
-    calls = 1
-    while not text.prefill():
-        calls += 1
-    assert calls == 6
-    monkeypatch.undo()
-    while text.finished is None:
-        text.step()
-    assert text.new_tokens == linearized.generate(model, prompt, max_new_tokens=5)
 
 
 def test_several_prompts_and_a_callback(linear):
     model = linear()
     seen: dict[int, list[int]] = {0: [], 1: []}
-    out = linearized.generate(
+    out = generate(
         model, [PROMPT, PROMPT[:3]], max_new_tokens=9, drafter="ngram",
         on_tokens=lambda index, new: seen[index].extend(new),
     )  # fmt: skip
     assert out == [seen[0], seen[1]]
-    assert out[1] == linearized.generate(model, PROMPT[:3], max_new_tokens=9)
+    assert out[1] == generate(model, PROMPT[:3], max_new_tokens=9)
 
 
-def test_a_drafter_is_handed_another_text(linear):
-    """Its memory is of one text; it notices that this is another."""
+def test_what_pays_is_chosen_and_changes_no_text(linear):
+    model = linear(group=8)
+    plain = generate(model, PROMPT, max_new_tokens=60, stop_ids=())
+    for drafter in (Knowing(PROMPT + plain, right=6), Random(61, 3), "ngram", linear(layers=1)):
+        settings = {"max_new_tokens": 60, "stop_ids": (), "drafter": drafter}
+        assert linearized.generate(model, PROMPT, **settings) == plain
+
+
+def test_several_drafters_in_order(linear):
+    model = linear(group=8)
+    plain = generate(model, PROMPT, max_new_tokens=40)
+    drafters = ["ngram", linear(layers=1, seed=3), Random(61, 3)]
+    assert generate(model, PROMPT, max_new_tokens=40, drafter=drafters) == plain
+
+
+def test_a_drafter_drafts_for_many_texts(linear):
+    """What it drafts for one does not depend on the others."""
     model = linear()
-    for drafter in (ModelDrafter(model), NgramDrafter()):
-        sampling = Sampling()
-        first = drafter.propose(PROMPT * 2, sampling)
-        drafter.propose([1, 2, 1, 2, 1], sampling)
-        assert drafter.propose(PROMPT * 2, sampling) == first
-        assert drafter.propose(PROMPT * 2, sampling) == first
+    prompts = [PROMPT * 2, [1, 2, 1, 2, 1], PROMPT * 9]
+    for make in (lambda: ModelDrafter(model, depth=3), NgramDrafter):
+        alone, together = [], make()
+        texts = [Text(p, sampling=Sampling(), max_new_tokens=9) for p in prompts]
+        for text in texts:
+            alone += make().propose([Ask(text, 3, 9)])
+        for _ in range(2):
+            found = together.propose([Ask(text, 3, 9) for text in texts])
+            assert [tree.tokens for tree in found] == [tree.tokens for tree in alone]
+        together.forget(texts[1])
+        found = together.propose([Ask(text, 3, 9) for text in reversed(texts)])
+        assert [tree.tokens for tree in reversed(found)] == [tree.tokens for tree in alone]
 
 
 def test_ngram_finds_the_latest_continuation():
-    drafter = NgramDrafter(depth=3)
-    sampling = Sampling()
-    assert drafter.propose([1, 2, 3, 9, 1, 2], sampling).tokens == (3, 9, 1)
-    assert drafter.propose([1, 2, 3, 9, 1, 2, 4, 4, 1, 2], sampling).tokens == (4, 4, 1)
-    assert drafter.propose([1, 2, 3], NgramDrafter) == TokenTree.empty
+    def continued(tokens, depth=3):
+        text = Text(tokens, sampling=Sampling(), max_new_tokens=9)
+        return NgramDrafter().propose([Ask(text, depth, 9)])[0].tokens
+
+    assert continued([1, 2, 3, 9, 1, 2]) == (3, 9, 1)
+    assert continued([1, 2, 3, 9, 1, 2, 4, 4, 1, 2]) == (4, 4, 1)
+    assert continued([1, 2, 3]) == ()
+    assert continued([1, 2, 3, 9, 1, 2], depth=2) == (3, 9)
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_stop_strings(linear, tokenizer, drafted):
+    model = linear(vocab=len(tokenizer), group=8)
+    prompt = tokenizer("the quick")["input_ids"]
+    plain = generate(model, prompt, max_new_tokens=40, stop_ids=())
+    settings = {"max_new_tokens": 40, "stop_ids": (), "tokenizer": tokenizer}
+    settings["drafter"] = Knowing(prompt + plain, right=7) if drafted else None
+    text = tokenizer.decode(plain)
+    for start, size in ((7, 5), (3, 1), (11, 12)):
+        stop = text[start : start + size]
+        found = generate(model, prompt, stop=stop, **settings)
+        assert found == plain[: len(found)]
+        assert stop in tokenizer.decode(found) and stop not in tokenizer.decode(found[:-1])
+    found = generate(model, prompt, stop=["never there"], **settings)
+    assert found == plain
+    stop = text[3:6]
+    found = generate(model, prompt, stop=stop, min_tokens=30, **settings)
+    assert len(found) > 30 or stop not in tokenizer.decode(plain[30:])
 
 
 def test_errors_name_the_value(linear, llama):
     model = linear()
     with pytest.raises(RequestError, match="empty"):
-        linearized.generate(model, [], max_new_tokens=3)
+        generate(model, [], max_new_tokens=3)
     with pytest.raises(RequestError, match="61 is outside the vocabulary of 61"):
-        linearized.generate(model, [1, 61], max_new_tokens=3)
+        generate(model, [1, 61], max_new_tokens=3)
     with pytest.raises(RequestError, match="-3"):
-        linearized.generate(model, [1], max_new_tokens=-3)
+        generate(model, [1], max_new_tokens=-3)
     with pytest.raises(ConfigError, match="medusa"):
-        linearized.generate(model, [1], max_new_tokens=3, drafter="medusa")
+        generate(model, [1], max_new_tokens=3, drafter="medusa")
     with pytest.raises(ConfigError, match="97.*61"):
-        linearized.generate(model, [1], max_new_tokens=3, drafter=linear(vocab=97))
+        generate(model, [1], max_new_tokens=3, drafter=linear(vocab=97))
+    with pytest.raises(ConfigError, match="a drafter is.*int"):
+        generate(model, [1], max_new_tokens=3, drafter=3)
+    with pytest.raises(ConfigError, match="stop strings need the tokenizer"):
+        generate(model, [1], max_new_tokens=3, stop="a")
     with pytest.raises(ModelError, match="not linearized"):
-        linearized.generate(llama(), [1], max_new_tokens=3)
+        generate(llama(), [1], max_new_tokens=3)

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from linearized.errors import ConfigError
-from linearized.speculative import Sampling
+from linearized.speculative import Sampler, Sampling, TokenTree
 from linearized.speculative.noise import gumbel
 
 
@@ -70,19 +72,28 @@ FILTERS = [
 ]
 
 
+def scores(sampling: Sampling, logits: torch.Tensor, tokens=(0,), paths=((),), num_prompt=1):
+    return Sampler(sampling, num_prompt=num_prompt).scores(logits, list(tokens), list(paths))
+
+
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_sampled_tokens_have_the_filtered_distribution(settings):
     logits = torch.tensor([2.0, 1.5, 1.0, 0.2, 0.0, -0.5, -1.0, -3.0], dtype=torch.float64)
     want = expected(logits, **settings)
     draws = 20_000
-    sampling = Sampling(**settings, seed=11)
-    chosen = sampling.scores(logits.expand(draws, -1), torch.arange(draws)).argmax(1)
-    counts = torch.bincount(chosen, minlength=8).double()
+    filtered = Sampling(**settings).filter((logits / settings["temperature"]).expand(draws, -1))
+    chosen = (filtered + gumbel(11, torch.arange(draws), 8)).argmax(1)
+    check_counts(torch.bincount(chosen, minlength=8), want)
+
+
+def check_counts(counts: torch.Tensor, want: torch.Tensor) -> None:
+    """Chi-square, far beyond the 99.9 % point."""
+    draws = int(counts.sum())
     assert counts[want == 0].sum() == 0
     kept = want > 0
     chi_square = ((counts - draws * want)[kept] ** 2 / (draws * want[kept])).sum()
     freedom = int(kept.sum()) - 1
-    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 6  # far beyond the 99.9 % point
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 6
 
 
 def expected(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
@@ -106,15 +117,84 @@ def expected(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 def test_temperature_zero_is_the_best_token():
     logits = torch.randn(5, 40)
-    scores = Sampling(temperature=0, seed=3).scores(logits, torch.arange(5))
-    assert torch.equal(scores.argmax(1), logits.argmax(1))
+    paths = [()] * 5
+    assert torch.equal(scores(Sampling(seed=3), logits, paths=paths).argmax(1), logits.argmax(1))
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-300, 5e-324])
 def test_a_tiny_temperature_is_almost_zero(temperature):
     logits = torch.randn(5, 40)
-    scores = Sampling(temperature=temperature, seed=3).scores(logits, torch.arange(5))
-    assert torch.equal(scores.argmax(1), logits.argmax(1))
+    sampling = Sampling(temperature=temperature, seed=3)
+    found = scores(sampling, logits, paths=[()] * 5)
+    assert torch.equal(found.argmax(1), logits.argmax(1))
+
+
+def test_a_nucleus_wider_than_its_prefix(monkeypatch):
+    """Sorted whole or in part, the same tokens are kept."""
+    logits = torch.randn(3, 300)
+    whole = Sampling(temperature=1.0, top_p=0.9).filter(logits)
+    monkeypatch.setattr("linearized.speculative.sampling.PREFIX", 5)
+    assert torch.equal(Sampling(temperature=1.0, top_p=0.9).filter(logits), whole)
+    for row, kept in zip(logits, whole.isfinite(), strict=True):
+        assert torch.equal(expected(row.double(), 1.0, top_p=0.9) > 0, kept)
+
+
+def penalized(logits, tokens, num_prompt, sampling):
+    """By the words of each parameter, one token at a time."""
+    out = logits.clone()
+    text = tokens[num_prompt:]
+    for token, bias in sampling.logit_bias:
+        out[token] += bias
+    if len(text) < sampling.min_tokens:
+        for token in sampling.stop_ids:
+            out[token] = -math.inf
+    for token in set(tokens):
+        penalty = sampling.repetition_penalty
+        out[token] = out[token] / penalty if out[token] > 0 else out[token] * penalty
+    for token in set(text):
+        out[token] -= sampling.presence_penalty
+        out[token] -= sampling.frequency_penalty * text.count(token)
+    return out
+
+
+@given(st.data())
+def test_each_node_is_penalized_along_its_own_path(data):
+    vocab = 7
+    sampling = Sampling(
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1.3, 0.8])),
+        presence_penalty=data.draw(st.sampled_from([0.0, 0.4, -1.0])),
+        frequency_penalty=data.draw(st.sampled_from([0.0, 0.7])),
+        logit_bias=data.draw(st.dictionaries(st.integers(0, 6), st.floats(-3, 3), max_size=3)),
+        min_tokens=data.draw(st.integers(0, 6)),
+        stop_ids=data.draw(st.frozensets(st.integers(0, 6), max_size=2)),
+    )
+    token = st.integers(0, vocab - 1)
+    prompt = data.draw(st.lists(token, min_size=1, max_size=5))
+    sampler = Sampler(sampling, num_prompt=len(prompt))
+    text = list(prompt)
+    for _ in range(3):  # it follows the text as it grows
+        text += data.draw(st.lists(token, max_size=3))
+        size = data.draw(st.integers(0, 6))
+        tree = TokenTree(
+            tuple(data.draw(token) for _ in range(size)),
+            tuple(data.draw(st.integers(-1, n - 1)) for n in range(size)),
+        )
+        logits = torch.randn(size + 1, vocab, dtype=torch.float64)
+        paths = [(), *tree.paths()]
+        found = sampler.scores(logits, text, paths)
+        for row, path, got in zip(logits, paths, found, strict=True):
+            want = penalized(row, [*text, *path], len(prompt), sampling)
+            torch.testing.assert_close(got, want)
+
+
+def test_noise_depends_on_seed_choice_and_position_alone():
+    logits = torch.zeros(2, 50)
+    sampling = Sampling(temperature=1.0, seed=5)
+    found = scores(sampling, logits, tokens=range(9), paths=[(), (3, 4)])
+    longer = scores(sampling, logits, tokens=range(11), paths=[(), (1,)])
+    assert torch.equal(found[1], longer[0]) and not torch.equal(found[0], found[1])
+    other = Sampling(temperature=1.0, seed=5, choice=1)
+    assert not torch.isclose(scores(other, logits, paths=[(), ()]), found).any()
 
 
 @pytest.mark.parametrize(
@@ -126,6 +206,16 @@ def test_a_tiny_temperature_is_almost_zero(temperature):
         ({"top_p": 1.2}, "top_p.*1.2"),
         ({"top_k": -4}, "top_k.*-4"),
         ({"min_p": 2}, "min_p.*2"),
+        ({"repetition_penalty": 0}, "repetition_penalty.*0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty.*inf"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty.*nan"),
+        ({"min_tokens": -1}, "min_tokens.*-1"),
+        ({"choice": -1}, "choice.*-1"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias.*nan"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.*'a'"),
+        ({"logit_bias": 5}, "logit_bias.*5"),
+        ({"typical": 1.5}, "typical.*1.5"),
+        ({"typical": 0.1}, "needs a temperature"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, words):

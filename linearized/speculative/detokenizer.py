@@ -27,7 +27,10 @@ class TextStream:
         *,
         prompt: Sequence[int] = (),
         stop: Iterable[str] = (),
+        min_tokens: int = 0,
     ) -> None:
+        """Stop strings are not looked for in the text of the first `min_tokens` tokens."""
+        self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(decode, prompt)
         self._stop = StopStrings(stop)
         self.num_tokens = 0
@@ -44,7 +47,8 @@ class TextStream:
             if self.stopped:
                 break
             self.num_tokens += 1
-            text += self._stop.push(self._detokenizer.push(token))
+            new = self._detokenizer.push(token)
+            text += new if self.num_tokens <= self._min_tokens else self._stop.push(new)
         return text
 
     def flush(self) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_apps.text import REPLACEMENT, Detokenizer, StopStrings, TextStream
+from linearized.speculative.detokenizer import REPLACEMENT, Detokenizer, StopStrings, TextStream
 
 
 def decode_bytes(tokens: list[int]) -> str:

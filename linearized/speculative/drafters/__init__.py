@@ -1,0 +1,7 @@
+"""Drafters: who guesses how a text goes on."""
+
+from linearized.speculative.drafters.base import Ask, Drafter
+from linearized.speculative.drafters.model import ModelDrafter
+from linearized.speculative.drafters.ngram import NgramDrafter
+
+__all__ = ["Ask", "Drafter", "ModelDrafter", "NgramDrafter"]

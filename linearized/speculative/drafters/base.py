@@ -1,0 +1,47 @@
+"""Who guesses how a text goes on. A guess changes the speed and never the text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from linearized.speculative.text import Text
+from linearized.speculative.tree import TokenTree
+
+if TYPE_CHECKING:
+    from linearized.speculative.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """For a tree on top of a text."""
+
+    text: Text
+    depth: int
+    """Levels, at most."""
+    nodes: int
+    """At most."""
+
+
+class Drafter(ABC):
+    """Remembers what it likes of texts, and can always rebuild it from their tokens."""
+
+    depth: int
+    """Beyond which it has no guesses."""
+    needs_hidden: ClassVar[bool] = False
+    """Does it read `Text.hidden`?"""
+
+    @abstractmethod
+    def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
+        """A tree each, maybe an empty one. A text has grown since the last time it was asked for,
+        maybe by more than what was guessed."""
+
+    def join(self, engine: Engine) -> None:
+        """It will draft for the texts of this engine."""
+        return
+
+    def forget(self, text: Text) -> None:
+        """The text has ended."""
+        return

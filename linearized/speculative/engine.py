@@ -1,0 +1,300 @@
+"""Many texts at once on one model: each round reads a piece of the prompts that wait, then verifies
+a tree for every text in one forward and commits what is right.
+
+Plain and synchronous. Texts come and go between rounds; what one of them says depends on none of
+the others, nor on what is drafted.
+
+    engine = Engine(model, drafters=[NgramDrafter()])
+    engine.add(Text(prompt, sampling=Sampling(), max_new_tokens=64))
+    while engine.busy:
+        for text, piece in engine.step():
+            ...
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearized.errors import ConfigError, RequestError
+from linearized.models import check_decoder, commit, extend, new_state, verify
+from linearized.speculative.drafters.base import Ask, Drafter
+from linearized.speculative.planner import Costs, Planner
+from linearized.speculative.pool import Pool
+from linearized.speculative.text import Piece, Text
+from linearized.speculative.tree import TokenTree
+from linearized.state import DecodeState, Pending
+
+CHUNK = 512
+"""Tokens of prompts that are read between two rounds."""
+
+
+class Engine:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        drafters: Sequence[Drafter] = (),
+        rows: int = 8,
+        memory: int | None = None,
+        max_nodes: int = 16,
+        chunk: int = CHUNK,
+    ) -> None:
+        """`drafters` are asked in this order, each for the texts that those before it had nothing
+        for. `rows`: texts at a time, fewer if their states would take more than `memory` bytes;
+        further texts wait. `max_nodes`: of a tree. `chunk`: tokens of prompts read in a round.
+
+        Raises:
+            ConfigError: not one state fits the memory. ModelError: the model decodes no text.
+        """
+        check_decoder(model)
+        for name, value in (("rows", rows), ("max_nodes", max_nodes), ("chunk", chunk)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        self.model = model
+        self.max_nodes = max_nodes
+        self._memory = memory
+        self.pool: Pool[Text] = Pool(model, _rows(model, rows, memory))
+        self._drafting = [_Drafting(drafter, max_nodes) for drafter in drafters]
+        self._chunk = chunk
+        self._waiting: deque[tuple[Text, DecodeState | None]] = deque()
+        self._reading: deque[Text] = deque()
+        self._decoding: list[Text] = []
+        self._needs_hidden = any(drafter.needs_hidden for drafter in drafters)
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Spent so far, by what: `read`, `draft`, `verify`, `commit`, and `rest`."""
+        for drafter in drafters:
+            drafter.join(self)
+
+    @property
+    def texts(self) -> list[Text]:
+        """All that have not ended."""
+        return [*self._decoding, *self._reading, *(text for text, _ in self._waiting)]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._decoding or self._reading or self._waiting)
+
+    def measure(self) -> Costs:
+        """What forwards take here, before there is any text; also gets all sizes warm."""
+        assert not self.busy
+        return Costs.measure(
+            self._forward, max_batch=self.pool.num_rows, max_nodes=1 + self.max_nodes
+        )
+
+    def plan(self, costs: Costs) -> None:
+        """From now on draft and verify what pays; until then, all that drafters propose."""
+        for drafting in self._drafting:
+            drafting.plan(costs)
+
+    def add(self, text: Text, state: DecodeState | None = None) -> None:
+        """Go on with a text: its next pieces come from `step`, once there is room for it. `state`
+        is what `remove` gave for it; without, all its tokens are read.
+
+        Raises:
+            RequestError, ConfigError: it cannot be generated; says why.
+        """
+        text.check(self.model.config.vocab_size)
+        needed = self.pool.bytes_at(self._final(text))
+        if self._memory is not None and needed > self._memory:
+            raise RequestError(
+                f"a text of up to {self._final(text)} tokens takes {needed:,} bytes of state here, "
+                f"{self._memory:,} are allowed; ask for fewer tokens",
+                param="max_tokens",
+            )
+        if state is not None:
+            state.check(self.pool.fingerprint)
+        if text.finished is None:
+            self._waiting.append((text, state))
+
+    def remove(self, text: Text) -> DecodeState | None:
+        """Stop going on with a text. Its state, for `add`; None if nothing of it was read."""
+        state = None
+        if text in self.pool:
+            state = self.pool.row(text).clone()
+        self.drop(text)
+        return state
+
+    def drop(self, text: Text) -> None:
+        """Stop going on with a text, for good."""
+        if text in self.pool:
+            self.pool.remove(text)
+        self._decoding = [one for one in self._decoding if one is not text]
+        self._reading = deque(one for one in self._reading if one is not text)
+        self._waiting = deque(one for one in self._waiting if one[0] is not text)
+        for drafting in self._drafting:
+            drafting.forget(text)
+
+    def step(self) -> list[tuple[Text, Piece]]:
+        """One round: what each text gained. Texts that have ended are gone afterwards."""
+        began, known = time.perf_counter(), sum(self.seconds.values())
+        self._admit()
+        with self._timed("read"):
+            self._read()
+        pieces = self._round() if self._decoding else []
+        spent = time.perf_counter() - began
+        self.seconds["rest"] += spent - (sum(self.seconds.values()) - known)
+        return pieces
+
+    def _round(self) -> list[tuple[Text, Piece]]:
+        texts = self._decoding = self.pool.arrange(self._decoding)
+        with self._timed("draft"):
+            drafts = self._draft(texts)
+        with self._timed("verify"):
+            logits, pending = self._verify(texts, drafts)
+        walks = [
+            text.choose(rows[: 1 + len(draft.tree)], draft.tree)
+            for text, draft, rows in zip(texts, drafts, logits, strict=True)
+        ]
+        paths = [[0, *(1 + node for node in path)] for path, _ in walks]
+        with self._timed("commit"):
+            commit(self.pool.first(len(texts)), pending, paths)
+        pieces = []
+        for i, (text, draft, (path, new)) in enumerate(zip(texts, drafts, walks, strict=True)):
+            if pending.hidden is not None:
+                text.hidden = pending.hidden[i, paths[i][-1]]
+            pieces.append((text, text.take(new, draft.tree, path, logits[i])))
+            draft.observe(text, len(path))
+            if text.finished is not None:
+                self.drop(text)
+        return pieces
+
+    def _admit(self) -> None:
+        """First come, first served: one that does not fit yet holds up those behind it."""
+        while self._waiting and len(self.pool) < self.pool.num_rows:
+            text, state = self._waiting[0]
+            longest = max(map(self._final, (*self.pool.keys, text)))
+            if self._memory is not None and self.pool.bytes_at(longest) > self._memory:
+                return
+            self._waiting.popleft()
+            self.pool.add(text, state)
+            self.pool.reserve(longest)
+            self._reading.append(text)
+
+    def _read(self) -> None:
+        """A piece of the prompts. The last token of each stays out: it is its first tree's root."""
+        left = self._chunk
+        while self._reading and left > 0:
+            text = self._reading[0]
+            state = self.pool.row(text)
+            done, goal = int(state.length[0]), len(text.tokens) - 1
+            tokens = text.tokens[done : min(done + left, goal)]
+            if tokens:
+                ids = torch.tensor([tokens], device=self.model.device)
+                extend(self.model, ids, state, logits_to_keep=1)
+                left -= len(tokens)
+            if done + len(tokens) == goal:
+                self._decoding.append(self._reading.popleft())
+
+    def _draft(self, texts: list[Text]) -> list[_Draft]:
+        """A tree for each text."""
+        drafts = [_Draft() for _ in texts]
+        for drafting in self._drafting:
+            free = [i for i, draft in enumerate(drafts) if not draft.tree]
+            found = drafting.draft([texts[i] for i in free], len(texts))
+            for i, draft in zip(free, found, strict=True):
+                if max(draft.tree.tokens, default=0) < self.model.config.vocab_size:
+                    drafts[i] = draft
+        return drafts
+
+    def _verify(self, texts: list[Text], drafts: list[_Draft]) -> tuple[Tensor, Pending]:
+        """Side by side, as wide as the widest; what is beyond a tree is nobody's parent."""
+        widest = 1 + max(len(draft.tree) for draft in drafts)
+        tokens, parents = [], []
+        for text, draft in zip(texts, drafts, strict=True):
+            missing = widest - 1 - len(draft.tree)
+            tokens.append([text.tokens[-1], *draft.tree.tokens, *[0] * missing])
+            parents.append([-1, *(parent + 1 for parent in draft.tree.parents), *[-1] * missing])
+        device = self.model.device
+        trees = torch.tensor(tokens, device=device), torch.tensor(parents, device=device)
+        state = self.pool.first(len(texts))
+        return verify(self.model, *trees, state, hidden=self._needs_hidden)
+
+    def _forward(self, batch: int, nodes: int) -> object:
+        tokens = torch.zeros(batch, nodes, dtype=torch.int64, device=self.model.device)
+        parents = torch.arange(-1, nodes - 1, device=tokens.device).expand(batch, -1)
+        state = self.pool.first(batch)
+        return verify(self.model, tokens, parents, state, hidden=self._needs_hidden)
+
+    def _final(self, text: Text) -> int:
+        """Tokens that it may have at the end, and a tree on top."""
+        return text.num_prompt + text.max_new_tokens + 1 + self.max_nodes
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - began
+
+
+class _Draft:
+    """A tree, and who is to hear what became of it."""
+
+    def __init__(
+        self, tree: TokenTree = TokenTree.empty, planner: Planner | None = None, depth: int = 0
+    ) -> None:
+        self.tree = tree
+        self._planner = planner
+        self._depth = depth
+
+    def observe(self, text: Text, accepted: int) -> None:
+        if self._planner is not None and self._depth:
+            self._planner.observe(text, self.tree, accepted, self._depth)
+
+
+class _Drafting:
+    """A drafter, and what is known of it."""
+
+    def __init__(self, drafter: Drafter, max_nodes: int) -> None:
+        self._drafter = drafter
+        self._max_nodes = max_nodes
+        self._planner: Planner | None = None
+
+    def plan(self, costs: Costs) -> None:
+        self._planner = Planner(costs, max_depth=self._drafter.depth, max_nodes=self._max_nodes)
+
+    def draft(self, texts: list[Text], batch: int) -> list[_Draft]:
+        """For these texts, in a round of `batch` of them."""
+        planner, depth = self._planner, self._drafter.depth
+        if planner is not None:
+            depth = planner.depth(texts, batch)
+        asks = [Ask(text, min(depth, _left(text)), self._max_nodes) for text in texts]
+        asks = [ask for ask in asks if ask.depth]
+        if not asks:
+            return [_Draft() for _ in texts]
+        began = time.perf_counter()
+        trees = self._drafter.propose(asks)
+        if planner is not None:
+            seconds = time.perf_counter() - began
+            planner.took(len(asks), depth, seconds, sum(map(len, trees)) / len(trees))
+            trees = planner.trim([ask.text for ask in asks], trees, batch)
+        found = {
+            ask.text: _Draft(tree.best(ask.nodes), planner, ask.depth)
+            for ask, tree in zip(asks, trees, strict=True)
+        }
+        return [found.get(text) or _Draft() for text in texts]
+
+    def forget(self, text: Text) -> None:
+        self._drafter.forget(text)
+        if self._planner is not None:
+            self._planner.forget(text)
+
+
+def _left(text: Text) -> int:
+    """Tokens that a tree can still give: every round adds one by itself."""
+    return text.max_new_tokens - len(text.new_tokens) - 1
+
+
+def _rows(model: PreTrainedModel, rows: int, memory: int | None) -> int:
+    if memory is None:
+        return rows
+    each = new_state(model).nbytes
+    if memory < each:
+        raise ConfigError(f"one text's state takes {each:,} bytes, {memory:,} are allowed")
+    return min(rows, memory // each)

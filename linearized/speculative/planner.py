@@ -1,0 +1,242 @@
+"""How many guesses pay. Knows times and how often guesses were right; knows no model.
+
+A round costs the drafting and one verification, and gives a token more than it accepts. What pays
+is what gives the most tokens a second, no guess at all included.
+"""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from linearized.speculative.text import Text
+from linearized.speculative.tree import TokenTree
+
+MEMORY = 0.92
+"""What the weight of an observation falls to with every further one: some dozen rounds count."""
+PRIOR = 3.0
+"""Observations that what other texts have shown counts for, in a text of its own."""
+FIRST_PROBE, LAST_PROBE = 8, 256
+"""Rounds without a drafter until it is tried again; each failure doubles them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds of a forward by rows and nodes, between which it is interpolated."""
+
+    batches: tuple[int, ...]
+    nodes: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+    """[batch][nodes]."""
+
+    @classmethod
+    def measure(
+        cls,
+        run: Callable[[int, int], object],
+        *,
+        max_batch: int,
+        max_nodes: int,
+        repeats: int = 5,
+    ) -> Costs:
+        """`run(batch, nodes)` is one forward. Medians; the first calls of a size are not counted.
+        More nodes never take less time in the table, as they never do but for chance."""
+        batches, nodes = _steps(max_batch), _steps(max_nodes)
+        table = []
+        for batch in batches:
+            row: list[float] = []
+            for count in nodes:
+                run(batch, count)
+                times = []
+                for _ in range(repeats):
+                    began = time.perf_counter()
+                    run(batch, count)
+                    times.append(time.perf_counter() - began)
+                row.append(max(statistics.median(times), *row[-1:], 0.0))
+            table.append(tuple(row))
+        return cls(tuple(batches), tuple(nodes), tuple(table))
+
+    def verify(self, batch: int, nodes: int) -> float:
+        below, above, share = _between(self.batches, batch)
+        one, other = (self._row(self.seconds[i], nodes) for i in (below, above))
+        return one + share * (other - one)
+
+    def _row(self, row: Sequence[float], nodes: int) -> float:
+        below, above, share = _between(self.nodes, nodes)
+        return row[below] + share * (row[above] - row[below])
+
+
+def _steps(most: int) -> list[int]:
+    """1, 2, 4, 8, … and the last."""
+    steps = [1]
+    while steps[-1] < most:
+        steps.append(min(2 * steps[-1], most))
+    return steps
+
+
+def _between(points: Sequence[int], value: int) -> tuple[int, int, float]:
+    """Indices around a value, and where it lies between them; beyond the last, further along."""
+    if len(points) == 1:
+        return 0, 0, 0.0
+    above = min(max(bisect.bisect_left(points, value), 1), len(points) - 1)
+    below = above - 1
+    share = (value - points[below]) / (points[above] - points[below])
+    return below, above, max(share, 0.0)
+
+
+class Average:
+    """A mean in which later observations weigh more."""
+
+    __slots__ = ("total", "weight")
+
+    def __init__(self) -> None:
+        self.total = self.weight = 0.0
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self.total = MEMORY * self.total + value
+        self.weight = MEMORY * self.weight + weight
+
+    def mean(self, prior: float, strength: float = PRIOR) -> float:
+        return (self.total + strength * prior) / (self.weight + strength)
+
+
+@dataclass(slots=True)
+class Record:
+    """How right a drafter was, by depth."""
+
+    reach: defaultdict[int, Average] = field(default_factory=lambda: defaultdict(Average))
+    """Was so much of a tree that went so deep accepted?"""
+    sure: defaultdict[int, Average] = field(default_factory=lambda: defaultdict(Average))
+    """How many nodes of this depth were accepted, for each that its scores promised."""
+
+    def observe(self, tree: TokenTree, accepted: int, depth: int) -> None:
+        """A tree that was to go `depth` deep, of which so many were accepted."""
+        for level in range(1, depth + 1):
+            self.reach[level].add(float(accepted >= level))
+        promised: dict[int, float] = defaultdict(float)
+        for node, level in enumerate(tree.depths):
+            promised[level] += tree.scores[node] if tree.scores else 1.0
+        for level, score in promised.items():
+            self.sure[level].add(float(accepted >= level), score)
+
+
+OPTIMISM = 0.7
+"""Of one who has drafted nothing yet: is a guess right, given that all before it are?"""
+
+
+class Planner:
+    """For one drafter: how deep to draft, and what of a tree to verify."""
+
+    def __init__(self, costs: Costs, *, max_depth: int, max_nodes: int) -> None:
+        self._costs = costs
+        self._max_depth = max_depth
+        self._max_nodes = max_nodes
+        self._all = Record()
+        self._texts: dict[Text, Record] = {}
+        self._seconds: dict[tuple[int, int], Average] = defaultdict(Average)
+        """Of drafting, by texts and depth."""
+        self._sizes: dict[int, Average] = defaultdict(Average)
+        """Nodes of a tree, by depth."""
+        self._idle = 0
+        self._probe = FIRST_PROBE
+
+    def depth(self, texts: Sequence[Text], batch: int) -> int:
+        """How deep to draft for these texts, in a round of `batch` of them; 0: not at all."""
+        best, best_rate = 0, batch / self._costs.verify(batch, 1)
+        expected = float(batch)
+        for depth in range(1, self._max_depth + 1):
+            expected += sum(self.reach(text, depth) for text in texts)
+            nodes = 1 + round(self._sizes[depth].mean(min(2 * depth, self._max_nodes)))
+            seconds = self._drafting(len(texts), depth) + self._costs.verify(batch, nodes)
+            if expected / seconds > best_rate:
+                best, best_rate = depth, expected / seconds
+        return self._probed(best)
+
+    def reach(self, text: Text, depth: int) -> float:
+        """The chance that a tree for this text is right so far down."""
+        chance = 1.0
+        own = self._texts.get(text)
+        for level in range(1, depth + 1):
+            shared = self._all.reach.get(level)
+            if shared is None or not shared.weight:  # as it went from the level before
+                before = self._step(own, level - 1) if level > 1 else OPTIMISM
+                chance *= before
+            else:
+                chance = self._level(own, level)
+        return chance
+
+    def trim(
+        self, texts: Sequence[Text], trees: Sequence[TokenTree], batch: int
+    ) -> list[TokenTree]:
+        """Of each tree the nodes that pay, in a round of `batch` texts whose trees are verified
+        side by side, as wide as the widest."""
+        gains = [self._gains(text, tree) for text, tree in zip(texts, trees, strict=True)]
+        widest = min(max(map(len, trees), default=0), self._max_nodes)
+        best, best_rate, expected = 0, batch / self._costs.verify(batch, 1), float(batch)
+        for nodes in range(1, widest + 1):
+            expected += sum(gain[nodes - 1] for gain in gains if len(gain) >= nodes)
+            rate = expected / self._costs.verify(batch, 1 + nodes)
+            if rate > best_rate:
+                best, best_rate = nodes, rate
+        return [tree.best(best) for tree in trees]
+
+    def observe(self, text: Text, tree: TokenTree, accepted: int, depth: int) -> None:
+        """What became of a tree that was drafted `depth` deep."""
+        self._all.observe(tree, accepted, depth)
+        self._texts.setdefault(text, Record()).observe(tree, accepted, depth)
+
+    def took(self, texts: int, depth: int, seconds: float, nodes: float) -> None:
+        """Drafting for so many texts took so long, and gave trees of so many nodes."""
+        self._seconds[texts, depth].add(seconds)
+        self._sizes[depth].add(nodes)
+
+    def forget(self, text: Text) -> None:
+        self._texts.pop(text, None)
+
+    def _level(self, own: Record | None, level: int) -> float:
+        shared = self._all.reach[level].mean(OPTIMISM**level, 1.0)
+        if own is None or level not in own.reach:
+            return shared
+        return own.reach[level].mean(shared)
+
+    def _step(self, own: Record | None, level: int) -> float:
+        """How likely a guess at this depth is right, given those before it."""
+        if not self._all.reach.get(level):
+            return OPTIMISM
+        before = self._level(own, level - 1) if level > 1 else 1.0
+        return min(self._level(own, level) / max(before, 1e-6), 1.0)
+
+    def _gains(self, text: Text, tree: TokenTree) -> list[float]:
+        """What each further node is worth, in tokens, best first."""
+        scores = tree.scores or (1.0,) * len(tree)
+        own = self._texts.get(text)
+        gains = []
+        for score, level in zip(scores, tree.depths, strict=True):
+            shared = self._all.sure[level].mean(1.0, 1.0) if level in self._all.sure else 1.0
+            sure = shared
+            if own is not None and level in own.sure:
+                sure = own.sure[level].mean(shared)
+            gains.append(min(score * sure, 1.0))
+        return sorted(gains, reverse=True) if tree.scores else gains
+
+    def _drafting(self, texts: int, depth: int) -> float:
+        """Seconds, of the nearest that is known."""
+        known = [key for key, average in self._seconds.items() if average.weight]
+        if not known:
+            return 0.0
+        near = min(known, key=lambda key: (abs(key[0] - texts), abs(key[1] - depth)))
+        return self._seconds[near].mean(0.0, 0.0) * depth / near[1]
+
+    def _probed(self, best: int) -> int:
+        """What was found not to pay is tried again now and then."""
+        if best:
+            self._idle, self._probe = 0, FIRST_PROBE
+            return best
+        self._idle += 1
+        if self._idle < self._probe:
+            return 0
+        self._idle, self._probe = 0, min(2 * self._probe, LAST_PROBE)
+        return min(2, self._max_depth)

@@ -1,0 +1,159 @@
+"""One text in the making: its prompt, what follows so far, and when it ends. Knows no model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearized.errors import ConfigError, RequestError
+from linearized.speculative.detokenizer import TextStream
+from linearized.speculative.sampling import Sampler, Sampling
+from linearized.speculative.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Alternatives:
+    """How probable the model itself found a token, before bias, penalties and temperature."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens there, best first, with their log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one round adds to a text."""
+
+    tokens: tuple[int, ...]
+    text: str = ""
+    """What is certain now; empty without a `decode`."""
+    logprobs: tuple[Alternatives, ...] = ()
+    """One a token, where they were asked for."""
+
+
+class Text:
+    """Grows by `take` until `finished` is set."""
+
+    def __init__(
+        self,
+        prompt: Iterable[int],
+        *,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        logprobs: int | None = None,
+        num_prompt: int | None = None,
+    ) -> None:
+        """`stop`: the text ends before the first of these strings; not looked for among the first
+        `sampling.min_tokens` tokens. They need `decode`, token ids to text. `logprobs`: how many
+        alternatives to name for each token; None: and no log-probabilities either. `num_prompt`:
+        how much of `prompt` is one; None: all, nothing else is there yet."""
+        self.tokens = list(prompt)
+        """Prompt and text."""
+        self.num_prompt = len(self.tokens) if num_prompt is None else num_prompt
+        self.sampling = sampling
+        self.sampler = Sampler(sampling, num_prompt=self.num_prompt)
+        self.max_new_tokens = max_new_tokens
+        self.logprobs = logprobs
+        self.finished: str | None = "length" if max_new_tokens == 0 else None
+        """`stop`: a stop token or string; `length`: as long as it may be."""
+        self.hidden: Tensor | None = None
+        """[C], of the model's last layer, from which the last token was chosen; for drafters that
+        need it."""
+        self.rounds = 0
+        """Verifications so far; each gave at least one token."""
+        self.drafted: Counter[int] = Counter()
+        """Drafted tokens by depth."""
+        self.accepted: Counter[int] = Counter()
+        """Those of them that are in the text."""
+        if stop and decode is None:
+            raise ConfigError("stop strings need a tokenizer's decode, to see text in token ids")
+        self._stream: TextStream | None = None
+        if decode is not None:
+            self._stream = TextStream(
+                decode, prompt=self.tokens, stop=stop, min_tokens=sampling.min_tokens
+            )
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    def check(self, vocab_size: int) -> None:
+        """
+        Raises:
+            RequestError: an empty prompt, a token that the vocabulary does not have, a length below
+                0. ConfigError: a sampling that names such a token.
+        """
+        if not self.tokens:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        for token in self.tokens:
+            if not 0 <= token < vocab_size:
+                outside = f"token id {token} is outside the vocabulary of {vocab_size}"
+                raise RequestError(outside, param="prompt")
+        if self.max_new_tokens < 0:
+            problem = f"max_new_tokens must be at least 0, got {self.max_new_tokens}"
+            raise RequestError(problem, param="max_tokens")
+        if self.logprobs is not None and not 0 <= self.logprobs <= vocab_size:
+            problem = f"logprobs must lie between 0 and {vocab_size}, got {self.logprobs}"
+            raise RequestError(problem, param="logprobs")
+        self.sampling.check(vocab_size)
+
+    def choose(self, logits: Tensor, tree: TokenTree) -> tuple[list[int], list[int]]:
+        """Walk down the tree: logits [1 + N, V] behind the last token and behind each node, to the
+        accepted nodes and the tokens that follow: theirs, then one more."""
+        if self.sampling.is_plain:
+            return tree.walk(logits.argmax(1).tolist())
+        paths = [(), *tree.paths()]
+        chosen = self.sampler.scores(logits, self.tokens, paths).argmax(1).tolist()
+        if not self.sampling.typical or not len(tree):
+            return tree.walk(chosen)
+        allowed = self.sampler.typical(logits, self.tokens, paths)
+        behind = torch.tensor(tree.parents, device=logits.device) + 1
+        drafted = torch.tensor(tree.tokens, device=logits.device)
+        path = tree.deepest(allowed[behind, drafted].tolist())
+        return path, [*(tree.tokens[i] for i in path), chosen[1 + path[-1] if path else 0]]
+
+    def take(
+        self, new: Sequence[int], tree: TokenTree, path: Sequence[int], logits: Tensor
+    ) -> Piece:
+        """Go on by what `choose` has said, as far as the text goes on."""
+        new = list(new[: self.num_prompt + self.max_new_tokens - len(self.tokens)])
+        text = ""
+        for i, token in enumerate(new):
+            stops = token in self.sampling.stop_ids
+            if self._stream is not None and not stops:  # a stop token is no text
+                text += self._stream.push([token])
+                stops = self._stream.stopped
+            if stops:
+                self.finished = "stop"
+                new = new[: i + 1]
+                break
+        if self.finished is None and len(self.new_tokens) + len(new) == self.max_new_tokens:
+            self.finished = "length"
+        if self.finished is not None and self._stream is not None:
+            text += self._stream.flush()
+        self.tokens += new
+        self.rounds += 1
+        self.drafted.update(tree.depths)
+        self.accepted.update(range(1, min(len(path), len(new)) + 1))
+        return Piece(tuple(new), text, self._alternatives(new, path, logits))
+
+    def _alternatives(
+        self, new: Sequence[int], path: Sequence[int], logits: Tensor
+    ) -> tuple[Alternatives, ...]:
+        if self.logprobs is None:
+            return ()
+        behind = [0, *(1 + node for node in path)][: len(new)]
+        log_p = logits[behind].double().log_softmax(1)
+        best = log_p.topk(self.logprobs, dim=1)
+        return tuple(
+            Alternatives(float(row[token]), tuple(zip(ids, values, strict=True)))
+            for row, token, ids, values in zip(
+                log_p, new, best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        )

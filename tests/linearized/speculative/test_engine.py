@@ -1,0 +1,259 @@
+"""Many texts at once: each says what it would say alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import linearized
+from linearized.errors import ConfigError, RequestError
+from linearized.speculative import (
+    Ask,
+    Drafter,
+    Engine,
+    ModelDrafter,
+    NgramDrafter,
+    Sampling,
+    Text,
+    TokenTree,
+)
+
+PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
+
+
+class Random(Drafter):
+    """Trees of any shape, often empty."""
+
+    depth = 5
+
+    def __init__(self, vocab: int = 61, seed: int = 0) -> None:
+        self.vocab, self.random = vocab, random.Random(seed)
+
+    def propose(self, asks):
+        return [self._tree() for _ in asks]
+
+    def _tree(self):
+        size = self.random.choice([0, 0, 1, 2, 5, 13])
+        return TokenTree(
+            tuple(self.random.randrange(self.vocab) for _ in range(size)),
+            tuple(self.random.randrange(-1, n) for n in range(size)),
+        )
+
+
+def alone(model, prompt, sampling, length=30):
+    engine = Engine(model, rows=1)
+    text = Text(prompt, sampling=sampling, max_new_tokens=length)
+    engine.add(text)
+    run(engine)
+    return text.new_tokens
+
+
+def run(engine: Engine) -> None:
+    while engine.busy:
+        engine.step()
+
+
+def requests(count: int, seed: int = 0) -> list[tuple[list[int], Sampling]]:
+    draw = random.Random(seed)
+    return [
+        (
+            [draw.randrange(61) for _ in range(draw.choice([1, 2, 7, 8, 20, 41]))],
+            Sampling(temperature=draw.choice([0.0, 0.9]), top_p=0.95, seed=i),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_texts_do_not_depend_on_their_neighbours(linear, rows):
+    model = linear(group=8, taps=5)
+    wanted = requests(9)
+    want = [alone(model, *request) for request in wanted]
+    draft = linear(group=4, taps=3, layers=1, seed=3)
+    for drafters in ([], [Random()], [NgramDrafter()], [ModelDrafter(draft, depth=3)]):
+        engine = Engine(model, drafters=drafters, rows=rows, chunk=11)
+        texts = [Text(p, sampling=s, max_new_tokens=30) for p, s in wanted]
+        for text in texts:
+            engine.add(text)
+        run(engine)
+        assert [text.new_tokens for text in texts] == want, drafters
+
+
+def test_texts_join_and_leave_at_any_round(linear):
+    model = linear(group=8, taps=5)
+    wanted = requests(12, seed=1)
+    want = [alone(model, *request) for request in wanted]
+    draw = random.Random(2)
+    engine = Engine(model, drafters=[ModelDrafter(model, depth=3), NgramDrafter()], rows=4)
+    texts = [Text(p, sampling=s, max_new_tokens=30) for p, s in wanted]
+    waiting, away = list(texts), []
+    while waiting or away or engine.busy:
+        if waiting and draw.random() < 0.3:
+            engine.add(waiting.pop())
+        if engine.texts and draw.random() < 0.2:
+            text = draw.choice(engine.texts)
+            state = engine.remove(text)
+            away.append((text, state if draw.random() < 0.5 else None))
+        if away and draw.random() < 0.5:
+            engine.add(*away.pop(draw.randrange(len(away))))
+        engine.step()
+    assert [text.new_tokens for text in texts] == want
+
+
+def test_a_state_goes_on_in_another_engine(linear):
+    model = linear(group=8)
+    sampling = Sampling(temperature=0.8, seed=4)
+    want = alone(model, PROMPT, sampling)
+    engine = Engine(model)
+    text = Text(PROMPT, sampling=sampling, max_new_tokens=30)
+    engine.add(text)
+    for _ in range(9):
+        engine.step()
+    blob = engine.remove(text).to_bytes()
+    assert not engine.busy
+    other = Engine(model)
+    other.add(text, linearized.DecodeState.from_bytes(blob))
+    run(other)
+    assert text.new_tokens == want
+
+
+def test_fallback_order(linear):
+    """The second is asked for what the first had nothing for."""
+    model = linear(group=8)
+    plain = alone(model, PROMPT, Sampling(), 40)
+
+    class First(Drafter):
+        depth = 3
+
+        def __init__(self):
+            self.texts = []
+
+        def propose(self, asks):
+            return [TokenTree.empty if ask.text.num_prompt == 3 else knowing(ask) for ask in asks]
+
+    class Second(First):
+        def propose(self, asks):
+            self.texts += [ask.text for ask in asks]
+            return [TokenTree.empty for ask in asks]
+
+    def knowing(ask: Ask) -> TokenTree:
+        done = len(ask.text.new_tokens)
+        return TokenTree.chain(plain[done : done + ask.depth])
+
+    second = Second()
+    engine = Engine(model, drafters=[First(), second])
+    one = Text(PROMPT, sampling=Sampling(), max_new_tokens=40)
+    other = Text(PROMPT[:3], sampling=Sampling(), max_new_tokens=40)
+    engine.add(one)
+    engine.add(other)
+    run(engine)
+    assert one.new_tokens == plain and one.rounds == 10
+    assert set(second.texts) == {other}
+
+
+def test_a_prompt_is_read_in_pieces_between_rounds(linear):
+    model = linear(group=8)
+    engine = Engine(model, rows=2, chunk=7)
+    first = Text(PROMPT, sampling=Sampling(), max_new_tokens=20)
+    engine.add(first)
+    while not first.new_tokens:
+        engine.step()
+    long = Text(PROMPT * 4, sampling=Sampling(), max_new_tokens=5)
+    engine.add(long)
+    gained = 0
+    while not long.new_tokens:
+        gained += sum(text is first for text, _ in engine.step())
+    assert gained == 6  # 39 tokens, 7 a round; the last piece's round has its first token, too
+    run(engine)
+    assert long.new_tokens == alone(model, PROMPT * 4, Sampling(), 5)
+
+
+def test_memory_limits_rows_and_texts(linear, llama):
+    model = linear(group=8)
+    each = linearized.new_state(model).nbytes
+    assert Engine(model, rows=8, memory=3 * each + 1).pool.num_rows == 3
+    with pytest.raises(ConfigError, match=f"{each:,} bytes, 100 are allowed"):
+        Engine(model, memory=100)
+    hybrid = llama()
+    linearized.linearize(hybrid, linearized.LinearConfig(attention="grouped", layers=(0,)))
+    engine = Engine(hybrid, rows=2, memory=60_000, max_nodes=4)
+    want = [alone(hybrid, p, Sampling(), 8) for p in (PROMPT, PROMPT * 5, PROMPT * 9)]
+    texts = [Text(p, sampling=Sampling(), max_new_tokens=8) for p in (PROMPT, PROMPT * 5)]
+    for text in texts:
+        engine.add(text)
+    while engine.busy:
+        engine.step()
+        assert engine.pool.bytes_at(0) <= 60_000
+    assert [text.new_tokens for text in texts] == want[:2]
+    with pytest.raises(RequestError, match="bytes of state"):
+        engine.add(Text(PROMPT * 60, sampling=Sampling(), max_new_tokens=8))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_models_that_keep_softmax(llama, softmax):
+    """As a draft, whole; as a target, in some layers."""
+    target = llama()
+    config = linearized.LinearConfig(attention="grouped", group=8, layers=(1,))
+    linearized.linearize(target, config)
+    wanted = requests(5, seed=3)
+    want = [alone(target, *request) for request in wanted]
+    draft = llama(layers=1, seed=3) if softmax else target
+    before = {name: p.data_ptr() for name, p in draft.named_parameters()}
+    drafter = ModelDrafter(draft, depth=3)
+    engine = Engine(target, drafters=[drafter], rows=3)
+    texts = [Text(p, sampling=s, max_new_tokens=30) for p, s in wanted]
+    for text in texts:
+        engine.add(text)
+    run(engine)
+    assert [text.new_tokens for text in texts] == want
+    assert {name: p.data_ptr() for name, p in drafter.model.named_parameters()} == before
+    if softmax:
+        assert draft.config._attn_implementation != "linearized"
+
+
+def test_a_draft_that_is_the_target_is_always_right(linear, llama):
+    """Its trees are committed from what it has verified, and read on where they end."""
+    for model in (linear(group=8), linearized.models.decoder(llama())):
+        for sampling in (Sampling(), Sampling(temperature=1.0, seed=9)):
+            text = Text(PROMPT, sampling=sampling, max_new_tokens=41)
+            engine = Engine(model, drafters=[ModelDrafter(model, depth=4, width=1, floor=0.0)])
+            engine.add(text)
+            run(engine)
+            assert text.rounds == 9 and text.accepted.total() == 32, text.accepted
+
+
+def test_what_pays_is_measured(linear):
+    model = linear(dtype=torch.float32)
+    engine = Engine(model, drafters=[Random()], rows=4, max_nodes=8)
+    costs = engine.measure()
+    engine.plan(costs)
+    assert costs.batches == (1, 2, 4) and costs.nodes == (1, 2, 4, 8, 9)
+    texts = [Text(p, sampling=s, max_new_tokens=60) for p, s in requests(6, seed=5)]
+    for text in texts:
+        engine.add(text)
+    run(engine)
+    want = [alone(model, p, s, 60) for p, s in requests(6, seed=5)]
+    assert [text.new_tokens for text in texts] == want
+    assert set(engine.seconds) == {"read", "draft", "verify", "commit", "rest"}
+
+
+def test_bad_requests_are_refused_before_anything_runs(linear):
+    engine = Engine(linear())
+    greedy = Sampling()
+    for text, words in (
+        (Text([], sampling=greedy, max_new_tokens=3), "empty"),
+        (Text([1, 61], sampling=greedy, max_new_tokens=3), "61 is outside"),
+        (Text([1], sampling=greedy, max_new_tokens=-1), "-1"),
+        (Text([1], sampling=greedy, max_new_tokens=1, logprobs=62), "logprobs.*62"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            engine.add(text)
+    with pytest.raises(ConfigError, match="logit_bias names token id 99"):
+        biased = Sampling(logit_bias=((99, 1.0),))
+        engine.add(Text([1], sampling=biased, max_new_tokens=1))
+    assert not engine.busy
+    for name in ("rows", "max_nodes", "chunk"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+            Engine(linear(), **{name: 0})
