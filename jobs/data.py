@@ -70,7 +70,12 @@ def demo() -> DataConfig:
     return DataConfig()
 
 
-RECIPES = {"demo": demo}
+def bench() -> DataConfig:
+    """The same at 4,096 entries, for jobs.bench_decode."""
+    return DataConfig(vocab_size=4096, out=Path("runs/bench/data"))
+
+
+RECIPES = {"demo": demo, "bench": bench}
 
 
 def main(config: DataConfig) -> None:

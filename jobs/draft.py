@@ -1,8 +1,8 @@
-"""Train a draft: a small linearized model with the target's tokenizer, towards its logits."""
+"""Train a draft: a small model with the target's tokenizer, towards its logits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import cli
@@ -20,7 +20,8 @@ class DraftConfig:
     """What jobs.data wrote, with the target's tokenizer."""
     out: Path = Path("runs/demo/draft")
     shape: Shape
-    linear: LinearConfig
+    linear: LinearConfig | None
+    """null: it keeps softmax."""
     train: Stage
     workers: Workers
     seed: int = 2
@@ -38,13 +39,39 @@ def demo() -> DraftConfig:
     )
 
 
-RECIPES = {"demo": demo}
+def bench() -> DraftConfig:
+    """jobs.bench_decode's draft: 2.7M parameters, a quarter of an hour on two CPU cores."""
+    return DraftConfig(
+        target=Path("runs/bench/target"),
+        data=Path("runs/bench/data"),
+        out=Path("runs/bench/draft"),
+        shape=Shape(hidden=256, layers=2, heads=4, intermediate=704),
+        linear=LinearConfig(attention="grouped", augment=True),
+        train=Stage(
+            objective="distillation",
+            steps=400,
+            batch=8,
+            optim=Optim(lr=4e-3),
+            checkpoint_every=100,
+        ),
+        workers=Workers(),
+        eval_blocks=64,
+    )
+
+
+def bench_softmax() -> DraftConfig:
+    """The same for the softmax model, for transformers' assisted generation."""
+    target, out = Path("runs/bench/teacher"), Path("runs/bench/softmax_draft")
+    return replace(bench(), target=target, out=out, linear=None)
+
+
+RECIPES = {"demo": demo, "bench": bench, "bench_softmax": bench_softmax}
 
 
 def main(config: DraftConfig) -> None:
     fit(
         Run(
-            name="draft",
+            name=config.out.name,
             data=config.data,
             out=config.out,
             student=config.shape,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import cli
@@ -38,7 +38,25 @@ def demo() -> FinetuneConfig:
     )
 
 
-RECIPES = {"demo": demo}
+def bench() -> FinetuneConfig:
+    """jobs.bench_decode's target, ten minutes on two CPU cores."""
+    stage = Stage(
+        objective="transfer", steps=30, batch=8, optim=Optim(lr=1e-3, warmup=5), checkpoint_every=60
+    )
+    distil = replace(stage, objective="distillation", steps=60, optim=Optim(lr=5e-4, warmup=5))
+    return FinetuneConfig(
+        model=Path("runs/bench/teacher"),
+        data=Path("runs/bench/data"),
+        out=Path("runs/bench/target"),
+        linear=LinearConfig(attention="grouped", augment=True),
+        transfer=stage,
+        finetune=distil,
+        workers=Workers(),
+        eval_blocks=64,
+    )
+
+
+RECIPES = {"demo": demo, "bench": bench}
 
 
 def main(config: FinetuneConfig) -> None:

@@ -40,7 +40,22 @@ def flash() -> PretrainConfig:
     return replace(demo(), out=Path("runs/demo/flash"), shape=shape)
 
 
-RECIPES = {"demo": demo, "flash": flash}
+def bench() -> PretrainConfig:
+    """The softmax model behind jobs.bench_decode's target: 41M parameters, 45 minutes on two CPU
+    cores."""
+    return PretrainConfig(
+        data=Path("runs/bench/data"),
+        out=Path("runs/bench/teacher"),
+        shape=Shape(hidden=512, layers=12, heads=8, intermediate=1408),
+        train=Stage(
+            objective="next_token", steps=480, batch=8, optim=Optim(lr=1.5e-3), checkpoint_every=60
+        ),
+        workers=Workers(),
+        eval_blocks=64,
+    )
+
+
+RECIPES = {"demo": demo, "flash": flash, "bench": bench}
 
 
 def main(config: PretrainConfig) -> None:

@@ -50,6 +50,17 @@ class FlashShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Medusa's heads on the teacher."""
+
+    count: int = 4
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"heads.count must be at least 1, got {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """So many steps towards one objective."""
 
@@ -96,8 +107,8 @@ class Run:
     data: Path
     """What jobs.data wrote."""
     out: Path
-    """Becomes a Hugging Face folder."""
-    student: Path | Shape | FlashShape
+    """Becomes a Hugging Face folder, or one of Medusa's heads."""
+    student: Path | Shape | FlashShape | Heads
     linear: LinearConfig | None
     """How to linearize the student; None: it stays as it is."""
     teacher: Path | None

@@ -13,12 +13,13 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cluster.progress import Progress, note
 from cluster.session import session
-from jobs.run import FlashShape, Run, Shape, Stage
+from jobs.run import FlashShape, Heads, Run, Shape, Stage
 from linearized.errors import ConfigError, DataError, JobError
 from linearized.training.objective import OBJECTIVES
 
@@ -104,16 +105,22 @@ def _train(config: dict[str, Any]) -> None:
             continue
         losses += _stage(run, index, student, teacher, blocks, resume)
         resume = None
-    perplexity["after"] = measure(student)
+    found: dict[str, Any] = {"perplexity": perplexity}
+    if isinstance(run.student, Heads):
+        found["accuracies"] = student.accuracies = _accuracies(
+            student, teacher, held_out, run, rank, world
+        )
+    else:
+        perplexity["after"] = measure(student)
     if rank == 0:
         results = {
-            "perplexity": perplexity,
+            **found,
             "parameters": sum(p.numel() for p in student.parameters()),
             "tokens": sum(stage.steps * stage.batch for stage in run.stages) * blocks.block,
             "losses": losses,
         }
         _export(run, student, results)
-    train.report({"perplexity": perplexity["after"]})
+    train.report(perplexity)
 
 
 def _stage(
@@ -189,9 +196,15 @@ def _models(run: Run, device: Any) -> tuple[Any, Any]:
     import transformers
 
     import linearized
+    from linearized.medusa import MedusaHeads
 
     dtype = torch.bfloat16 if run.workers.gpu else torch.float32
     teacher = None if run.teacher is None else linearized.load(run.teacher, dtype=dtype).to(device)
+    if isinstance(run.student, Heads):
+        if teacher is None:
+            raise ConfigError("Medusa's heads need a target, as the run's teacher")
+        heads = MedusaHeads.on(teacher, run.student.count, linearized.fingerprint(teacher))
+        return heads.train().to(device), teacher
     if isinstance(run.student, Path):
         student = linearized.load(run.student)
     else:
@@ -251,14 +264,33 @@ def _perplexity(model: Any, *, held_out: Any, run: Run, rank: int, world: int) -
 
     from linearized.evaluation.perplexity import negative_log_likelihood
 
-    count = min(run.eval_blocks, len(held_out))
-    spread = [i * len(held_out) // count for i in range(count)]  # over all documents
-    mine = spread[rank::world]
-    batches = (held_out.rows(mine[i : i + 8]) for i in range(0, len(mine), 8))
-    totals = negative_log_likelihood(model, batches)
+    totals = negative_log_likelihood(model, _share(held_out, run, rank, world))
     sums = torch.tensor(totals, dtype=torch.float64, device=model.device)
     torch.distributed.all_reduce(sums)
     return round(math.exp(sums[0] / sums[1]), 4)
+
+
+def _accuracies(
+    heads: Any, target: Any, held_out: Any, run: Run, rank: int, world: int
+) -> list[list[float]]:
+    """[head][rank], how often a guess is what the target says, on held-out text."""
+    import torch
+
+    heads.eval()
+    batches = _share(held_out, run, rank, world)
+    found = sum(heads.right(target, tokens.to(target.device)) for tokens in batches)
+    sums = torch.as_tensor(found, device=target.device)
+    torch.distributed.all_reduce(sums)
+    rates = sums[:, :-1] / sums[:, -1:]
+    return [[round(rate, 4) for rate in row] for row in rates.tolist()]
+
+
+def _share(held_out: Any, run: Run, rank: int, world: int) -> Iterator[Any]:
+    """This worker's batches of the held-out blocks that are evaluated."""
+    count = min(run.eval_blocks, len(held_out))
+    spread = [i * len(held_out) // count for i in range(count)]  # over all documents
+    mine = spread[rank::world]
+    return (held_out.rows(mine[i : i + 8]) for i in range(0, len(mine), 8))
 
 
 def _checkpoint(engine: Any, stage: int, step: int, loss: float) -> None:
@@ -286,7 +318,7 @@ def _resume() -> dict[str, Any] | None:
 
 
 def _export(run: Run, student: Any, results: dict[str, Any]) -> None:
-    """A Hugging Face folder with its tokenizer, complete or not there at all."""
+    """A folder with its tokenizer, complete or not there at all."""
     part = run.out.with_name(run.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     student.save_pretrained(part)

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from linearized import ops
 from linearized.errors import ConfigError, ModelError
-from linearized.interface import Pass, attention_modules, linear_modules
+from linearized.interface import Pass, attention_modules, linear_modules, order
 from linearized.state import DecodeState, GroupState
 
 _KEY = "_linearized_step"
@@ -93,6 +93,7 @@ class _Step(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.order = order(model)
 
     def forward(
         self,
@@ -111,7 +112,7 @@ class _Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         layers = GroupState(memory, keys, values, tail, length)
         nodes = ops.Nodes(positions, same, earlier, lags, crosses=True)
-        step = Pass(state=DecodeState(layers, "", shift=shift), nodes=nodes)
+        step = Pass(state=DecodeState(layers, "", shift=shift), nodes=nodes, order=self.order)
         output = self.model(
             input_ids=tokens,
             position_ids=positions,

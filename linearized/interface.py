@@ -186,6 +186,21 @@ def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
     return DecodeState(layers, fingerprint(model), history, memory, shift)
 
 
+Order = tuple[tuple[int, ...], ...]
+"""Where in a state the layers of a model are: the linear ones, those that keep softmax."""
+_ORDER = "_linearized_order"
+
+
+def order(model: PreTrainedModel) -> Order | None:
+    """Of a model some of whose layers were left out; None: all, one after the other."""
+    found: Order | None = model.__dict__.get(_ORDER)
+    return found
+
+
+def set_order(model: PreTrainedModel, linear: tuple[int, ...], softmax: tuple[int, ...]) -> None:
+    model.__dict__[_ORDER] = linear, softmax
+
+
 @dataclass(slots=True)
 class Pass:
     """One forward over the model: what it reads, and what its layers leave behind. Layers come in
@@ -196,6 +211,7 @@ class Pass:
     mask: Tensor | None = None
     owner: nn.Module | None = None
     """The module whose hook made this pass and folds it; None: `models` does."""
+    order: Order | None = None
     encoding: bool = False
     """The encoder's text is read: cross attention leaves its memories."""
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -212,7 +228,8 @@ class Pass:
     def attend(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, scaling: float | None
     ) -> Tensor:
-        layer = self.state.layer(len(self.layers))
+        index = len(self.layers)
+        layer = self.state.layer(index if self.order is None else self.order[0][index])
         out, keys, values = attention(
             q, k, v, scaling=scaling, state=layer, mask=self.mask, nodes=self.nodes
         )
@@ -238,6 +255,7 @@ class Pass:
         history = self.state.history
         assert history is not None
         index = len(self.history)
+        index = index if self.order is None else self.order[1][index]
         self.history.append((k, v))
         size = int(self.state.length.max())
         return softmax_attention(

@@ -36,6 +36,8 @@ from linearized.interface import (
     named_attention_modules,
     new_parameters,
     new_state,
+    order,
+    set_order,
 )
 from linearized.state import DecodeState, Pending
 
@@ -54,6 +56,8 @@ __all__ = [
     "new_parameters",
     "new_state",
     "set_backend",
+    "shortened",
+    "sketch",
     "verify",
 ]
 
@@ -189,6 +193,37 @@ def verify(
 
 
 @torch.no_grad()
+def sketch(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    parents: Tensor,
+    state: DecodeState,
+    *,
+    layers: Sequence[int],
+) -> Tensor:
+    """Logits [B, N, V] as `verify` has them, of the model with these layers only, on top of the
+    whole model's state: a guess at what `verify` would say, which needs no state of its own."""
+    _check(model, tokens, state)
+    ops.check_parents(parents, *tokens.shape)
+    part = shortened(model, layers)
+    nodes = _nodes(part, parents, state)
+    return _forward(part, tokens, nodes.positions, Pass(state=state, nodes=nodes), 0)
+
+
+def shortened(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """The model with these of its layers only, which are shared with it.
+
+    Raises:
+        ModelError: it has no such list of layers.
+    """
+    parts: dict[tuple[int, ...], PreTrainedModel] = model.__dict__.setdefault(_PARTS, {})
+    wanted = tuple(layers)
+    if wanted not in parts:
+        parts[wanted] = _shortened(model, wanted)
+    return parts[wanted]
+
+
+@torch.no_grad()
 def encode(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -> DecodeState:
     """Let the encoder of an encoder-decoder model read `tokens` [B, T] (those that `mask` keeps):
     the state from which its decoder begins. Its size does not depend on T.
@@ -248,6 +283,7 @@ def commit(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) 
 def _forward(
     model: PreTrainedModel, tokens: Tensor, positions: Tensor, step: Pass, logits_to_keep: int
 ) -> Tensor:
+    step.order = order(model)
     if getattr(model.config, "is_encoder_decoder", False):
         # The memory of the encoder's text is in the state: all that is asked of it is a shape.
         nothing = torch.zeros(len(tokens), 1, model.config.hidden_size, device=tokens.device)
@@ -269,12 +305,56 @@ def _forward(
         )
         if step.keeps_hidden:
             step.hidden = output.hidden_states[-1]
-    if len(step.layers) != step.state.num_layers:
+    num_layers = step.state.num_layers if step.order is None else len(step.order[0])
+    if len(step.layers) != num_layers:
         raise ModelError(
-            f"{len(step.layers)} of {step.state.num_layers} layers of {type(model).__name__} "
+            f"{len(step.layers)} of {num_layers} layers of {type(model).__name__} "
             "reached linear attention; was its attention implementation changed after linearizing?"
         )
     return output.logits
+
+
+_PARTS = "_linearized_parts"
+
+
+def _shortened(model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
+    name = type(model).__name__
+    names = [name for name, _ in named_attention_modules(model)]
+    stacks = {name.partition(f".{layer_number(name)}.")[0] for name in names}
+    stack = stacks.pop()
+    found = model.get_submodule(stack)
+    if stacks or not isinstance(found, torch.nn.ModuleList):
+        raise ModelError(f"{name} has more than one list of layers; none can be left out")
+    if not layers or not all(0 <= layer < len(found) for layer in layers):
+        raise ModelError(f"{name} has layers 0 to {len(found) - 1}, got {list(layers)}")
+    around = {id(model.get_submodule(stack[:i])) for i, c in enumerate(stack) if c == "."}
+    shared: dict[int, Any] = {
+        id(module): module for module in model.modules() if id(module) not in around | {id(model)}
+    }
+    parts = model.__dict__.pop(_PARTS)
+    try:
+        part = copy.deepcopy(model, shared)
+    finally:
+        model.__dict__[_PARTS] = parts
+    parent, _, last = stack.rpartition(".")
+    setattr(part.get_submodule(parent), last, torch.nn.ModuleList(found[layer] for layer in layers))
+    kinds = getattr(model.config, "layer_types", None)
+    for config in (part.config, cast(PreTrainedModel, part.base_model).config):
+        config.num_hidden_layers = len(layers)
+        if kinds:
+            config.layer_types = [kinds[layer] for layer in layers]
+    set_order(part, *_order(model, layers))
+    return cast(PreTrainedModel, part)
+
+
+def _order(model: PreTrainedModel, layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Where in the state the linear ones of these layers are, and those that keep softmax."""
+    linear = [layer_number(name) for name in linear_modules(model)]
+    every = [layer_number(name) for name, _ in named_attention_modules(model)]
+    softmax = [number for number in every if number not in linear]
+    return tuple(
+        tuple(kind.index(layer) for layer in layers if layer in kind) for kind in (linear, softmax)
+    )
 
 
 def _nodes(model: PreTrainedModel, parents: Tensor, state: DecodeState) -> ops.Nodes:

@@ -85,7 +85,13 @@ class GroupState:
         return self.tail.shape[-2] + 1
 
     def tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            "memory": self.memory,
+            "keys": self.keys,
+            "values": self.values,
+            "tail": self.tail,
+            "length": self.length,
+        }
 
     def clone(self) -> GroupState:
         return GroupState(**{name: tensor.clone() for name, tensor in self.tensors().items()})

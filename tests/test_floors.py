@@ -34,6 +34,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.flash": 7,
     "linearized.compiled": 6,
     "linearized.interface": 5,
+    "linearized.medusa": 1,
     "linearized.packing": 1,
     "linearized.attention": 4,
     "linearized.ops": 3,

@@ -1,6 +1,13 @@
 """Speculation: trees, drafters, one acceptance rule, and an engine for many texts."""
 
-from linearized.speculative.drafters import Ask, Drafter, ModelDrafter, NgramDrafter
+from linearized.speculative.drafters import (
+    Ask,
+    Drafter,
+    LayersDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    NgramDrafter,
+)
 from linearized.speculative.engine import Engine
 from linearized.speculative.generate import generate
 from linearized.speculative.sampling import Sampler, Sampling
@@ -12,6 +19,8 @@ __all__ = [
     "Ask",
     "Drafter",
     "Engine",
+    "LayersDrafter",
+    "MedusaDrafter",
     "ModelDrafter",
     "NgramDrafter",
     "Piece",

@@ -63,7 +63,7 @@ class Engine:
         self.pool: Pool[Text] = Pool(model, _rows(model, rows, memory))
         self._drafting = [_Drafting(drafter, max_nodes) for drafter in drafters]
         self._chunk = chunk
-        self._waiting: deque[tuple[Text, DecodeState | None]] = deque()
+        self._waiting: dict[Text, DecodeState | None] = {}
         self._reading: deque[Text] = deque()
         self._decoding: list[Text] = []
         self._needs_hidden = any(drafter.needs_hidden for drafter in drafters)
@@ -75,7 +75,7 @@ class Engine:
     @property
     def texts(self) -> list[Text]:
         """All that have not ended."""
-        return [*self._decoding, *self._reading, *(text for text, _ in self._waiting)]
+        return [*self._decoding, *self._reading, *self._waiting]
 
     @property
     def busy(self) -> bool:
@@ -111,7 +111,7 @@ class Engine:
         if state is not None:
             state.check(self.pool.fingerprint)
         if text.finished is None:
-            self._waiting.append((text, state))
+            self._waiting[text] = state
 
     def remove(self, text: Text) -> DecodeState | None:
         """Stop going on with a text. Its state, for `add`; None if nothing of it was read."""
@@ -125,9 +125,9 @@ class Engine:
         """Stop going on with a text, for good."""
         if text in self.pool:
             self.pool.remove(text)
-        self._decoding = [one for one in self._decoding if one is not text]
-        self._reading = deque(one for one in self._reading if one is not text)
-        self._waiting = deque(one for one in self._waiting if one[0] is not text)
+            self._decoding = [one for one in self._decoding if one is not text]
+            self._reading = deque(one for one in self._reading if one is not text)
+        self._waiting.pop(text, None)
         for drafting in self._drafting:
             drafting.forget(text)
 
@@ -143,9 +143,10 @@ class Engine:
         return pieces
 
     def _round(self) -> list[tuple[Text, Piece]]:
-        texts = self._decoding = self.pool.arrange(self._decoding)
         with self._timed("draft"):
-            drafts = self._draft(texts)
+            found = self._draft(self._decoding)
+        texts = self._decoding = self.pool.arrange(self._decoding)
+        drafts = [found[text] for text in texts]
         with self._timed("verify"):
             logits, pending = self._verify(texts, drafts)
         walks = [
@@ -168,11 +169,11 @@ class Engine:
     def _admit(self) -> None:
         """First come, first served: one that does not fit yet holds up those behind it."""
         while self._waiting and len(self.pool) < self.pool.num_rows:
-            text, state = self._waiting[0]
+            text, state = next(iter(self._waiting.items()))
             longest = max(map(self._final, (*self.pool.keys, text)))
             if self._memory is not None and self.pool.bytes_at(longest) > self._memory:
                 return
-            self._waiting.popleft()
+            del self._waiting[text]
             self.pool.add(text, state)
             self.pool.reserve(longest)
             self._reading.append(text)
@@ -192,15 +193,15 @@ class Engine:
             if done + len(tokens) == goal:
                 self._decoding.append(self._reading.popleft())
 
-    def _draft(self, texts: list[Text]) -> list[_Draft]:
+    def _draft(self, texts: list[Text]) -> dict[Text, _Draft]:
         """A tree for each text."""
-        drafts = [_Draft() for _ in texts]
+        drafts = {text: _Draft() for text in texts}
         for drafting in self._drafting:
-            free = [i for i, draft in enumerate(drafts) if not draft.tree]
-            found = drafting.draft([texts[i] for i in free], len(texts))
-            for i, draft in zip(free, found, strict=True):
+            free = [text for text, draft in drafts.items() if not draft.tree]
+            found = drafting.draft(free, len(texts))
+            for text, draft in zip(free, found, strict=True):
                 if max(draft.tree.tokens, default=0) < self.model.config.vocab_size:
-                    drafts[i] = draft
+                    drafts[text] = draft
         return drafts
 
     def _verify(self, texts: list[Text], drafts: list[_Draft]) -> tuple[Tensor, Pending]:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearized.errors import ConfigError
-from linearized.speculative.drafters import Drafter, ModelDrafter, NgramDrafter
+from linearized.medusa import MedusaHeads
+from linearized.speculative.drafters import (
+    Drafter,
+    LayersDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    NgramDrafter,
+)
 from linearized.speculative.engine import Engine
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Text
@@ -56,8 +64,10 @@ def generate(  # type: ignore[misc]
 ) -> list[int] | list[list[int]]:
     """Continue one prompt (token ids) or several (lists of them): the new ids, nested alike.
 
-    `drafter`: None, "ngram", a smaller model with the same tokenizer, a `Drafter`, or several of
-    these in the order in which to ask them; it changes the speed and never the text. `stop`: the
+    `drafter`: None, a smaller model with the same tokenizer, a `Drafter`, a name, or several of
+    these in the order in which to ask them; it changes the speed and never the text. Names are
+    "ngram", "layers" and "medusa": the latter two are looked for in the folder that the model was
+    loaded from, where `jobs.layers` and `jobs.medusa` leave them. `stop`: the
     text ends before the first of these strings, which need `tokenizer`. `stop_ids`: it ends after
     one of these tokens; by default the model's end of text. For the other parameters see
     `Sampling`. `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured
@@ -126,9 +136,10 @@ def _drafter(given: Guesser, model: PreTrainedModel) -> Drafter:
     if isinstance(given, Drafter):
         return given
     if isinstance(given, str):
-        if given != "ngram":
-            raise ConfigError(f"unknown drafter {given!r}; choose from ngram, or give a model")
-        return NgramDrafter()
+        if given not in NAMED:
+            choices = ", ".join(NAMED)
+            raise ConfigError(f"unknown drafter {given!r}; choose from {choices}, or give a model")
+        return NAMED[given](model)
     if not isinstance(given, PreTrainedModel):
         raise ConfigError(f"a drafter is a name, a model or a Drafter, got {type(given).__name__}")
     if given.config.vocab_size != model.config.vocab_size:
@@ -137,6 +148,19 @@ def _drafter(given: Guesser, model: PreTrainedModel) -> Drafter:
             f"{model.config.vocab_size}; they must share one tokenizer"
         )
     return ModelDrafter(given)
+
+
+def _medusa(model: PreTrainedModel) -> Drafter:
+    heads = MedusaHeads.from_pretrained(Path(model.config._name_or_path) / "medusa")
+    return MedusaDrafter(model, heads.to(model.dtype))
+
+
+NAMED: dict[str, Callable[[PreTrainedModel], Drafter]] = {
+    "ngram": lambda model: NgramDrafter(),
+    "layers": lambda model: LayersDrafter.from_pretrained(model.config._name_or_path),
+    "medusa": _medusa,
+}
+"""Drafters that need no more than the target."""
 
 
 def decoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

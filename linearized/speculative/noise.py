@@ -7,42 +7,60 @@ OOPSLA 2014), in 64-bit integers that wrap.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+Device = torch.device | str
+
 _BITS = 64
+_WORDS = 1 << _BITS
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 
 
-def gumbel(seed: int, positions: Tensor, num_tokens: int, *, choice: int = 0) -> Tensor:
+def gumbel(
+    seed: int, positions: Sequence[int], num_tokens: int, *, choice: int = 0, device: Device = "cpu"
+) -> Tensor:
     """Noise [N, V] in float64 for tokens at `positions` [N] of a sequence.
 
     argmax(log p + noise) has distribution p, and is the same token wherever it is computed.
     """
-    device = positions.device
-    key = _mix(torch.tensor(_signed(seed), device=device))
-    key = _mix(key ^ _signed((choice + 1) * _GOLDEN))
-    keys = _mix(key + positions.long() * _signed(_GOLDEN))  # N
-    tokens = torch.arange(1, num_tokens + 1, device=device) * _signed(_GOLDEN)  # V
-    bits = _mix(_mix(keys[:, None] + tokens))  # N V
+    key = _mix(_mix(seed % _WORDS) ^ ((choice + 1) * _GOLDEN % _WORDS))
+    keys = [_signed(_mix((key + position * _GOLDEN) % _WORDS)) for position in positions]
+    rows = torch.tensor(keys, device=device)[:, None] + _tokens(num_tokens, torch.device(device))
+    bits = _mix_all(_mix_all(rows))  # N V
     uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1), 53 bits
-    return -torch.log(-torch.log(uniform))
+    return uniform.log_().neg_().log_().neg_()
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(_FIRST)
-    x = (x ^ _shift(x, 27)) * _signed(_SECOND)
+@functools.lru_cache(maxsize=8)
+def _tokens(num_tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(1, num_tokens + 1, device=device) * _signed(_GOLDEN)
+
+
+def _mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * _FIRST % _WORDS
+    x = (x ^ (x >> 27)) * _SECOND % _WORDS
+    return x ^ (x >> 31)
+
+
+def _mix_all(x: Tensor) -> Tensor:
+    """The same, of every number."""
+    x = (x ^ _shift(x, 30)).mul_(_signed(_FIRST))
+    x = (x ^ _shift(x, 27)).mul_(_signed(_SECOND))
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (_BITS - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (_BITS - bits)) - 1)
 
 
 def _signed(value: int) -> int:
     """The same 64 bits as a signed integer."""
-    value &= (1 << _BITS) - 1
+    value %= _WORDS
     return value - (1 << _BITS) if value >> (_BITS - 1) else value

@@ -143,6 +143,16 @@ class Sampler:
         filtered = sampling.filter(relative / sampling.temperature)
         return filtered + self._noise_at([len(tokens) + len(path) for path in paths], logits)
 
+    def guesses(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
+        """Scores [N, V] of tokens at these positions, from logits [N, V], where nobody knows what
+        stands before them: without penalties."""
+        sampling = self.sampling
+        logits = self._biased(logits)
+        if sampling.temperature == 0:
+            return logits
+        relative = (logits.double() - logits.amax(1, keepdim=True)) / sampling.temperature
+        return sampling.filter(relative) + self._noise_at(list(positions), logits)
+
     def typical(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
     ) -> Tensor:
@@ -160,10 +170,7 @@ class Sampler:
     ) -> Tensor:
         """With bias and penalties."""
         sampling = self.sampling
-        if sampling.logit_bias:
-            ids, biases = zip(*sampling.logit_bias, strict=True)
-            bias = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
-            logits = logits.index_add(1, _ids(ids, logits), bias.expand(len(logits), -1))
+        logits = self._biased(logits)
         if not sampling.follows_text:
             return logits
         logits = logits.clone()
@@ -185,6 +192,13 @@ class Sampler:
         logits -= sampling.presence_penalty * (counts > 0)
         return logits
 
+    def _biased(self, logits: Tensor) -> Tensor:
+        if not self.sampling.logit_bias:
+            return logits
+        ids, biases = zip(*self.sampling.logit_bias, strict=True)
+        bias = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+        return logits.index_add(1, _ids(ids, logits), bias.expand(len(logits), -1))
+
     def _follow(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
         """[2, V], in logits' type, counts of prompt and text."""
         known = len(self._counted)
@@ -205,9 +219,9 @@ class Sampler:
         if missing:
             oldest = min(positions)
             self._noise = {p: row for p, row in self._noise.items() if p >= oldest}
-            sampling, size = self.sampling, logits.shape[1]
-            at = _ids(missing, logits)
-            rows = gumbel(sampling.seed, at, size, choice=sampling.choice)
+            seed, choice = self.sampling.seed, self.sampling.choice
+            size, device = logits.shape[1], logits.device
+            rows = gumbel(seed, missing, size, choice=choice, device=device)
             self._noise.update(zip(missing, rows, strict=True))
         return torch.stack([self._noise[position] for position in positions])
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError
+from linearized.medusa import output_matrix
 from linearized.models import linear_modules
 
 
@@ -23,7 +24,7 @@ class Objective(nn.Module):
 
     needs_teacher = False
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None = None) -> None:
+    def __init__(self, student: nn.Module, teacher: PreTrainedModel | None = None) -> None:
         super().__init__()
         if self.needs_teacher != (teacher is not None):
             wants = "a" if self.needs_teacher else "no"
@@ -106,10 +107,30 @@ class Distillation(Objective):
         return (cross_entropy(logits, tokens) + divergence) / 2
 
 
+class Medusa(Objective):
+    """Heads on the teacher guess the tokens after the next one; the teacher stays as it is. The
+    loss is their cross-entropy, each head's weighted 0.8 times the one's before it (Cai et al.,
+    "Medusa", 2.2.1)."""
+
+    needs_teacher = True
+    DECAY = 0.8
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.teacher.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        heads: list[Tensor] = self.student(hidden, output_matrix(self.teacher))
+        losses = [
+            self.DECAY**head * cross_entropy(logits[:, : -1 - head], tokens[:, 1 + head :])
+            for head, logits in enumerate(heads)
+        ]
+        return torch.stack(losses).sum() / sum(self.DECAY**head for head in range(len(heads)))
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": Objective,
     "transfer": Transfer,
     "distillation": Distillation,
+    "medusa": Medusa,
 }
 
 

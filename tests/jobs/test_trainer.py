@@ -18,9 +18,11 @@ import torch
 
 import linearized
 from cluster.local import LocalCluster
+from jobs import layers
 from jobs.run import Run, Shape, Stage, Workers
 from jobs.trainer import fit
 from linearized.errors import ConfigError, DataError, LinearizedError
+from linearized.medusa import MedusaHeads
 from linearized.training.optim import Optim
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,11 +92,18 @@ def finetune(data: Path, teacher: Path, out: Path, **settings) -> Run:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def target(cluster, data, teacher, tmp_path_factory) -> Run:
+    run = finetune(data, teacher, tmp_path_factory.mktemp("target") / "target")
+    train(run, cluster)
+    return run
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_a_linearized_model_comes_out(cluster, data, teacher, tmp_path):
-    run = finetune(data, teacher, tmp_path / "target")
-    done = train(run, cluster)
+def test_a_linearized_model_comes_out(target):
+    run, folder = target, target.out.parent
+    done = json.loads((run.out / "run.json").read_text())
     assert done["perplexity"]["after"] < done["perplexity"]["before"]
     transfer = [loss for index, _, loss in done["losses"] if index == 0]
     assert transfer[-1] < transfer[0]
@@ -102,13 +111,59 @@ def test_a_linearized_model_comes_out(cluster, data, teacher, tmp_path):
     assert any(p.abs().sum() > 0 for p in linearized.models.new_parameters(model))
     assert linearized.generate(model, [1, 2, 3], max_new_tokens=4, stop_ids=())
     assert (run.out / "tokenizer.json").exists()
-    assert not list(tmp_path.glob("*.part"))
-    assert not list((tmp_path / "checkpoints").glob("*"))
-    assert json.loads((run.out / "run.json").read_text()) == done
+    assert not list(folder.glob("*.part"))
+    assert not list((folder / "checkpoints").glob("*"))
 
     started = time.perf_counter()
     assert fit(run) == done, "a finished run is reused"
     assert time.perf_counter() - started < 2
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_heads_are_trained_and_the_target_is_not(cluster, data, target):
+    before = {file.name: file.read_bytes() for file in target.out.glob("*.safetensors")}
+    settings = [f"target={target.out}", f"data={data}", "heads.count=2", "train.steps=20"]
+    python(cluster, "-m", "jobs.medusa", "demo", *settings, "eval_blocks=16")
+    done = json.loads((target.out / "medusa" / "run.json").read_text())
+    assert done["losses"][-1][2] < done["losses"][0][2]
+    heads = MedusaHeads.from_pretrained(target.out / "medusa")
+    assert heads.num_heads == 2 and heads.accuracies == done["accuracies"]
+    assert all(0 <= rate <= 1 for row in heads.accuracies for rate in row)
+    assert before == {file.name: file.read_bytes() for file in target.out.glob("*.safetensors")}
+    model = linearized.load(target.out)
+    plain = linearized.generate(model, [1, 2, 3], max_new_tokens=12, stop_ids=())
+    settings = {"max_new_tokens": 12, "stop_ids": (), "adaptive": False}
+    assert linearized.generate(model, [1, 2, 3], drafter="medusa", **settings) == plain
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_target_is_pruned_to_its_draft(cluster, data, target, tmp_path):
+    out = tmp_path / "pruned"
+    settings = [f"target={target.out}", f"data={data}", f"out={out}", "train.steps=20"]
+    cut = ["cut.layers=2", "cut.kv_heads=1", "cut.channels=20", "blocks=8", "eval_blocks=16"]
+    python(cluster, "-m", "jobs.prune", "demo", *settings, *cut)
+    done = json.loads((out / "run.json").read_text())
+    assert done["perplexity"]["after"] < done["perplexity"]["before"]
+    model, draft = linearized.load(target.out), linearized.load(out)
+    assert draft.config.intermediate_size == 20 and draft.config.num_attention_heads == 1
+    assert not list(tmp_path.glob("*.cut"))
+    settings = {"max_new_tokens": 12, "stop_ids": (), "adaptive": False}
+    plain = linearized.generate(model, [1, 2, 3], **settings)
+    assert linearized.generate(model, [1, 2, 3], drafter=draft, **settings) == plain
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_layers_are_searched_and_kept(data, target):
+    layers.main(layers.LayersConfig(target=target.out, data=data, blocks=4))
+    found = json.loads((target.out / "layers.json").read_text())
+    assert set(found["layers"]) <= {0, 1} and found["speed"] >= 1
+    model = linearized.load(target.out)
+    settings = {"max_new_tokens": 12, "stop_ids": (), "adaptive": False}
+    plain = linearized.generate(model, [1, 2, 3], **settings)
+    assert linearized.generate(model, [1, 2, 3], drafter="layers", **settings) == plain
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -179,7 +234,7 @@ def test_settings_that_cannot_work_are_named(tmp_path):
         Shape(hidden=30, layers=1, heads=2, intermediate=8)
     with pytest.raises(DataError, match="nowhere"):
         fit(finetune(tmp_path / "nowhere", tmp_path, tmp_path / "out"))
-    with pytest.raises(LinearizedError, match="softmx.*distillation, next_token, transfer"):
+    with pytest.raises(LinearizedError, match="softmx.*distillation, medusa, next_token, transfer"):
         stage("softmx", 5)
     with pytest.raises(ConfigError, match="batch 5.*2 workers"):
         finetune(tmp_path, tmp_path, tmp_path, seed=0).__class__(

@@ -197,8 +197,11 @@ def test_errors_name_the_value(linear, llama):
         generate(model, [1, 61], max_new_tokens=3)
     with pytest.raises(RequestError, match="-3"):
         generate(model, [1], max_new_tokens=-3)
-    with pytest.raises(ConfigError, match="medusa"):
-        generate(model, [1], max_new_tokens=3, drafter="medusa")
+    with pytest.raises(ConfigError, match="'eagle'; choose from ngram, layers, medusa"):
+        generate(model, [1], max_new_tokens=3, drafter="eagle")
+    for name in ("medusa", "layers"):
+        with pytest.raises(ModelError, match="medusa|jobs.layers"):
+            generate(model, [1], max_new_tokens=3, drafter=name)
     with pytest.raises(ConfigError, match="97.*61"):
         generate(model, [1], max_new_tokens=3, drafter=linear(vocab=97))
     with pytest.raises(ConfigError, match="a drafter is.*int"):

@@ -1,0 +1,221 @@
+"""Continue prompts: JSON Lines in, JSON Lines out, or one prompt on the terminal.
+
+    python -m jobs.generate demo 'prompt=def main():'
+    python -m jobs.generate demo prompts=prompts.jsonl out=texts.jsonl drafter=[ngram]
+
+A line holds `prompt`, a text, or `tokens`, a list of ids; whatever else it holds comes back with
+its text. Lines are written as texts end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cluster.progress import Progress
+from jobs import cli
+from linearized.errors import ConfigError, DataError, RequestError
+from linearized.speculative.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from linearized.speculative import Drafter, Engine, Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    model: Path = Path("runs/demo/target")
+    """A linearized model's folder, tokenizer included."""
+    prompt: str | None = None
+    """One text to go on with; it is shown as it comes."""
+    prompts: Path | None = None
+    """Many, as JSON Lines; "-": standard input."""
+    out: Path | None = None
+    """JSON Lines; null: standard output."""
+    drafter: tuple[str, ...] = ()
+    """In the order in which to ask them: ngram, layers, medusa, or a draft model's folder."""
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    n: int = 1
+    """Texts for each prompt."""
+    stop: tuple[str, ...] = ()
+    """A text ends before the first of these."""
+    logprobs: int | None = None
+    """Alternatives to name for each token, with log-probabilities; null: none of that."""
+    rows: int = 8
+    """Texts at a time."""
+    pack: bool = True
+    """Lay weights out for the CPU once more: faster, for as much memory again."""
+    compile: bool = False
+    """Compile the steps: faster still, after up to a few minutes the first time."""
+    threads: int = 0
+    """Of torch; 0: its own choice."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            raise ConfigError("give either prompt=… or prompts=…")
+        for name, least in (("n", 1), ("rows", 1), ("max_new_tokens", 0), ("threads", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def demo() -> GenerateConfig:
+    """With the demo's target."""
+    return GenerateConfig(prompt="def main():")
+
+
+RECIPES = {"demo": demo}
+
+
+def main(config: GenerateConfig) -> None:
+    import torch
+    import transformers
+
+    import linearized
+    from linearized.speculative import Engine
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    lines = list(_lines(config))
+    model = linearized.load(config.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    drafters = _drafters(config, model)
+    if model.device.type == "cpu" and config.pack:
+        linearized.pack(model)
+    if config.compile:
+        linearized.compile(model)
+    texts = _texts(config, lines, model, tokenizer)
+    rows = min(config.rows, max(len(texts), 1))
+    engine = Engine(model, drafters=drafters, rows=rows)
+    if drafters:
+        engine.plan(engine.measure())
+    for text in texts:
+        engine.add(text)
+    if config.prompt is not None and config.out is None and len(texts) == 1:
+        _show(engine)
+        return
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout if config.out is None else stack.enter_context(config.out.open("w"))
+        _write(engine, texts, file)
+
+
+def _lines(config: GenerateConfig) -> Iterator[dict[str, Any]]:
+    if config.prompt is not None:
+        yield {"prompt": config.prompt}
+        return
+    source = str(config.prompts)
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read prompts from {source}: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{source}, line {number} is not JSON: {error}") from error
+        kind = isinstance(value, dict)
+        if not kind or not (isinstance(value.get("prompt"), str) or _are_ids(value.get("tokens"))):
+            raise DataError(
+                f"{source}, line {number} needs a `prompt` (text) or `tokens` (a list of ids)"
+            )
+        yield value
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int for one in value)
+
+
+def _drafters(config: GenerateConfig, model: PreTrainedModel) -> list[Drafter]:
+    import linearized
+    from linearized.speculative.generate import NAMED, drafters
+
+    given = [one if one in NAMED else linearized.load(one) for one in config.drafter]
+    for one in given:
+        if not isinstance(one, str) and config.pack:
+            linearized.pack(one)
+    return drafters(given, model)
+
+
+def _texts(
+    config: GenerateConfig,
+    lines: list[dict[str, Any]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[Text, dict[str, Any]]:
+    """Every text that is asked for, and the line that it will become."""
+    from linearized.speculative import Text
+    from linearized.speculative.generate import decoding, end_of_text
+
+    ends = config.sampling.stop_ids or frozenset(end_of_text(model))
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        tokens = line["tokens"] if "tokens" in line else tokenizer(line["prompt"])["input_ids"]
+        for choice in range(config.n):
+            text = Text(
+                tokens,
+                sampling=replace(config.sampling, choice=choice, stop_ids=ends),
+                max_new_tokens=config.max_new_tokens,
+                stop=config.stop,
+                decode=decoding(tokenizer),
+                logprobs=config.logprobs,
+            )
+            try:
+                text.check(model.config.vocab_size)
+            except RequestError as error:
+                raise RequestError(f"prompt {number}: {error}", param=error.param) from error
+            found[text] = {**line, "index": number - 1, "choice": choice, "text": ""}
+    return found
+
+
+def _show(engine: Engine) -> None:
+    """On the terminal, as it comes."""
+    while engine.busy:
+        for _, piece in engine.step():
+            print(piece.text, end="", flush=True)
+    print()
+
+
+def _write(engine: Engine, texts: dict[Text, dict[str, Any]], file: TextIO) -> None:
+    began, num_tokens, done = time.perf_counter(), 0, 0
+    with Progress("generate", total=len(texts), unit="texts", quiet=file is sys.stdout) as progress:
+        for text, line in texts.items():
+            if text.finished is not None:  # nothing was asked for
+                _end(text, line, file)
+                done += 1
+        while engine.busy:
+            for text, piece in engine.step():
+                line = texts[text]
+                line["text"] += piece.text
+                line.setdefault("logprobs", []).extend(asdict(one) for one in piece.logprobs)
+                num_tokens += len(piece.tokens)
+                if text.finished is not None:
+                    _end(text, line, file)
+                    done += 1
+            speed = num_tokens / (time.perf_counter() - began)
+            progress.update(done, tokens_per_second=round(speed, 1))
+
+
+def _end(text: Text, line: dict[str, Any], file: TextIO) -> None:
+    if text.logprobs is None:
+        line.pop("logprobs", None)
+    line |= {
+        "new_tokens": text.new_tokens,
+        "finish_reason": text.finished,
+        "rounds": text.rounds,
+        "drafted": text.drafted.total(),
+        "accepted": text.accepted.total(),
+    }
+    print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(RECIPES, main, __doc__)

@@ -1,0 +1,70 @@
+"""Train Medusa's heads on a target, which stays as it is; they are saved beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs import cli
+from jobs.run import Heads, Run, Stage, Workers
+from jobs.trainer import fit
+from linearized.training.optim import Optim
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedusaConfig:
+    target: Path = Path("runs/demo/target")
+    """The linearized model that they will draft for."""
+    data: Path = Path("runs/demo/data")
+    """What jobs.data wrote, with the target's tokenizer."""
+    out: Path | None = None
+    """null: `medusa` in the target's folder, where it is looked for."""
+    heads: Heads = field(default_factory=Heads)
+    train: Stage
+    workers: Workers
+    seed: int = 3
+    eval_blocks: int = 64
+    fresh: bool = False
+
+
+def demo() -> MedusaConfig:
+    """Four heads, a minute on two CPU cores."""
+    return MedusaConfig(
+        train=Stage(objective="medusa", steps=100, batch=8, optim=Optim(lr=1e-3)),
+        workers=Workers(),
+    )
+
+
+def bench() -> MedusaConfig:
+    """For jobs.bench_decode, five minutes on two CPU cores."""
+    return MedusaConfig(
+        target=Path("runs/bench/target"),
+        data=Path("runs/bench/data"),
+        train=Stage(objective="medusa", steps=120, batch=8, optim=Optim(lr=1e-3)),
+        workers=Workers(),
+    )
+
+
+RECIPES = {"demo": demo, "bench": bench}
+
+
+def main(config: MedusaConfig) -> None:
+    fit(
+        Run(
+            name="medusa",
+            data=config.data,
+            out=config.out or config.target / "medusa",
+            student=config.heads,
+            linear=None,
+            teacher=config.target,
+            stages=(config.train,),
+            workers=config.workers,
+            seed=config.seed,
+            eval_blocks=config.eval_blocks,
+            fresh=config.fresh,
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run(RECIPES, main, __doc__)

@@ -1,0 +1,48 @@
+"""Make what jobs.bench_decode measures: a target, its draft, and their softmax twins.
+
+Runs jobs.data, jobs.pretrain, jobs.finetune and jobs.draft one after the other, each by its recipe
+`bench`. What has finished is reused; what was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.progress import note
+from cluster.session import session
+from jobs import cli, data, draft, finetune, pretrain
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    cpus: int = 2
+    """Of the local cluster, if there is none to join."""
+
+
+def bench() -> PairConfig:
+    """41M and 2.7M parameters on the Python standard library."""
+    return PairConfig()
+
+
+RECIPES = {"bench": bench}
+
+
+def main(config: PairConfig) -> None:
+    stages: dict[str, Callable[[], object]] = {
+        "data": lambda: data.main(data.bench()),
+        "teacher": lambda: pretrain.main(pretrain.bench()),
+        "target": lambda: finetune.main(finetune.bench()),
+        "draft": lambda: draft.main(draft.bench()),
+        "softmax draft": lambda: draft.main(draft.bench_softmax()),
+    }
+    with session(num_cpus=config.cpus):
+        for name, stage in stages.items():
+            began = time.perf_counter()
+            stage()
+            note(f"{name}: {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.run(RECIPES, main, __doc__)

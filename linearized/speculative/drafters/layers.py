@@ -1,0 +1,78 @@
+"""Guesses from the target itself, with some of its layers left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from linearized.errors import ModelError
+from linearized.models import shortened, sketch
+from linearized.speculative.drafters.base import Ask, Drafter
+from linearized.speculative.drafters.growth import Growth, grow
+from linearized.speculative.tree import TokenTree
+
+if TYPE_CHECKING:
+    from linearized.speculative.engine import Engine
+
+FILE = "layers.json"
+FORMAT = "linearized-layers/1"
+
+
+class LayersDrafter(Drafter):
+    """Whole layers are skipped (Xia et al., "SWIFT: On-the-Fly Self-Speculative Decoding", ICLR
+    2025, skips halves of them, too). It reads the target's own states, which hold what the whole
+    model made of the text, and so has none of its own and nothing to catch up with. Which layers
+    are worth keeping differs from model to model: `jobs.layers` looks for them."""
+
+    def __init__(
+        self, layers: Sequence[int], *, depth: int = 4, width: int = 3, floor: float = 0.02
+    ) -> None:
+        """`layers`: those that are kept, counted from 0."""
+        self.layers = tuple(sorted(set(layers)))
+        self.depth = depth
+        self.width = width
+        self.least = math.log(floor) if floor > 0 else -math.inf
+        self._engine: Engine | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> LayersDrafter:
+        """With the layers that `jobs.layers` found for the target in this folder.
+
+        Raises:
+            ModelError: it found none there.
+        """
+        path = Path(folder) / FILE
+        try:
+            found = json.loads(path.read_text())
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']!r}, expected {FORMAT!r}")
+            return cls([int(layer) for layer in found["layers"]])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"cannot read {path} ({error}); run jobs.layers first") from error
+
+    def join(self, engine: Engine) -> None:
+        """
+        Raises:
+            ModelError: the target has no such layers.
+        """
+        shortened(engine.model, self.layers)
+        self._engine = engine
+
+    def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
+        assert self._engine is not None, "it drafts for the texts of an engine"
+        engine = self._engine
+        by_text = {ask.text: Growth(ask, len(ask.text.tokens) - 1) for ask in asks}
+        rows = engine.pool.arrange(list(by_text))
+        state = engine.pool.first(len(rows))
+
+        def forward(tokens: Tensor, parents: Tensor) -> Tensor:
+            return sketch(engine.model, tokens, parents, state, layers=self.layers)
+
+        growths = [by_text[text] for text in rows]
+        grow(growths, forward, width=self.width, least=self.least, device=engine.model.device)
+        return [by_text[ask.text].tree().best(ask.nodes) for ask in asks]

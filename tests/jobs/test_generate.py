@@ -1,0 +1,123 @@
+"""Prompts in, texts out, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import linearized
+from jobs import generate
+from jobs.generate import GenerateConfig
+from linearized.errors import ConfigError, DataError, LinearizedError, RequestError
+from linearized.speculative import Sampling
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.2, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    linearized.linearize(model, linearized.LinearConfig(attention="grouped", group=8))
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(folder: Path, tmp_path: Path, lines: list, **settings) -> list[dict]:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    out = tmp_path / "out.jsonl"
+    config = GenerateConfig(
+        model=folder, prompts=prompts, out=out, **{"max_new_tokens": 20, **settings}
+    )
+    generate.main(config)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    return sorted(found, key=lambda line: (line["index"], line["choice"]))
+
+
+LINES = [{"prompt": "the quick", "id": 7}, {"tokens": [5, 6, 7]}, {"prompt": "def add"}]
+
+
+def test_lines_come_back_with_their_texts(folder, tokenizer, tmp_path):
+    found = run(folder, tmp_path, LINES)
+    model = linearized.load(folder)
+    assert [line["index"] for line in found] == [0, 1, 2]
+    assert found[0]["id"] == 7 and found[0]["prompt"] == "the quick"
+    for line, given in zip(found, LINES, strict=True):
+        ids = given.get("tokens") or tokenizer(given["prompt"])["input_ids"]
+        want = linearized.generate(model, ids, max_new_tokens=20)
+        assert line["new_tokens"] == want
+        assert line["text"] == tokenizer.decode([*ids, *want])[len(tokenizer.decode(ids)) :]
+        assert (line["finish_reason"], line["rounds"], line["drafted"]) == ("length", 20, 0)
+        assert "logprobs" not in line
+
+
+def test_drafters_choices_and_logprobs(folder, tmp_path):
+    sampling = Sampling(temperature=0.9, seed=4)
+    plain = run(folder, tmp_path, LINES, n=3, sampling=sampling, logprobs=2)
+    assert len(plain) == 9 and plain[0]["new_tokens"] != plain[1]["new_tokens"]
+    for line in plain:
+        assert len(line["logprobs"]) == 20
+        for token, one in zip(line["new_tokens"], line["logprobs"], strict=True):
+            assert len(one["top"]) == 2 and one["top"][0][1] >= one["top"][1][1]
+            assert one["logprob"] <= one["top"][0][1]
+            assert dict(one["top"]).get(token, one["logprob"]) == one["logprob"]
+    drafted = run(
+        folder, tmp_path, LINES, n=3, sampling=sampling, logprobs=2, rows=2,
+        drafter=("ngram", str(folder)),
+    )  # fmt: skip
+    for one, other in zip(plain, drafted, strict=True):
+        assert one["new_tokens"] == other["new_tokens"] and one["text"] == other["text"]
+        for a, b in zip(one["logprobs"], other["logprobs"], strict=True):
+            assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
+
+
+def test_a_stop_string(folder, tmp_path):
+    plain = run(folder, tmp_path, LINES[:1])[0]["text"]
+    found = run(folder, tmp_path, LINES[:1], stop=(plain[4:7],))[0]
+    assert found["text"] == plain[: plain.index(plain[4:7])]
+    assert found["finish_reason"] == "stop"
+
+
+def test_one_prompt_is_shown_as_it_comes(folder, tmp_path, capsys):
+    generate.main(GenerateConfig(model=folder, prompt="the quick", max_new_tokens=20))
+    assert capsys.readouterr().out == run(folder, tmp_path, LINES[:1])[0]["text"] + "\n"
+
+
+def test_nothing_asked_for(folder, tmp_path):
+    assert run(folder, tmp_path, []) == []
+    found = run(folder, tmp_path, LINES[:1], max_new_tokens=0)
+    assert (found[0]["text"], found[0]["finish_reason"]) == ("", "length")
+
+
+def test_errors_name_the_line(folder, tmp_path):
+    for line, words in (
+        ([], "line 3 needs a `prompt`"),
+        ({"tokens": [1, "a"]}, "line 3 needs"),
+        ({"text": "x"}, "line 3 needs"),
+    ):
+        with pytest.raises(DataError, match=words):
+            run(folder, tmp_path, [LINES[0], line])
+    with pytest.raises(RequestError, match="prompt 2: token id 9999 is outside"):
+        run(folder, tmp_path, [LINES[0], {"tokens": [9999]}])
+    with pytest.raises(RequestError, match="prompt 1: the prompt is empty"):
+        run(folder, tmp_path, [{"prompt": ""}])
+    (tmp_path / "prompts.jsonl").write_text("{")
+    with pytest.raises(DataError, match="line 1 is not JSON"):
+        generate.main(GenerateConfig(model=folder, prompts=tmp_path / "prompts.jsonl"))
+    with pytest.raises(DataError, match="cannot read prompts from.*nowhere"):
+        generate.main(GenerateConfig(model=folder, prompts=tmp_path / "nowhere"))
+    with pytest.raises(LinearizedError, match="eagle"):
+        run(folder, tmp_path, LINES, drafter=("eagle",))
+    with pytest.raises(ConfigError, match="either prompt"):
+        GenerateConfig()
+    with pytest.raises(ConfigError, match="n must be at least 1, got 0"):
+        GenerateConfig(prompt="a", n=0)

@@ -1,0 +1,109 @@
+"""Sampled speculative texts have the target's distribution, and are the plain ones token by token.
+
+Twenty thousand texts of two tokens, drafted for by another model, against the probabilities that
+the target's logits and the words of each filter give.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from linearized.speculative import Engine, ModelDrafter, Sampling, Text
+
+DRAWS = 20_000
+VOCAB = 7
+PROMPT = [3]
+FILTERS = [
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 1.3, "top_k": 3},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.15},
+    {"temperature": 1.0, "repetition_penalty": 1.7},
+    {"temperature": 1.0, "presence_penalty": 0.8, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "logit_bias": {0: 1.5, 4: -2.0}},
+]
+
+
+def probabilities(logits: torch.Tensor, text: list[int], settings: dict) -> torch.Tensor:
+    """Of the next token after PROMPT and `text`, by the words of each parameter."""
+    adjusted = logits.clone()
+    for token, bias in settings.get("logit_bias", {}).items():
+        adjusted[token] += bias
+    for token in {*PROMPT, *text}:
+        penalty = settings.get("repetition_penalty", 1.0)
+        adjusted[token] = adjusted[token] / penalty if adjusted[token] > 0 else (
+            adjusted[token] * penalty
+        )  # fmt: skip
+    for token in set(text):
+        adjusted[token] -= settings.get("presence_penalty", 0.0)
+        adjusted[token] -= settings.get("frequency_penalty", 0.0) * text.count(token)
+    p = (adjusted / settings["temperature"]).softmax(0)
+    order = p.argsort(descending=True).tolist()
+    kept = order[: settings.get("top_k", VOCAB)]
+    reached, nucleus = 0.0, []
+    total = sum(float(p[i]) for i in kept)
+    for i in kept:
+        if reached < settings.get("top_p", 1.0):
+            nucleus.append(i)
+        reached += float(p[i]) / total
+    least = settings.get("min_p", 0.0) * float(p[order[0]])
+    result = torch.zeros_like(p)
+    for i in nucleus:
+        if p[i] >= least:
+            result[i] = p[i]
+    return result / result.sum()
+
+
+def pairs(model, settings: dict) -> torch.Tensor:
+    """[V, V], of the first two tokens."""
+
+    def logits(tokens: list[int]) -> torch.Tensor:
+        return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+
+    first = probabilities(logits(PROMPT), [], settings)
+    then = [probabilities(logits([*PROMPT, t]), [t], settings) for t in range(VOCAB)]
+    return first[:, None] * torch.stack(then)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_texts_are_distributed_as_the_targets(linear, settings):
+    model, draft = linear(vocab=VOCAB, layers=1), linear(vocab=VOCAB, layers=1, seed=2)
+    engine = Engine(model, drafters=[ModelDrafter(draft, depth=1, width=1, floor=0.0)], rows=128)
+    texts = []
+    for seed in range(DRAWS):
+        sampling = Sampling(**settings, seed=seed // 4, choice=seed % 4)
+        texts.append(Text(PROMPT, sampling=sampling, max_new_tokens=2))
+        engine.add(texts[-1])
+    while engine.busy:
+        engine.step()
+    counts = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
+    for text in texts:
+        counts[tuple(text.new_tokens)] += 1
+    want = pairs(model, settings).double()
+    assert counts[want == 0].sum() == 0
+    check(counts.flatten(), want.flatten())
+    accepted = sum(text.accepted.total() for text in texts)
+    assert 0.05 * DRAWS < accepted < 0.95 * DRAWS  # both ways to a second token were gone
+    for text in texts[:: DRAWS // 200]:
+        plain = Text(PROMPT, sampling=text.sampling, max_new_tokens=2)
+        alone = Engine(model)
+        alone.add(plain)
+        while alone.busy:
+            alone.step()
+        assert text.new_tokens == plain.new_tokens
+
+
+def check(counts: torch.Tensor, want: torch.Tensor) -> None:
+    """Chi-square, beyond the 99.99 % point; rare pairs are counted as one."""
+    expected = DRAWS * want
+    rare = expected < 10
+    cells = [(counts[rare].sum(), expected[rare].sum())] if expected[rare].sum() > 0 else []
+    cells += zip(counts[~rare], expected[~rare], strict=True)
+    chi_square = sum(float((c - e) ** 2 / e) for c, e in cells)
+    freedom = len(cells) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 8

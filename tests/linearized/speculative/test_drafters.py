@@ -1,0 +1,211 @@
+"""Medusa's heads and skipped layers: the target drafts for itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import linearized
+from linearized.errors import ModelError
+from linearized.medusa import MedusaHeads, output_matrix
+from linearized.models import shortened, sketch
+from linearized.speculative import Ask, Engine, LayersDrafter, MedusaDrafter, Sampling, Text
+from linearized.speculative.skipping import CHAIN, search, speed
+
+PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
+SAMPLINGS = [Sampling(), Sampling(temperature=0.9, top_p=0.95, seed=3)]
+
+
+def texts(sampling: Sampling) -> list[Text]:
+    return [Text((PROMPT * 3)[:n], sampling=sampling, max_new_tokens=30) for n in (1, 7, 8, 20)]
+
+
+def said(model, sampling, drafters=(), rows=3) -> list[list[int]]:
+    engine = Engine(model, drafters=drafters, rows=rows)
+    mine = texts(sampling)
+    for text in mine:
+        engine.add(text)
+    while engine.busy:
+        engine.step()
+    return [text.new_tokens for text in mine]
+
+
+def random_heads(model, count: int = 3) -> MedusaHeads:
+    heads = MedusaHeads.on(model, count, linearized.fingerprint(model))
+    for block in heads.blocks:
+        torch.nn.init.normal_(block.weight, std=0.2)
+    return heads.to(model.dtype).eval()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+def test_texts_are_those_of_plain_decoding(linear, sampling):
+    model = linear(group=8, taps=5, layers=3)
+    plain = said(model, sampling)
+    for drafter in (
+        MedusaDrafter(model, random_heads(model)),
+        LayersDrafter([0]),
+        LayersDrafter([2, 0], depth=3, width=2),
+        LayersDrafter([0, 1, 2]),
+    ):
+        assert said(model, sampling, [drafter]) == plain
+    several = [MedusaDrafter(model, random_heads(model)), LayersDrafter([1]), LayersDrafter([0, 2])]
+    assert said(model, sampling, several, rows=2) == plain
+
+
+def test_hybrids_skip_layers_of_both_kinds(llama):
+    model = llama(layers=4)
+    config = linearized.LinearConfig(attention="grouped", group=8, layers=(1, 3))
+    linearized.linearize(model, config)
+    plain = said(model, Sampling())
+    for layers in ([0, 1], [1, 3], [0, 2], [0, 1, 2, 3]):
+        assert said(model, Sampling(), [LayersDrafter(layers)]) == plain
+
+
+def test_all_layers_are_always_right(linear):
+    model = linear(group=8, layers=3)
+    for sampling in SAMPLINGS:
+        engine = Engine(model, drafters=[LayersDrafter([0, 1, 2], depth=4, width=1, floor=0)])
+        text = Text(PROMPT, sampling=sampling, max_new_tokens=40)
+        engine.add(text)
+        while engine.busy:
+            engine.step()
+        assert text.rounds == 8 and text.accepted.total() == 32
+
+
+def test_a_shortened_model_is_the_model_without_those_layers(linear):
+    model = linear(group=8, layers=3)
+    tokens = torch.randint(1, 50, (2, 20))
+    part = shortened(model, [0, 2])
+    assert part is shortened(model, (0, 2))
+    kept = model.model.layers
+    model.model.layers = torch.nn.ModuleList([kept[0], kept[2]])
+    model.config.num_hidden_layers = 2
+    want = model(input_ids=tokens, use_cache=False).logits
+    model.model.layers, model.config.num_hidden_layers = kept, 3
+    assert torch.equal(part(input_ids=tokens, use_cache=False).logits, want)
+    own = {id(p) for p in model.parameters()}
+    assert {id(p) for p in part.parameters()} < own
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    assert not torch.equal(part(input_ids=tokens, use_cache=False).logits, want)
+
+
+def test_a_sketch_reads_the_whole_models_state(linear):
+    """From an empty state it is the shortened model; later it is not, and leaves the state."""
+    model = linear(group=8, layers=3)
+    tokens = torch.randint(1, 50, (2, 6))
+    parents = torch.tensor([[-1, 0, 0, 1, 3, 4], [-1, -1, 0, 1, 2, 3]])
+    state = linearized.new_state(model, 2)
+    part = linearized.models.shortened(model, [0, 2])
+    alone = linearized.new_state(model, 2)
+    found = sketch(model, tokens, parents, state, layers=[0, 2])
+    for row in range(2):
+        for node in range(6):
+            path = [node]
+            while parents[row, path[0]] >= 0:
+                path.insert(0, int(parents[row, path[0]]))
+            want = part(input_ids=tokens[row, path][None], use_cache=False).logits[0, -1]
+            torch.testing.assert_close(found[row, node], want)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            state.layers.tensors().values(), alone.layers.tensors().values(), strict=True
+        )
+    )
+
+
+def test_layers_that_are_not_there(linear, tmp_path):
+    model = linear(layers=2)
+    for layers in ([2], [], [-1]):
+        with pytest.raises(ModelError, match="has layers 0 to 1"):
+            Engine(model, drafters=[LayersDrafter(layers)])
+    with pytest.raises(ModelError, match="run jobs.layers first"):
+        LayersDrafter.from_pretrained(tmp_path)
+    (tmp_path / "layers.json").write_text(json.dumps({"format": "other", "layers": [1]}))
+    with pytest.raises(ModelError, match="format 'other'"):
+        LayersDrafter.from_pretrained(tmp_path)
+
+
+def test_the_search_leaves_out_what_does_nothing(linear):
+    """Layers 1 and 3 add nothing to the residual stream: without them all stays as it is."""
+    model = linear(layers=4, group=8, dtype=torch.float32)
+    with torch.no_grad():
+        for idle in (1, 3):
+            model.model.layers[idle].self_attn.o_proj.weight.zero_()
+            model.model.layers[idle].mlp.down_proj.weight.zero_()
+    seen = []
+    found = search(model, torch.randint(1, 60, (4, 48)), progress=seen.append)
+    assert seen[1].layers == (0, 2) and seen[1].agreement == 1.0
+    assert set(found.layers) <= {0, 2} and found.speed == max(one.speed for one in seen)
+
+
+def test_speed_is_that_of_the_best_chain():
+    assert speed(0.0, 0.1) == 1.0
+    assert speed(1.0, 0.5) == pytest.approx((1 + CHAIN) / (1 + CHAIN * 0.5))
+    assert speed(0.5, 0.1) == pytest.approx(
+        max((2 - 0.5**n) / (1 + 0.1 * n) for n in range(CHAIN + 1))
+    )
+
+
+def test_heads_survive_saving_and_know_their_target(linear, tmp_path):
+    model = linear(dtype=torch.float32)
+    heads = random_heads(model)
+    heads.accuracies = [[0.5, 0.2], [0.3, 0.1], [0.2, 0.1]]
+    heads.save_pretrained(tmp_path)
+    loaded = MedusaHeads.from_pretrained(tmp_path)
+    hidden = torch.randn(2, 5, model.config.hidden_size)
+    matrix = output_matrix(model)
+    for got, want in zip(loaded(hidden, matrix), heads(hidden, matrix), strict=True):
+        assert torch.equal(got, want)
+    assert loaded.accuracies == heads.accuracies
+    with pytest.raises(ModelError, match="were trained on model"):
+        MedusaDrafter(linear(dtype=torch.float32, seed=5), loaded)
+    (tmp_path / "medusa.json").write_text("{}")
+    with pytest.raises(ModelError, match="not of format"):
+        MedusaHeads.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot load"):
+        MedusaHeads.from_pretrained(tmp_path / "nowhere")
+
+
+def test_untrained_heads_guess_what_the_target_does(linear):
+    model = linear(dtype=torch.float32)
+    heads = MedusaHeads.on(model, 2, linearized.fingerprint(model))
+    output = model(input_ids=torch.tensor([PROMPT]), use_cache=False, output_hidden_states=True)
+    for logits in heads(output.hidden_states[-1], output_matrix(model)):
+        torch.testing.assert_close(logits, output.logits)
+
+
+def test_accuracies_count_what_the_target_says(linear):
+    """Against a loop over places."""
+    model = linear(dtype=torch.float32)
+    heads = random_heads(model, 2)
+    tokens = torch.randint(1, 50, (2, 12))
+    found = heads.right(model, tokens)
+    output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+    guesses = heads(output.hidden_states[-1], output_matrix(model))
+    for head in range(2):
+        assert found[head, -1] == 2 * (12 - 1 - head)
+        for rank in range(3):
+            count = 0
+            for row in range(2):
+                for place in range(12 - 1 - head):
+                    guess = guesses[head][row, place].argsort(descending=True)[rank]
+                    count += int(guess == output.logits[row, place + 1 + head].argmax())
+            assert found[head, rank] == count
+
+
+def test_medusa_waits_for_a_hidden_state(linear):
+    model = linear()
+    drafter = MedusaDrafter(model, random_heads(model))
+    text = Text(PROMPT, sampling=Sampling(), max_new_tokens=9)
+    assert len(drafter.propose([Ask(text, 3, 8)])[0]) == 0
+    engine = Engine(model, drafters=[drafter])
+    engine.add(text)
+    engine.step()
+    tree = drafter.propose([Ask(text, 3, 8)])[0]
+    assert len(tree) == 8 and max(tree.depths) <= 3
+    # The state is that from which the last token was chosen.
+    whole = model(input_ids=torch.tensor([text.tokens]), use_cache=False, output_hidden_states=True)
+    torch.testing.assert_close(text.hidden, whole.hidden_states[-1][0, -2])
