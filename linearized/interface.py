@@ -144,6 +144,26 @@ class _Fingerprint:
         return sum(weight._version for weight in self.weights), self.weights[0].data_ptr()
 
 
+def forget(model: PreTrainedModel) -> None:
+    """What was worked out of the model and kept with it: its layers have changed."""
+    for name in [name for name in model.__dict__ if name.startswith("_linearized_")]:
+        del model.__dict__[name]
+
+
+def check_state(model: PreTrainedModel, state: DecodeState) -> None:
+    """
+    Raises:
+        StateError: the state is not one of this model.
+    """
+    state.check(fingerprint(model))
+    wanted = model.__dict__.get("_linearized_shapes")
+    if wanted is None:
+        wanted = model.__dict__["_linearized_shapes"] = new_state(model).shapes()
+    if state.shapes() != wanted:
+        raise StateError(f"damaged decode state: its tensors are {state.shapes()}, not {wanted}")
+
+
+@torch.inference_mode(False)
 def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
     """An empty decode state for this many sequences: `state.nbytes` bytes, now and forever, unless
     some layers keep softmax.

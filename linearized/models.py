@@ -28,6 +28,7 @@ from linearized.interface import (
     Pass,
     attach,
     attention_modules,
+    check_state,
     fingerprint,
     fold,
     layer_number,
@@ -44,6 +45,7 @@ from linearized.state import DecodeState, Pending
 __all__ = [
     "attention_modules",
     "check_decoder",
+    "check_state",
     "commit",
     "decoder",
     "encode",
@@ -374,7 +376,7 @@ def check_decoder(model: PreTrainedModel) -> None:
 
 
 def _check(model: PreTrainedModel, tokens: Tensor, state: DecodeState) -> None:
-    state.check(fingerprint(model))
+    check_state(model, state)
     if tokens.ndim != 2 or tokens.shape[0] != state.batch_size or tokens.shape[1] == 0:
         raise StateError(
             f"tokens must be [{state.batch_size} rows, at least 1 token] for this state, got "

@@ -220,6 +220,17 @@ class DecodeState:
                 "the sequence's tokens"
             )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its tensors, but for rows and the room of a history: the same for all states of a
+        model."""
+        found = {}
+        for name, tensor in self._tensors().items():
+            grows = 3 if name.startswith("history") else None
+            kept = (size for dim, size in enumerate(tensor.shape) if dim not in (1, grows))
+            if name != "length":
+                found[name] = tuple(kept)
+        return found
+
     def to_bytes(self) -> bytes:
         """As safetensors; read back by `from_bytes`, on any machine."""
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
@@ -249,6 +260,7 @@ class DecodeState:
         halved = ("history.keys" in tensors) != ("history.values" in tensors)
         if not known or halved or "fingerprint" not in metadata:
             raise StateError(f"damaged decode state: it holds {', '.join(sorted(tensors))}")
+        _check_shapes(tensors)
         return cls._of({n: t.to(device) for n, t in tensors.items()}, metadata["fingerprint"])
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -310,6 +322,40 @@ class Pending:
                         f"a tree with parents {parents}"
                     )
                 last = node
+
+
+def _check_shapes(tensors: dict[str, Tensor]) -> None:
+    """Raises StateError unless the tensors of a state fit each other."""
+
+    def fits(ok: bool, name: str) -> None:
+        if not ok:
+            tensor = tensors[name]
+            raise StateError(
+                f"damaged decode state: {name} is {tensor.dtype}, {list(tensor.shape)}, which does "
+                "not fit the rest of it"
+            )
+
+    length = tensors["length"]
+    fits(length.ndim == 1 and length.dtype == torch.int64 and bool((length >= 0).all()), "length")
+    kind = tensors["keys"].dtype
+    for name, tensor in tensors.items():
+        if name == "length":
+            continue
+        wanted = torch.promote_types(kind, torch.float32) if name == "memory" else kind
+        if name != "cross":
+            fits(tensor.dtype == wanted, name)
+        fits(tensor.is_floating_point(), name)
+        fits(tensor.ndim == (3 if name == "shift" else 5), name)
+        fits(tensor.shape[1] == len(length), name)
+    memory, keys, values, tail = (tensors[n].shape for n in ("memory", "keys", "values", "tail"))
+    fits(keys[:4] == values[:4], "values")
+    fits(memory[:3] == keys[:3] and memory[3] <= keys[4] and memory[4] == values[4], "memory")
+    fits(tail[:3] == keys[:3] and tail[4] <= values[4], "tail")
+    if "history.keys" in tensors:
+        fits(tensors["history.keys"].shape[:4] == tensors["history.values"].shape[:4],
+             "history.values")  # fmt: skip
+        longest = int(length.max()) if len(length) else 0
+        fits(tensors["history.keys"].shape[3] >= longest, "history.keys")
 
 
 def _metadata(blob: bytes) -> dict[str, str]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearized.errors import ConfigError, RequestError
-from linearized.models import check_decoder, commit, extend, new_state, verify
+from linearized.errors import ConfigError, RequestError, StateError
+from linearized.models import check_decoder, check_state, commit, extend, new_state, verify
 from linearized.speculative.drafters.base import Ask, Drafter
 from linearized.speculative.planner import Costs, Planner
 from linearized.speculative.pool import Pool
@@ -109,7 +109,12 @@ class Engine:
                 param="max_tokens",
             )
         if state is not None:
-            state.check(self.pool.fingerprint)
+            check_state(self.model, state)
+            if state.batch_size != 1 or int(state.length[0]) >= len(text.tokens):
+                raise StateError(
+                    f"a text of {len(text.tokens)} tokens cannot go on from a state of "
+                    f"{state.batch_size} rows that has read {state.length.tolist()}"
+                )
         if text.finished is None:
             self._waiting[text] = state
 

@@ -38,11 +38,6 @@ class Pool(Generic[Key]):
         """In use or not."""
         return self._state.batch_size
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the model."""
-        return self._state.fingerprint
-
     def bytes_at(self, num_tokens: int) -> int:
         """What all rows take when the longest text has so many tokens."""
         state, history = self._state, self._state.history

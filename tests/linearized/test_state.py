@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import safetensors.torch
 import torch
 
 import linearized
 from linearized.errors import StateError
+from linearized.state import FORMAT
 
 
 def extended(model, length: int, batch: int = 1, seed: int = 0) -> linearized.DecodeState:
@@ -43,6 +45,37 @@ def test_damaged_bytes_are_refused(linear, damage):
     blob = damage(extended(linear(), 5).to_bytes())
     with pytest.raises(StateError):
         linearized.DecodeState.from_bytes(blob)
+
+
+NARROW = [("memory", 3), ("keys", 3), ("values", 4), ("tail", 0), ("length", 0)]
+
+
+@pytest.mark.parametrize("name, dim", NARROW)
+def test_tensors_that_do_not_fit_are_refused(linear, name, dim):
+    """By each other where that can be seen, else by the model."""
+    model = linear()
+    state = extended(model, 5)
+    tensors = {n: t.contiguous() for n, t in state.layers.tensors().items()}
+    metadata = {"format": FORMAT, "fingerprint": linearized.fingerprint(model)}
+    wrong = [tensors[name].narrow(dim, 0, tensors[name].shape[dim] - 1), tensors[name].half()]
+    if name == "length":
+        wrong.append(tensors[name] - 9)
+    for tensor in wrong:
+        changed = {**tensors, name: tensor.contiguous()}
+        with pytest.raises(StateError, match="damaged"):
+            read = linearized.DecodeState.from_bytes(safetensors.torch.save(changed, metadata))
+            linearized.extend(model, torch.tensor([[1]]), read)
+
+
+def test_a_state_made_in_inference_mode_is_an_ordinary_one(linear):
+    model = linear()
+    tokens = torch.randint(1, 50, (1, 20))
+    with torch.inference_mode():
+        state = linearized.new_state(model)
+        first = linearized.extend(model, tokens[:, :9], state)
+    rest = linearized.extend(model, tokens[:, 9:], state)
+    want = model(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(torch.cat([first.clone(), rest], dim=1), want)
 
 
 def test_another_model_is_refused(linear):
