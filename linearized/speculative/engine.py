@@ -78,6 +78,11 @@ class Engine:
         return [*self._decoding, *self._reading, *self._waiting]
 
     @property
+    def reading(self) -> bool:
+        """Is there a prompt that has not been read?"""
+        return bool(self._reading or self._waiting)
+
+    @property
     def busy(self) -> bool:
         return bool(self._decoding or self._reading or self._waiting)
 
