@@ -283,8 +283,8 @@ class _Drafting:
         trees = self._drafter.propose(asks)
         if planner is not None:
             seconds = time.perf_counter() - began
+            trees = planner.trim([ask.text for ask in asks], trees, batch, seconds)
             planner.took(len(asks), depth, seconds, sum(map(len, trees)) / len(trees))
-            trees = planner.trim([ask.text for ask in asks], trees, batch)
         found = {
             ask.text: _Draft(tree.best(ask.nodes), planner, ask.depth)
             for ask, tree in zip(asks, trees, strict=True)

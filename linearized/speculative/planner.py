@@ -11,13 +11,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
-MEMORY = 0.92
-"""What the weight of an observation falls to with every further one: some dozen rounds count."""
+MEMORY = 0.95
+"""What the weight of an observation falls to with every further round: some twenty count."""
 PRIOR = 3.0
 """Observations that what other texts have shown counts for, in a text of its own."""
 FIRST_PROBE, LAST_PROBE = 8, 256
@@ -87,35 +87,42 @@ def _between(points: Sequence[int], value: int) -> tuple[int, int, float]:
     return below, above, max(share, 0.0)
 
 
+@dataclass(slots=True)
 class Average:
     """A mean in which later observations weigh more."""
 
-    __slots__ = ("total", "weight")
-
-    def __init__(self) -> None:
-        self.total = self.weight = 0.0
+    total: float = 0.0
+    weight: float = 0.0
 
     def add(self, value: float, weight: float = 1.0) -> None:
-        self.total = MEMORY * self.total + value
-        self.weight = MEMORY * self.weight + weight
+        self.total += value
+        self.weight += weight
+
+    def fade(self) -> None:
+        self.total *= MEMORY
+        self.weight *= MEMORY
 
     def mean(self, prior: float, strength: float = PRIOR) -> float:
+        """As if `prior` had been observed so often before."""
         return (self.total + strength * prior) / (self.weight + strength)
 
 
-@dataclass(slots=True)
 class Record:
-    """How right a drafter was, by depth."""
+    """How right a drafter was, by depth. What has not been seen for a while fades, also where it
+    is not drafted any more."""
 
-    reach: defaultdict[int, Average] = field(default_factory=lambda: defaultdict(Average))
-    """Was so much of a tree that went so deep accepted?"""
-    sure: defaultdict[int, Average] = field(default_factory=lambda: defaultdict(Average))
-    """How many nodes of this depth were accepted, for each that its scores promised."""
+    def __init__(self, depth: int) -> None:
+        self.steps = [Average() for _ in range(depth + 1)]
+        """[level], was it accepted, where the level above it was?"""
+        self.sure = [Average() for _ in range(depth + 1)]
+        """[level], how many nodes were accepted, for each that their scores promised."""
 
     def observe(self, tree: TokenTree, accepted: int, depth: int) -> None:
-        """A tree that was to go `depth` deep, of which so many were accepted."""
-        for level in range(1, depth + 1):
-            self.reach[level].add(float(accepted >= level))
+        """A tree that was drafted `depth` deep; what was not worth verifying was not accepted."""
+        for average in (*self.steps, *self.sure):
+            average.fade()
+        for level in range(1, min(depth, accepted + 1) + 1):
+            self.steps[level].add(float(accepted >= level))
         promised: dict[int, float] = defaultdict(float)
         for node, level in enumerate(tree.depths):
             promised[level] += tree.scores[node] if tree.scores else 1.0
@@ -134,12 +141,12 @@ class Planner:
         self._costs = costs
         self._max_depth = max_depth
         self._max_nodes = max_nodes
-        self._all = Record()
+        self._all = Record(max_depth)
         self._texts: dict[Text, Record] = {}
         self._seconds: dict[tuple[int, int], Average] = defaultdict(Average)
         """Of drafting, by texts and depth."""
         self._sizes: dict[int, Average] = defaultdict(Average)
-        """Nodes of a tree, by depth."""
+        """Nodes of a tree that was worth verifying, by the depth that it was drafted."""
         self._idle = 0
         self._probe = FIRST_PROBE
 
@@ -157,57 +164,44 @@ class Planner:
 
     def reach(self, text: Text, depth: int) -> float:
         """The chance that a tree for this text is right so far down."""
-        chance = 1.0
         own = self._texts.get(text)
+        chance, shared = 1.0, OPTIMISM
         for level in range(1, depth + 1):
-            shared = self._all.reach.get(level)
-            if shared is None or not shared.weight:  # as it went from the level before
-                before = self._step(own, level - 1) if level > 1 else OPTIMISM
-                chance *= before
-            else:
-                chance = self._level(own, level)
+            shared = self._all.steps[level].mean(shared)  # like the level above, if unknown
+            chance *= own.steps[level].mean(shared) if own is not None else shared
         return chance
 
     def trim(
-        self, texts: Sequence[Text], trees: Sequence[TokenTree], batch: int
+        self, texts: Sequence[Text], trees: Sequence[TokenTree], batch: int, seconds: float
     ) -> list[TokenTree]:
-        """Of each tree the nodes that pay, in a round of `batch` texts whose trees are verified
-        side by side, as wide as the widest."""
+        """Of each tree, drafted in so many seconds all together, the nodes that pay in a round of
+        `batch` texts whose trees are verified side by side, as wide as the widest."""
         gains = [self._gains(text, tree) for text, tree in zip(texts, trees, strict=True)]
         widest = min(max(map(len, trees), default=0), self._max_nodes)
-        best, best_rate, expected = 0, batch / self._costs.verify(batch, 1), float(batch)
+        best, expected = 0, float(batch)
+        best_rate = batch / (seconds + self._costs.verify(batch, 1))
         for nodes in range(1, widest + 1):
             expected += sum(gain[nodes - 1] for gain in gains if len(gain) >= nodes)
-            rate = expected / self._costs.verify(batch, 1 + nodes)
+            rate = expected / (seconds + self._costs.verify(batch, 1 + nodes))
             if rate > best_rate:
                 best, best_rate = nodes, rate
         return [tree.best(best) for tree in trees]
 
     def observe(self, text: Text, tree: TokenTree, accepted: int, depth: int) -> None:
         """What became of a tree that was drafted `depth` deep."""
-        self._all.observe(tree, accepted, depth)
-        self._texts.setdefault(text, Record()).observe(tree, accepted, depth)
+        if text not in self._texts:
+            self._texts[text] = Record(self._max_depth)
+        for record in (self._all, self._texts[text]):
+            record.observe(tree, accepted, depth)
 
     def took(self, texts: int, depth: int, seconds: float, nodes: float) -> None:
-        """Drafting for so many texts took so long, and gave trees of so many nodes."""
-        self._seconds[texts, depth].add(seconds)
-        self._sizes[depth].add(nodes)
+        """Drafting so deep for so many texts took so long, and gave trees of so many nodes."""
+        for average, value in ((self._seconds[texts, depth], seconds), (self._sizes[depth], nodes)):
+            average.fade()
+            average.add(value)
 
     def forget(self, text: Text) -> None:
         self._texts.pop(text, None)
-
-    def _level(self, own: Record | None, level: int) -> float:
-        shared = self._all.reach[level].mean(OPTIMISM**level, 1.0)
-        if own is None or level not in own.reach:
-            return shared
-        return own.reach[level].mean(shared)
-
-    def _step(self, own: Record | None, level: int) -> float:
-        """How likely a guess at this depth is right, given those before it."""
-        if not self._all.reach.get(level):
-            return OPTIMISM
-        before = self._level(own, level - 1) if level > 1 else 1.0
-        return min(self._level(own, level) / max(before, 1e-6), 1.0)
 
     def _gains(self, text: Text, tree: TokenTree) -> list[float]:
         """What each further node is worth, in tokens, best first."""
@@ -215,10 +209,9 @@ class Planner:
         own = self._texts.get(text)
         gains = []
         for score, level in zip(scores, tree.depths, strict=True):
-            shared = self._all.sure[level].mean(1.0, 1.0) if level in self._all.sure else 1.0
-            sure = shared
-            if own is not None and level in own.sure:
-                sure = own.sure[level].mean(shared)
+            sure = self._all.sure[level].mean(1.0, 1.0)
+            if own is not None:
+                sure = own.sure[level].mean(sure)
             gains.append(min(score * sure, 1.0))
         return sorted(gains, reverse=True) if tree.scores else gains
 

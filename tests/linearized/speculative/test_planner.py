@@ -1,0 +1,115 @@
+"""What pays is verified, what does not is left alone, and little is lost in finding out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from linearized.speculative import Sampling, Text, TokenTree
+from linearized.speculative.planner import Costs, Planner
+
+FLAT = Costs((1, 8), (1, 32), ((1.0, 2.0), (2.0, 6.0)))
+
+
+def text() -> Text:
+    return Text([1], sampling=Sampling(), max_new_tokens=100)
+
+
+def rounds(planner: Planner, right: float, count: int, drafting: float, seed: int = 0) -> dict:
+    """One text, drafted for by chains whose guesses are right with this probability. Seconds of
+    all rounds, tokens, and rounds that were drafted for."""
+    draw = random.Random(seed)
+    one = text()
+    seconds, tokens, drafted, depths = 0.0, 0, 0, []
+    for _ in range(count):
+        depth = planner.depth([one], 1)
+        depths.append(depth)
+        tree, accepted = TokenTree.empty, 0
+        if depth:
+            drafted += 1
+            spent = depth * drafting
+            scores = [0.9**level for level in range(1, depth + 1)]
+            tree = planner.trim([one], [TokenTree.chain([0] * depth, scores)], 1, spent)[0]
+            planner.took(1, depth, spent, len(tree))
+            while accepted < len(tree) and draw.random() < right:
+                accepted += 1
+            planner.observe(one, tree, accepted, depth)
+            seconds += spent
+        seconds += FLAT.verify(1, 1 + len(tree))
+        tokens += 1 + accepted
+    return {"seconds": seconds, "tokens": tokens, "drafted": drafted, "depths": depths}
+
+
+def test_a_useless_drafter_costs_little():
+    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    rounds(planner, 0.0, 100, drafting=0.2)  # what it takes to find out
+    later = rounds(planner, 0.0, 2000, drafting=0.2, seed=1)
+    assert later["seconds"] / later["tokens"] < 1.03
+    assert 0 < later["drafted"] < 40  # tried again now and then
+
+
+def test_finding_out_is_short():
+    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    first = rounds(planner, 0.0, 60, drafting=0.2)
+    assert first["drafted"] < 12
+
+
+@pytest.mark.parametrize("right, least", [(0.95, 6), (0.8, 3)])
+def test_a_good_drafter_is_used(right, least):
+    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    rounds(planner, right, 100, drafting=0.1)
+    later = rounds(planner, right, 500, drafting=0.1, seed=1)
+    assert sorted(later["depths"])[len(later["depths"]) // 2] >= least
+    best = max(
+        sum(right**level for level in range(depth + 1)) / (depth * 0.1 + FLAT.verify(1, 1 + depth))
+        for depth in range(9)
+    )
+    assert later["tokens"] / later["seconds"] > 0.93 * best
+
+
+def test_one_that_gets_better_is_found():
+    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    rounds(planner, 0.0, 300, drafting=0.1)
+    later = rounds(planner, 0.9, 1500, drafting=0.1, seed=1)
+    assert later["depths"][-1] > 2
+
+
+def test_texts_have_their_own_estimates():
+    planner = Planner(FLAT, max_depth=4, max_nodes=16)
+    good, bad = text(), text()
+    for _ in range(30):
+        for one, accepted in ((good, 4), (bad, 0)):
+            planner.observe(one, TokenTree.chain([0] * 4), accepted, 4)
+    assert planner.reach(good, 4) > 0.8 > 0.2 > planner.reach(bad, 1)
+    assert 0.2 < planner.reach(text(), 1) < 0.8
+    trees = [TokenTree.chain([0] * 4)] * 2
+    kept = planner.trim([good, bad], trees, 2, 0.0)
+    assert len(kept[0]) == 4
+    planner.forget(bad)
+    assert planner.reach(bad, 1) > 0.2
+
+
+def test_trees_keep_their_best_nodes():
+    """A node is worth its score; a steep cost cuts the tree there."""
+    steep = Costs((1,), (1, 2, 3, 4), ((1.0, 1.3, 1.6, 1.9),))
+    planner = Planner(steep, max_depth=3, max_nodes=3)
+    tree = TokenTree((5, 6, 7), (-1, -1, 0), (0.9, 0.05, 0.6))
+    (kept,) = planner.trim([text()], [tree], 1, 0.0)
+    assert kept == TokenTree((5, 7), (-1, 0), (0.9, 0.6))
+    (kept,) = planner.trim([text()], [TokenTree((5,), (-1,), (0.1,))], 1, 0.0)
+    assert len(kept) == 0
+
+
+def test_costs_are_interpolated_and_never_fall():
+    assert FLAT.verify(1, 1) == 1 and FLAT.verify(8, 32) == 6
+    assert FLAT.verify(1, 16) == pytest.approx(1 + 15 / 31)
+    assert FLAT.verify(4, 1) == pytest.approx(1 + 3 / 7)
+    assert FLAT.verify(1, 63) == pytest.approx(3)  # beyond the table, further along
+    seen = []
+    costs = Costs.measure(
+        lambda batch, nodes: seen.append((batch, nodes)), max_batch=3, max_nodes=5
+    )
+    assert costs.batches == (1, 2, 3) and costs.nodes == (1, 2, 4, 5)
+    assert set(seen) == {(b, n) for b in costs.batches for n in costs.nodes}
+    assert all(row == tuple(sorted(row)) for row in costs.seconds)
