@@ -111,15 +111,15 @@ class Record:
     """How right a drafter was, by depth. What has not been seen for a while fades, also where it
     is not drafted any more."""
 
-    def __init__(self, depth: int) -> None:
-        self.steps = [Average() for _ in range(depth + 1)]
+    def __init__(self) -> None:
+        self.steps: dict[int, Average] = defaultdict(Average)
         """[level], was it accepted, where the level above it was?"""
-        self.sure = [Average() for _ in range(depth + 1)]
+        self.sure: dict[int, Average] = defaultdict(Average)
         """[level], how many nodes were accepted, for each that their scores promised."""
 
     def observe(self, tree: TokenTree, accepted: int, depth: int) -> None:
         """A tree that was drafted `depth` deep; what was not worth verifying was not accepted."""
-        for average in (*self.steps, *self.sure):
+        for average in (*self.steps.values(), *self.sure.values()):
             average.fade()
         for level in range(1, min(depth, accepted + 1) + 1):
             self.steps[level].add(float(accepted >= level))
@@ -141,7 +141,7 @@ class Planner:
         self._costs = costs
         self._max_depth = max_depth
         self._max_nodes = max_nodes
-        self._all = Record(max_depth)
+        self._all = Record()
         self._texts: dict[Text, Record] = {}
         self._seconds: dict[tuple[int, int], Average] = defaultdict(Average)
         """Of drafting, by texts and depth."""
@@ -190,7 +190,7 @@ class Planner:
     def observe(self, text: Text, tree: TokenTree, accepted: int, depth: int) -> None:
         """What became of a tree that was drafted `depth` deep."""
         if text not in self._texts:
-            self._texts[text] = Record(self._max_depth)
+            self._texts[text] = Record()
         for record in (self._all, self._texts[text]):
             record.observe(tree, accepted, depth)
 
