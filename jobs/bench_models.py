@@ -81,7 +81,7 @@ def main(
     if where.type == "cpu":
         twins[PACKED] = (_packed(softmax), _packed(linear))
         console.print(f"packing takes {linearized.pack(twins[PACKED][1]) / 1e6:.0f} MB a model")
-        if shutil.which("g++"):
+        if shutil.which("g++") and not quick:  # compiling takes longer than all the rest of it
             twins[COMPILED] = (_packed(softmax), _packed(linear))
             twins[COMPILED][0].compile(dynamic=False)
             linearized.compile(twins[COMPILED][1])
