@@ -176,7 +176,7 @@ class TargetReplica:
                 piece = await pieces.get()
                 if isinstance(piece, Exception):
                     raise LinearizedError("the model failed in the middle of a text") from piece
-                done = text.finished is not None and pieces.empty()
+                done = piece.finished is not None
                 yield Delta(text=piece.text, tokens=piece.tokens)
         finally:
             if self._pieces.pop(text, None) is not None and text.finished is None:

@@ -33,6 +33,8 @@ class Piece:
     """What is certain now; empty without a `decode`."""
     logprobs: tuple[Alternatives, ...] = ()
     """One a token, where they were asked for."""
+    finished: str | None = None
+    """Why the text ends here, if it does."""
 
 
 class Text:
@@ -141,7 +143,7 @@ class Text:
         self.rounds += 1
         self.drafted.update(tree.depths)
         self.accepted.update(range(1, min(len(path), len(new)) + 1))
-        return Piece(tuple(new), text, self._alternatives(new, path, logits))
+        return Piece(tuple(new), text, self._alternatives(new, path, logits), self.finished)
 
     def _alternatives(
         self, new: Sequence[int], path: Sequence[int], logits: Tensor

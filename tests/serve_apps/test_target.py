@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import pytest
 
 import linearized
-from linearized.speculative import Sampling
+from linearized.speculative import Engine, Sampling
 from serve_apps import link
 from serve_apps.draft import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Refused, Started
@@ -205,6 +206,24 @@ async def test_a_full_queue_refuses_and_says_when(folders):
         assert (event.status, event.code) == (503, "overloaded") and event.retry_after >= 1
         await asyncio.gather(*running)
         await read(target, job(max_tokens=3))
+
+
+async def test_nothing_of_the_end_is_lost_when_it_comes_late(folders, monkeypatch):
+    step = Engine.step
+
+    def slowly_at_the_end(engine):
+        found = step(engine)
+        time.sleep(0.5 * any(text.finished is not None for text, _ in found))
+        return found
+
+    monkeypatch.setattr(Engine, "step", slowly_at_the_end)
+    async with replica(folders) as target:
+        tokens = []
+        async for event in target.complete(job(max_tokens=3, speculate="none")):
+            if isinstance(event, Delta):
+                tokens += event.tokens
+                await asyncio.sleep(0.1)
+        assert len(tokens) == 3
 
 
 async def test_whoever_leaves_frees_the_place(folders):
