@@ -1,0 +1,80 @@
+"""One text: which drafted tokens it takes, where it ends, and what it says about them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from linearized.speculative import Sampling, Text, TokenTree
+
+TREE = TokenTree(tokens=(0, 1, 2, 1, 3), parents=(-1, -1, 1, 2, 0))
+"""1 2 1 is its longest path."""
+
+
+def logits(places: int, size: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randn(places, size, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def text(sampling: Sampling = Sampling(), **settings) -> Text:  # noqa: B008
+    return Text([4, 0], sampling=sampling, **{"max_new_tokens": 20, **settings})
+
+
+def takes(row: torch.Tensor, token: int, threshold: float, temperature: float) -> bool:
+    """Medusa's rule, written out."""
+    p = (row.double() / temperature).softmax(0).tolist()
+    entropy = -sum(x * math.log(x) for x in p)
+    return p[token] > min(threshold, math.sqrt(threshold) * math.exp(-entropy))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_typical_acceptance_is_medusas(seed):
+    sampling = Sampling(temperature=0.7, typical=0.3, seed=seed)
+    given = logits(1 + len(TREE), seed=seed)
+    accepted = [
+        takes(given[parent + 1], token, 0.3, 0.7)
+        for token, parent in zip(TREE.tokens, TREE.parents, strict=True)
+    ]
+    path, new = text(sampling).choose(given, TREE)
+    assert path == TREE.deepest(accepted)
+    assert new[:-1] == [TREE.tokens[node] for node in path]
+    # The token behind them is sampled as ever.
+    behind, length = (path[-1] + 1 if path else 0), 2 + len(path)
+    alone = Text([4] * length, sampling=sampling, max_new_tokens=1)
+    assert new[-1:] == alone.choose(given[behind : behind + 1], TokenTree.empty)[1]
+
+
+def test_typical_acceptance_takes_more_than_exact_sampling():
+    taken = {0.0: 0, 0.05: 0}
+    for typical in taken:
+        for seed in range(50):
+            one = text(Sampling(temperature=1.0, typical=typical, seed=seed))
+            taken[typical] += len(one.choose(logits(1 + len(TREE), seed=seed), TREE)[0])
+    assert taken[0.05] > taken[0.0]
+
+
+def test_log_probabilities_are_the_models_own():
+    """Whatever temperature and bias say; behind the root first, then behind each accepted node."""
+    given = logits(1 + len(TREE))
+    one = text(Sampling(temperature=2.0, logit_bias={1: 5.0}), logprobs=2)
+    piece = one.take([1, 2, 3], TREE, [1, 2], given)
+    log_p = given.double().log_softmax(1)
+    for place, token, said in zip((0, 2, 3), piece.tokens, piece.logprobs, strict=True):
+        assert said.logprob == pytest.approx(float(log_p[place, token]))
+        best = log_p[place].topk(2)
+        assert [token for token, _ in said.top] == best.indices.tolist()
+        assert [value for _, value in said.top] == pytest.approx(best.values.tolist())
+
+
+def test_a_text_ends_where_it_must():
+    given = logits(1 + len(TREE))
+    short = text(max_new_tokens=2)
+    piece = short.take([1, 2, 3], TREE, [1, 2], given)
+    assert (piece.tokens, piece.finished, short.finished) == ((1, 2), "length", "length")
+    assert short.accepted.total() == 2 and short.drafted == {1: 2, 2: 2, 3: 1}
+    stopping = text(Sampling(stop_ids=frozenset({2})))
+    piece = stopping.take([1, 2, 3], TREE, [1, 2], given)
+    assert (piece.tokens, piece.finished, stopping.new_tokens) == ((1, 2), "stop", [1, 2])
+    going_on = text()
+    assert going_on.take([1], TREE, [], given).finished is None and going_on.finished is None
