@@ -352,6 +352,7 @@ def _twins(run: Path, setting: Setting, console: Console) -> dict[str, Any]:
     if not (run / "softmax_draft").exists():
         console.print("no softmax draft: transformers' assisted generation is not measured")
         return {}
+    transformers.logging.set_verbosity_error()  # it warns of how it calls itself
     model, draft = (linearized.load(run / name) for name in ("teacher", "softmax_draft"))
     for one in (model, draft):
         linearized.pack(one)

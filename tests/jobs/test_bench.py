@@ -6,13 +6,20 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
+import linearized
 from jobs import baselines
 from jobs.measure import Bar, Timing, in_turns, peak_bytes
 from linearized import ops
+from linearized.medusa import MedusaHeads
+from linearized.training.blocks import ShardInfo, pack, write_shard
+from linearized.training.tokenizer import fingerprint
 
 CPU = torch.device("cpu")
 
@@ -101,6 +108,70 @@ def test_the_last_line_is_all_of_it(module, parts):
     assert all(math.isfinite(x) and x > 0 for x in found)
     assert record["machine"]["threads"] >= 1 and record["date"] and record["commit"]
     assert all({"name", "value", "bound", "met"} <= set(bar) for bar in record["bars"])
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer, tmp_path_factory) -> Path:
+    """All that jobs.bench_decode measures, with random weights."""
+    run = tmp_path_factory.mktemp("pair")
+    for name, layers, linear in (
+        ("teacher", 3, False), ("target", 3, True), ("draft", 1, True), ("softmax_draft", 1, False),
+        ("pruned", 2, True),
+    ):  # fmt: skip
+        torch.manual_seed(layers)
+        config = transformers.LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+            num_hidden_layers=layers, num_attention_heads=2, initializer_range=0.2,
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+        if linear:
+            linearized.linearize(model, linearized.LinearConfig(attention="grouped", group=8))
+        model.save_pretrained(run / name)
+        tokenizer.save_pretrained(run / name)
+    target = linearized.load(run / "target")
+    heads = MedusaHeads.on(target, 2, linearized.fingerprint(target))
+    heads.save_pretrained(run / "target" / "medusa")
+    layers = {"format": "linearized-layers/1", "layers": [0, 2]}
+    (run / "target" / "layers.json").write_text(json.dumps(layers))
+    rows, _ = pack([np.arange(3200, dtype=np.int32) % len(tokenizer)], block=96, end=0)
+    info = ShardInfo(
+        block=96, blocks=len(rows), tokens=rows.size, tokenizer=fingerprint(run / "target"),
+        documents=1, dropped=0, source="numbers", split="held_out",
+    )  # fmt: skip
+    (run / "data" / "held_out").mkdir(parents=True)
+    write_shard(run / "data" / "held_out" / "0.parquet", rows, info)
+    return run
+
+
+def test_every_drafter_is_compared_with_plain_decoding(pair, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(
+        "".join(json.dumps({"turns": [f"{i} lazy dogs", "?"]}) + "\n" for i in range(4))
+    )
+    options = ["--run", str(pair), "--texts", str(text), "--texts", str(chat)]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.bench_decode", "--quick", *options],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    record = json.loads(done.stdout.splitlines()[-1])
+    results = record["results"]
+    assert all(math.isfinite(x) and x >= 0 for x in numbers(results))
+    cases = results["cases"]
+    assert {case["corpus"] for case in cases} == {"standard library", "text", "chat"}
+    assert {case["batch"] for case in cases} == {1, 2}
+    assert {case["temperature"] for case in cases} == {0.0, 0.8}
+    assert {case["drafter"] for case in cases} == {
+        "plain", "model", "ngram", "model, then ngram", "useless model", "pruned", "softmax model",
+        "medusa", "layers",
+    }  # fmt: skip
+    assert all(case["same_text"] for case in cases)
+    assert all(0 <= case["repeated"] <= 1 and case["tokens_per_round"] >= 1 for case in cases)
+    assert set(results["twins"]) == {"0.0", "0.8"}
 
 
 def test_bad_options_are_refused():
