@@ -79,6 +79,7 @@ def main(config: GenerateConfig) -> None:
     import transformers
 
     import linearized
+    from linearized.packing import can_pack
     from linearized.speculative import Engine
 
     if config.threads:
@@ -87,7 +88,7 @@ def main(config: GenerateConfig) -> None:
     model = linearized.load(config.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     drafters = _drafters(config, model)
-    if model.device.type == "cpu" and config.pack:
+    if config.pack and can_pack(model):
         linearized.pack(model)
     if config.compile:
         linearized.compile(model)
@@ -136,11 +137,12 @@ def _are_ids(value: Any) -> bool:
 
 def _drafters(config: GenerateConfig, model: PreTrainedModel) -> list[Drafter]:
     import linearized
+    from linearized.packing import can_pack
     from linearized.speculative.generate import NAMED, drafters
 
     given = [one if one in NAMED else linearized.load(one) for one in config.drafter]
     for one in given:
-        if not isinstance(one, str) and config.pack:
+        if not isinstance(one, str) and config.pack and can_pack(one):
             linearized.pack(one)
     return drafters(given, model)
 

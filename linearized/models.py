@@ -218,10 +218,10 @@ def shortened(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     Raises:
         ModelError: it has no such list of layers.
     """
-    parts: dict[tuple[int, ...], PreTrainedModel] = model.__dict__.setdefault(_PARTS, {})
-    wanted = tuple(layers)
+    parts: dict[object, PreTrainedModel] = model.__dict__.setdefault(_PARTS, {})
+    wanted = tuple(layers), compiled.is_compiled(model)
     if wanted not in parts:
-        parts[wanted] = _shortened(model, wanted)
+        parts[wanted] = _shortened(model, wanted[0])
     return parts[wanted]
 
 
@@ -346,6 +346,8 @@ def _shortened(model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedMod
         if kinds:
             config.layer_types = [kinds[layer] for layer in layers]
     set_order(part, *_order(model, layers))
+    if compiled.is_compiled(model):
+        compiled.compile(part)  # anew: the program knows the order
     return cast(PreTrainedModel, part)
 
 

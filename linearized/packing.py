@@ -22,6 +22,12 @@ ROWS = 64
 """What the layout is chosen for. It is good for one row, too, and for hundreds."""
 
 
+def can_pack(model: nn.Module) -> bool:
+    """Is there anything that `pack` would lay out, and can this build of torch?"""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and any(_fits(linear.weight) for linear in _linears(model))
+
+
 def pack(model: nn.Module) -> int:
     """Lay out the weights of every linear layer on the CPU in float32 a second time. Returns the
     bytes that this takes. The model's parameters stay what they are; whoever writes them afterwards

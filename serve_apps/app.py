@@ -53,6 +53,10 @@ class AppArgs(BaseModel):
     """Guesses on each level."""
     deadline_ms: float = Field(default=50.0, ge=0)
     """How long one round of the target waits for a draft."""
+    pack: bool = True
+    """Lay weights out for the CPU once more: faster, for as much memory again."""
+    compile: bool = False
+    """Compile the steps: faster still, but replicas start some minutes later the first time."""
 
     ingress_replicas: int = Field(default=1, ge=1)
     target_replicas: int = Field(default=1, ge=1)
@@ -187,6 +191,8 @@ def _target_config(args: AppArgs) -> TargetConfig:
         max_sessions=args.max_sessions,
         max_waiting=args.max_waiting,
         deadline_ms=args.deadline_ms,
+        pack=args.pack,
+        compile=args.compile,
         threads=_threads(args.target_cpus),
     )
 
@@ -197,6 +203,8 @@ def _draft_config(args: AppArgs) -> DraftConfig:
         path=_folder(args.draft),
         depth=args.depth,
         width=args.width,
+        pack=args.pack,
+        compile=args.compile,
         threads=_threads(args.draft_cpus),
     )
 

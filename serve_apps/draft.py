@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import linearized
 from linearized.errors import ConfigError, LinearizedError
 from linearized.speculative import Ask, ModelDrafter, Sampling, Text
+from serve_apps import weights
 from serve_apps.draft_server import DraftServer
 from serve_apps.forward import Forward
 from serve_apps.protocol import MAX_NODES, Endpoint
@@ -32,6 +33,10 @@ class DraftConfig:
     """Guesses on each."""
     max_sessions: int = 64
     """Texts whose state is kept."""
+    pack: bool = True
+    """Lay weights out for the CPU once more."""
+    compile: bool = False
+    """Compile the steps."""
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -50,7 +55,7 @@ class DraftReplica:
         """`host` is this machine's address, as targets reach it."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="draft")
-        self._model = linearized.load(config.path)
+        self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
         self._server = DraftServer(
             self._drafter,
             forward=self._forward,
@@ -76,7 +81,7 @@ class DraftReplica:
         await self.endpoint()
         if not self._server.running:
             raise LinearizedError("the draft replica has stopped drafting")
-        self._forward.check(STUCK_S)
+        self._forward.check(STUCK_S)  # only once it is warm
 
     async def close(self) -> None:
         await self._server.close()
@@ -94,7 +99,10 @@ class DraftReplica:
     def _warm_up(self) -> None:
         """The first calls of every shape are slow."""
         drafter = self._drafter()
-        text = Text([0] * 64, sampling=Sampling(), max_new_tokens=0)
-        for new in range(1, self._config.depth + 2):
-            drafter.propose([Ask(text, self._config.depth, self._config.width)])
-            text.tokens += [0] * new
+        texts = [Text([0] * 64, sampling=Sampling(), max_new_tokens=0) for _ in range(2)]
+        for rows in range(1, len(texts) + 1):
+            for new in range(1, self._config.depth + 2):
+                asks = [Ask(text, self._config.depth, self._config.width) for text in texts[:rows]]
+                drafter.propose(asks)
+                for text in texts[:rows]:
+                    text.tokens += [0] * new

@@ -21,6 +21,7 @@ import linearized
 from linearized.errors import ConfigError, LinearizedError
 from linearized.speculative import Engine, Piece, Text
 from linearized.speculative.generate import decoding, end_of_text
+from serve_apps import weights
 from serve_apps.forward import Forward
 from serve_apps.generation import (
     Delta,
@@ -36,6 +37,8 @@ from serve_apps.protocol import Endpoint
 from serve_apps.speculator import Speculator
 
 STUCK_S = 120.0
+START_S = 900.0
+"""Steps may have to be compiled at the start."""
 MAX_NODES = 16
 """Of a tree that is verified."""
 LINK_S = 60.0
@@ -59,6 +62,10 @@ class TargetConfig:
     """Texts that wait for one of those to end; more are refused."""
     deadline_ms: float = 50.0
     """How long a round waits for the draft replica."""
+    pack: bool = True
+    """Lay weights out for the CPU once more."""
+    compile: bool = False
+    """Compile the steps."""
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -77,7 +84,7 @@ class TargetReplica:
         self._forward = Forward(threads=config.threads, name="target")
         self._texts = Forward(name="tokenizer")
         """Its own thread: a long prompt takes a while to tokenize."""
-        self._model = linearized.load(config.path)
+        self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
         linearized.models.check_decoder(self._model)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
         self._vocab_size = self._model.config.vocab_size
@@ -122,7 +129,7 @@ class TargetReplica:
             self._ready = asyncio.create_task(self._start())
         if self._ready.done():
             self._ready.result()
-        self._forward.check(STUCK_S)
+        self._forward.check(STUCK_S if self._ready.done() else START_S)
 
     async def close(self) -> None:
         if self._rounds is not None:

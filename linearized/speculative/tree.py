@@ -82,10 +82,10 @@ class TokenTree:
         stands behind its parent."""
         if num_nodes >= len(self):
             return self
-        kept = list(range(num_nodes))
+        kept = list(range(len(self)))
         if self.scores:  # a tie is for the earlier node, so a parent never loses to its child
-            ranked = sorted(range(len(self)), key=lambda node: -self.scores[node])
-            kept = sorted(ranked[:num_nodes])
+            kept.sort(key=lambda node: -self.scores[node])
+        kept = kept[:num_nodes]
         place = {node: i for i, node in enumerate(kept)} | {-1: -1}
         return TokenTree(
             tuple(self.tokens[node] for node in kept),

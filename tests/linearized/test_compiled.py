@@ -11,6 +11,7 @@ import torch
 import linearized
 from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, ModelError
+from linearized.models import shortened, sketch
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 
@@ -68,6 +69,19 @@ def test_with_packed_weights_and_in_copies(linear):
         model.model.embed_tokens.weight.mul_(2)  # its copy keeps its own
     got = linearized.extend(twin, tokens, linearized.new_state(twin))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+def test_with_some_layers_only(linear):
+    model = linear(dtype=torch.float32, layers=3)
+    tokens = torch.randint(1, 50, (1, 9))
+    state = linearized.new_state(model)
+    linearized.extend(model, tokens, state)
+    tree = tokens[:, :3], torch.tensor([[-1, 0, 0]]), state
+    want = sketch(model, *tree, layers=[0, 2])
+    linearized.compile(model)
+    assert is_compiled(shortened(model, [0, 2]))
+    torch.testing.assert_close(sketch(model, *tree, layers=[0, 2]), want, atol=1e-4, rtol=1e-4)
 
 
 def test_what_cannot_be_compiled_says_why(llama, linear, monkeypatch):

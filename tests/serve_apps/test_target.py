@@ -9,6 +9,7 @@ import time
 import pytest
 
 import linearized
+from linearized.compiled import is_compiled
 from linearized.speculative import Engine, Sampling
 from serve_apps import link
 from serve_apps.draft import DraftConfig, DraftReplica
@@ -206,6 +207,21 @@ async def test_a_full_queue_refuses_and_says_when(folders):
         assert (event.status, event.code) == (503, "overloaded") and event.retry_after >= 1
         await asyncio.gather(*running)
         await read(target, job(max_tokens=3))
+
+
+@pytest.mark.parametrize("way", ["pack", pytest.param("compile", marks=pytest.mark.slow)])
+async def test_fast_weights_and_steps_change_no_text(folders, way):
+    plain = {"pack": False, "compile": False}
+    texts = []
+    for settings in (plain, {**plain, way: True}):
+        draft = DraftReplica(DraftConfig(path=str(folders["draft"]), **settings))
+        async with replica(folders, draft.endpoint, **settings) as target:
+            packed = [one for one in target._model.modules() if "forward" in vars(one)]
+            assert bool(packed) == settings["pack"]
+            assert is_compiled(target._model) == settings["compile"]
+            texts.append((await read(target, job()))[0])
+        await draft.close()
+    assert texts[0] == texts[1]
 
 
 async def test_nothing_of_the_end_is_lost_when_it_comes_late(folders, monkeypatch):

@@ -39,6 +39,12 @@ def random_heads(model, count: int = 3) -> MedusaHeads:
     return heads.to(model.dtype).eval()
 
 
+class Reads(LayersDrafter):
+    """The target itself, but it wants to know what Medusa does."""
+
+    needs_hidden = True
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 def test_texts_are_those_of_plain_decoding(linear, sampling):
     model = linear(group=8, taps=5, layers=3)
@@ -209,3 +215,16 @@ def test_medusa_waits_for_a_hidden_state(linear):
     # The state is that from which the last token was chosen.
     whole = model(input_ids=torch.tensor([text.tokens]), use_cache=False, output_hidden_states=True)
     torch.testing.assert_close(text.hidden, whole.hidden_states[-1][0, -2])
+
+
+def test_the_hidden_state_is_that_of_the_last_accepted_node(linear):
+    model = linear()
+    engine = Engine(model, drafters=[Reads([0, 1])])
+    text = Text(PROMPT, sampling=Sampling(), max_new_tokens=12)
+    engine.add(text)
+    while engine.busy:
+        engine.step()
+        ids = torch.tensor([text.tokens])
+        whole = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        torch.testing.assert_close(text.hidden, whole.hidden_states[-1][0, -2])
+    assert text.accepted.total() > 4
