@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import cli
-from jobs.run import Run, Shape, Stage, Workers
+from jobs.run import BENCH, Run, Shape, Stage, Workers
 from jobs.trainer import fit
 from linearized.config import LinearConfig
 from linearized.training.optim import Optim
@@ -40,7 +40,7 @@ def demo() -> DraftConfig:
 
 
 def bench() -> DraftConfig:
-    """jobs.bench_decode's draft: 2.7M parameters, a quarter of an hour on two CPU cores."""
+    """jobs.bench_decode's draft: 2.7M parameters."""
     return DraftConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),
@@ -49,12 +49,12 @@ def bench() -> DraftConfig:
         linear=LinearConfig(attention="grouped", augment=True),
         train=Stage(
             objective="distillation",
-            steps=400,
-            batch=8,
+            steps=600,
+            batch=16,
             optim=Optim(lr=4e-3),
             checkpoint_every=100,
         ),
-        workers=Workers(),
+        workers=BENCH,
         eval_blocks=64,
     )
 

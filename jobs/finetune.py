@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import cli
-from jobs.run import Run, Stage, Workers
+from jobs.run import BENCH, Run, Stage, Workers
 from jobs.trainer import fit
 from linearized.config import LinearConfig
 from linearized.training.optim import Optim
@@ -39,9 +39,13 @@ def demo() -> FinetuneConfig:
 
 
 def bench() -> FinetuneConfig:
-    """jobs.bench_decode's target, ten minutes on two CPU cores."""
+    """jobs.bench_decode's target."""
     stage = Stage(
-        objective="transfer", steps=30, batch=8, optim=Optim(lr=1e-3, warmup=5), checkpoint_every=60
+        objective="transfer",
+        steps=30,
+        batch=16,
+        optim=Optim(lr=1e-3, warmup=5),
+        checkpoint_every=60,
     )
     distil = replace(stage, objective="distillation", steps=60, optim=Optim(lr=5e-4, warmup=5))
     return FinetuneConfig(
@@ -51,7 +55,7 @@ def bench() -> FinetuneConfig:
         linear=LinearConfig(attention="grouped", augment=True),
         transfer=stage,
         finetune=distil,
-        workers=Workers(),
+        workers=BENCH,
         eval_blocks=64,
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs import cli
-from jobs.run import Heads, Run, Stage, Workers
+from jobs.run import BENCH, Heads, Run, Stage, Workers
 from jobs.trainer import fit
 from linearized.training.optim import Optim
 
@@ -36,12 +36,12 @@ def demo() -> MedusaConfig:
 
 
 def bench() -> MedusaConfig:
-    """For jobs.bench_decode, five minutes on two CPU cores."""
+    """For jobs.bench_decode."""
     return MedusaConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),
-        train=Stage(objective="medusa", steps=120, batch=8, optim=Optim(lr=1e-3)),
-        workers=Workers(),
+        train=Stage(objective="medusa", steps=150, batch=16, optim=Optim(lr=1e-3)),
+        workers=BENCH,
     )
 
 

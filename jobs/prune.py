@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.progress import note
 from jobs import cli
-from jobs.run import Run, Stage, Workers
+from jobs.run import BENCH, Run, Stage, Workers
 from jobs.trainer import fit
 from linearized.errors import ConfigError
 from linearized.training.optim import Optim
@@ -46,16 +46,20 @@ def demo() -> PruneConfig:
 
 
 def bench() -> PruneConfig:
-    """For jobs.bench_decode, eight minutes on two CPU cores."""
+    """For jobs.bench_decode."""
     return PruneConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),
         out=Path("runs/bench/pruned"),
-        cut=Cut(layers=2, kv_heads=2, channels=352),
+        cut=Cut(layers=2, kv_heads=2, channels=432),
         train=Stage(
-            objective="distillation", steps=200, batch=8, optim=Optim(lr=2e-3), checkpoint_every=100
+            objective="distillation",
+            steps=300,
+            batch=16,
+            optim=Optim(lr=2e-3),
+            checkpoint_every=100,
         ),
-        workers=Workers(),
+        workers=BENCH,
         eval_blocks=64,
     )
 

@@ -183,6 +183,7 @@ def _engine(objective: Any, run: Run, stage: Stage) -> Any:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": run.workers.gpu},
+            "torch_autocast": {"enabled": run.workers.autocast, "dtype": "bfloat16"},
             "steps_per_print": 1_000_000_000,
         },
     )

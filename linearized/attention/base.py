@@ -8,6 +8,8 @@ width of queries and keys as the operator takes them, U of values, F of features
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,27 @@ class Place:
     """`causal`, `bidirectional`, or `cross`: from one text to another of any length."""
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
+
+
+def widen(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def outside_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast halves the digits of whatever is multiplied; these sums go on over whole texts and
+    keep theirs."""
+
+    @functools.wraps(forward)
+    def wrapped(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Any:
+        device = q.device.type
+        if not torch.is_autocast_enabled(device):
+            return forward(self, q, k, v, **settings)
+        with torch.autocast(device, enabled=False):
+            out, *kept = forward(self, widen(q), widen(k), widen(v), **settings)
+        return out.to(v.dtype), *kept
+
+    return wrapped
 
 
 class LinearAttention(nn.Module):
@@ -122,6 +145,7 @@ class LinearAttention(nn.Module):
         """Are the operator's sums the outputs, so that it may convolve, too?"""
         return type(self).leave is LinearAttention.leave and self.form.inside != "slots"
 
+    @outside_autocast
     def forward(
         self,
         q: Tensor,
@@ -170,11 +194,6 @@ class LinearAttention(nn.Module):
         )
 
 
-def widen(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class CrossAttention(nn.Module):
     """Attention from one text to another of any length, by way of a memory of fixed size. All its
     tokens are far ones of a variant: there are no groups, and no convolution."""
@@ -183,6 +202,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.variant = variant
 
+    @outside_autocast
     def forward(
         self,
         q: Tensor,

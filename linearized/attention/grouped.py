@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linearized import ops
-from linearized.attention.base import LinearAttention, Place
+from linearized.attention.base import LinearAttention, Place, outside_autocast
 from linearized.config import LinearConfig
 
 FORMS = {"local": "relu2", "grouped": "relu2", "global": "none"}
@@ -49,6 +49,7 @@ class GroupedAttention(LinearAttention):
     ) -> tuple[Tensor, Tensor]:
         return ops.unit(k), v
 
+    @outside_autocast
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Any:
         if where.get("state") is not None:
             return super().forward(q, k, v, **where)

@@ -190,6 +190,18 @@ def test_every_zero_stage_trains_the_same_model(cluster, data, teacher, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_autocast_changes_the_products_and_not_the_weights_type(cluster, data, target, tmp_path):
+    """In bfloat16 the losses are other ones, and close."""
+    run = replace(target, out=tmp_path / "autocast", workers=Workers(autocast=True))
+    found = train(run, cluster)["losses"]
+    want = json.loads((target.out / "run.json").read_text())["losses"]
+    assert found != want
+    assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in want], rel=0.02)
+    assert {tensor.dtype for tensor in weights(run.out).values()} == {torch.float32}
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_worker_costs_no_step(cluster, data, teacher, tmp_path):
@@ -233,6 +245,8 @@ def _worker_process(token: str) -> int:
 def test_settings_that_cannot_work_are_named(tmp_path):
     with pytest.raises(ConfigError, match="zero must be.*7"):
         Workers(zero=7)
+    with pytest.raises(ConfigError, match="autocast is for CPUs"):
+        Workers(gpu=True, autocast=True)
     with pytest.raises(ConfigError, match="steps must be.*0"):
         stage("next_token", 0)
     with pytest.raises(ConfigError, match="hidden=30"):

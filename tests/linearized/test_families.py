@@ -359,3 +359,31 @@ def test_what_cannot_be_linearized_says_why():
         linearized.generate(linear(small), [3, 4], max_new_tokens=1)
     with pytest.raises(ModelError, match="no encoder"):
         linearized.encode(linear(causal()), tokens_of(1, 5))
+
+
+@pytest.mark.parametrize("layers", [None, (1,)], ids=["all layers", "hybrid"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_autocast(attention, layers):
+    """bfloat16 around the attention, float32 in it: as before but for bfloat16's digits."""
+    model = linear(causal().float(), attention, augment=True, layers=layers)
+    tokens = tokens_of(2, 21)
+    want = model(input_ids=tokens, use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        state = linearized.new_state(model, batch_size=2)
+        linearized.extend(model, tokens[:, :13], state)
+        nodes, pending = linearized.verify(
+            model, tokens[:, 13:16], torch.tensor([[-1, 0, 1]]).expand(2, -1), state
+        )
+        linearized.commit(state, pending, [[0, 1, 2]] * 2)
+        rest = linearized.extend(model, tokens[:, 16:], state)
+    assert logits.dtype == torch.bfloat16
+    limit = 0.08 * want.abs().max()
+    if attention != "yoso":  # a hash falls to the other side for the smallest difference
+        assert 0 < (logits - want).abs().max() < limit
+        assert (nodes - want[:, 13:16]).abs().max() < limit
+        assert (rest - want[:, 16:]).abs().max() < limit
+    logits.float().logsumexp(-1).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert state.layers.memory.dtype == torch.float32
