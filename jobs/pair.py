@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.progress import note
 from cluster.session import session
@@ -19,6 +20,8 @@ from jobs import cli, data, draft, finetune, pretrain
 class PairConfig:
     cpus: int = 2
     """Of the local cluster, if there is none to join."""
+    autocast: bool = True
+    """Multiply in bfloat16; processors without AVX512-BF16 or AMX are faster without."""
 
 
 def bench() -> PairConfig:
@@ -30,12 +33,16 @@ RECIPES = {"bench": bench}
 
 
 def main(config: PairConfig) -> None:
+
+    def here(recipe: Any) -> Any:
+        return replace(recipe, workers=replace(recipe.workers, autocast=config.autocast))
+
     stages: dict[str, Callable[[], object]] = {
         "data": lambda: data.main(data.bench()),
-        "teacher": lambda: pretrain.main(pretrain.bench()),
-        "target": lambda: finetune.main(finetune.bench()),
-        "draft": lambda: draft.main(draft.bench()),
-        "softmax draft": lambda: draft.main(draft.bench_softmax()),
+        "teacher": lambda: pretrain.main(here(pretrain.bench())),
+        "target": lambda: finetune.main(here(finetune.bench())),
+        "draft": lambda: draft.main(here(draft.bench())),
+        "softmax draft": lambda: draft.main(here(draft.bench_softmax())),
     }
     with session(num_cpus=config.cpus):
         for name, stage in stages.items():
