@@ -45,7 +45,7 @@ def bench() -> DraftConfig:
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),
         out=Path("runs/bench/draft"),
-        shape=Shape(hidden=256, layers=2, heads=4, intermediate=704),
+        shape=Shape(hidden=320, layers=1, heads=5, intermediate=864),
         linear=LinearConfig(attention="grouped", augment=True),
         train=Stage(
             objective="distillation",

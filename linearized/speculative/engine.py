@@ -17,6 +17,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -275,16 +276,21 @@ class _Drafting:
         planner, depth = self._planner, self._drafter.depth
         if planner is not None:
             depth = planner.depth(texts, batch)
-        asks = [Ask(text, min(depth, _left(text)), self._max_nodes) for text in texts]
-        asks = [ask for ask in asks if ask.depth]
+        ends = ((text, min(depth, _left(text))) for text in texts)
+        asks = [Ask(text, end, self._max_nodes) for text, end in ends if end]
         if not asks:
             return [_Draft() for _ in texts]
+        if planner is not None:
+            follow = planner.follow(len(asks))
+            asks = [replace(ask, follow=follow) for ask in asks]
         began = time.perf_counter()
         trees = self._drafter.propose(asks)
         if planner is not None:
             seconds = time.perf_counter() - began
+            levels = max(max(tree.depths, default=1) for tree in trees)
             trees = planner.trim([ask.text for ask in asks], trees, batch, seconds)
-            planner.took(len(asks), depth, seconds, sum(map(len, trees)) / len(trees))
+            nodes = sum(map(len, trees)) / len(trees)
+            planner.took(len(asks), depth, seconds, levels=levels, nodes=nodes)
         found = {
             ask.text: _Draft(tree.best(ask.nodes), planner, ask.depth)
             for ask, tree in zip(asks, trees, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import statistics
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ PRIOR = 3.0
 """Observations that what other texts have shown counts for, in a text of its own."""
 FIRST_PROBE, LAST_PROBE = 8, 256
 """Rounds without a drafter until it is tried again; each failure doubles them."""
+TIMES = 7
+"""Whose median a time is taken to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,26 @@ class Average:
         return (self.total + strength * prior) / (self.weight + strength)
 
 
+class Recent:
+    """Times of the last calls. The first one does not count: it is slow with what it sets up."""
+
+    def __init__(self) -> None:
+        self._called = False
+        self._seconds: deque[float] = deque(maxlen=TIMES)
+
+    def __bool__(self) -> bool:
+        return bool(self._seconds)
+
+    def add(self, seconds: float) -> None:
+        if self._called:
+            self._seconds.append(seconds)
+        self._called = True
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self._seconds)
+
+
 class Record:
     """How right a drafter was, by depth. What has not been seen for a while fades, also where it
     is not drafted any more."""
@@ -130,6 +152,8 @@ class Record:
             self.sure[level].add(float(accepted >= level), score)
 
 
+FOLLOW = 0.1
+"""What a level costs, in tokens of a text, as long as it is not known."""
 OPTIMISM = 0.7
 """Of one who has drafted nothing yet: is a guess right, given that all before it are?"""
 
@@ -143,8 +167,12 @@ class Planner:
         self._max_nodes = max_nodes
         self._all = Record()
         self._texts: dict[Text, Record] = {}
-        self._seconds: dict[tuple[int, int], Average] = defaultdict(Average)
+        self._seconds: dict[tuple[int, int], Recent] = defaultdict(Recent)
         """Of drafting, by texts and depth."""
+        self._levels: dict[int, Recent] = defaultdict(Recent)
+        """Of a level of the trees, by texts."""
+        self._rate = 0.0
+        """Tokens a second, as it was planned last."""
         self._sizes: dict[int, Average] = defaultdict(Average)
         """Nodes of a tree that was worth verifying, by the depth that it was drafted."""
         self._idle = 0
@@ -160,7 +188,17 @@ class Planner:
             seconds = self._drafting(len(texts), depth) + self._costs.verify(batch, nodes)
             if expected / seconds > best_rate:
                 best, best_rate = depth, expected / seconds
+        self._rate = best_rate
         return self._probed(best)
+
+    def follow(self, texts: int) -> float:
+        """How probable a guess must be for the next level of the trees of so many texts to be worth
+        its time: what the time of a level gives otherwise, in tokens of one text."""
+        known = [count for count, times in self._levels.items() if times]
+        if not known:
+            return FOLLOW
+        near = min(known, key=lambda count: abs(count - texts))
+        return min(self._levels[near].median * self._rate / texts, 1.0)
 
     def reach(self, text: Text, depth: int) -> float:
         """The chance that a tree for this text is right so far down."""
@@ -194,11 +232,13 @@ class Planner:
         for record in (self._all, self._texts[text]):
             record.observe(tree, accepted, depth)
 
-    def took(self, texts: int, depth: int, seconds: float, nodes: float) -> None:
-        """Drafting so deep for so many texts took so long, and gave trees of so many nodes."""
-        for average, value in ((self._seconds[texts, depth], seconds), (self._sizes[depth], nodes)):
-            average.fade()
-            average.add(value)
+    def took(self, texts: int, depth: int, seconds: float, *, levels: int, nodes: float) -> None:
+        """Drafting up to so deep for so many texts took so long. The deepest tree has so many
+        levels, and on average so many nodes were worth verifying."""
+        self._seconds[texts, depth].add(seconds)
+        self._levels[texts].add(seconds / levels)
+        self._sizes[depth].fade()
+        self._sizes[depth].add(nodes)
 
     def forget(self, text: Text) -> None:
         self._texts.pop(text, None)
@@ -217,11 +257,11 @@ class Planner:
 
     def _drafting(self, texts: int, depth: int) -> float:
         """Seconds, of the nearest that is known."""
-        known = [key for key, average in self._seconds.items() if average.weight]
+        known = [key for key, times in self._seconds.items() if times]
         if not known:
             return 0.0
         near = min(known, key=lambda key: (abs(key[0] - texts), abs(key[1] - depth)))
-        return self._seconds[near].mean(0.0, 0.0) * depth / near[1]
+        return self._seconds[near].median * depth / near[1]
 
     def _probed(self, best: int) -> int:
         """What was found not to pay is tried again now and then."""

@@ -23,6 +23,9 @@ class Ask:
     """Levels, at most."""
     nodes: int
     """At most."""
+    follow: float = 0.0
+    """A guess whose whole path is less probable than this is not worth the time to follow it any
+    further; it may be a leaf."""
 
 
 class Drafter(ABC):

@@ -78,13 +78,15 @@ class Growth:
         # With the shared noise in them, the scores tell how sure this very guess is.
         scores = text.sampler.scores(logits[nodes], text.tokens, paths).log_softmax(1)
         scores = scores + scores.new_tensor(likely)[:, None]
+        follow = math.log(self.ask.follow) if self.ask.follow > 0 else -math.inf
         best = scores.flatten().topk(min(width, scores.numel()))
         frontier = []
         for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if value < least:
                 break
             row, token = divmod(index, scores.shape[1])
-            frontier.append(len(self.guesses))
+            if value >= follow:
+                frontier.append(len(self.guesses))
             self.tokens.append(token)
             self.parents.append(nodes[row])
             self.guesses.append(min(value, likely[row]))

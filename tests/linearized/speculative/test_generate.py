@@ -158,6 +158,20 @@ def test_a_drafter_drafts_for_many_texts(linear):
         assert [tree.tokens for tree in reversed(found)] == [tree.tokens for tree in alone]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=2)])
+def test_only_what_is_worth_it_is_followed(linear, sampling):
+    """What is less probable may be a leaf."""
+    drafter = ModelDrafter(linear(layers=1), depth=6, width=4, floor=0.0)
+    text = Text([3, 1, 4, 1, 5], sampling=sampling, max_new_tokens=20)
+    (whole,) = drafter.propose([Ask(text, 6, 24)])
+    inner = sorted(whole.scores[parent] for parent in set(whole.parents) - {-1})
+    follow = inner[len(inner) // 2]
+    (part,) = drafter.propose([Ask(text, 6, 24, follow * 0.999)])
+    assert 0 < len(part) < len(whole)
+    assert all(part.scores[parent] >= follow * 0.999 for parent in part.parents if parent >= 0)
+    assert min(part.scores) < follow
+
+
 def test_ngram_finds_the_latest_continuation():
     def continued(tokens, depth=3):
         text = Text(tokens, sampling=Sampling(), max_new_tokens=9)

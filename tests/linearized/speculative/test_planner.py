@@ -31,7 +31,7 @@ def rounds(planner: Planner, right: float, count: int, drafting: float, seed: in
             spent = depth * drafting
             scores = [0.9**level for level in range(1, depth + 1)]
             tree = planner.trim([one], [TokenTree.chain([0] * depth, scores)], 1, spent)[0]
-            planner.took(1, depth, spent, len(tree))
+            planner.took(1, depth, spent, levels=depth, nodes=len(tree))
             while accepted < len(tree) and draw.random() < right:
                 accepted += 1
             planner.observe(one, tree, accepted, depth)
@@ -113,3 +113,31 @@ def test_costs_are_interpolated_and_never_fall():
     assert costs.batches == (1, 2, 3) and costs.nodes == (1, 2, 4, 5)
     assert set(seen) == {(b, n) for b in costs.batches for n in costs.nodes}
     assert all(row == tuple(sorted(row)) for row in costs.seconds)
+
+
+def test_one_slow_call_does_not_count():
+    """Neither the first one, which sets something up, nor one that was interrupted."""
+    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    for seconds in (9.0, 0.1, 0.1, 7.0, 0.1):
+        planner.took(1, 4, seconds, levels=2, nodes=4)
+        planner.observe(one := text(), TokenTree.chain([0] * 4), 4, 4)
+        planner.forget(one)
+    assert planner.depth([text()], 1) >= 4
+
+
+def test_a_level_costs_what_its_time_gives_otherwise():
+    planner = Planner(FLAT, max_depth=1, max_nodes=16)
+    assert planner.follow(1) == 0.1  # nothing is known
+    for _ in range(3):
+        planner.took(1, 1, 0.25, levels=1, nodes=1)
+        planner.took(4, 1, 0.5, levels=1, nodes=1)
+    for _ in range(100):
+        planner.observe(text(), TokenTree.chain([0]), 0, 1)
+    planner.depth([text()], 1)  # nothing pays: one token a second
+    assert planner.follow(1) == pytest.approx(0.25)
+    planner.depth([text()] * 4, 4)
+    rate = 4 / FLAT.verify(4, 1)
+    assert planner.follow(4) == pytest.approx(0.5 * rate / 4)
+    planner.took(8, 1, 99.0, levels=1, nodes=1)
+    planner.took(8, 1, 99.0, levels=1, nodes=1)
+    assert planner.follow(8) == 1.0
