@@ -1,8 +1,11 @@
 """Speculative decoding against plain decoding of the same target, drafter by drafter.
 
-    python -m jobs.pair bench           # once: trains what is measured
-    python -m jobs.bench_decode         # about twenty minutes on two CPU cores
-    python -m jobs.bench_decode --quick # a minute or two; for a look, not for figures
+    python -m jobs.pair bench            # once: trains what is measured
+    python -m jobs.medusa bench          # and, if they are to be measured, too, the other drafters:
+    python -m jobs.layers bench
+    python -m jobs.prune bench
+    python -m jobs.bench_decode          # ten minutes on two CPU cores; with more `--texts`, longer
+    python -m jobs.bench_decode --quick  # a minute or two; for a look, not for figures
 
 On held-out prompts, greedy and sampled, from one text at a time to eight: tokens per second, what
 was drafted and accepted, where the time went; and, so that a target that repeats itself cannot
@@ -287,10 +290,9 @@ def _repeated(tokens: list[int], size: int = 8) -> float:
 
 
 def _cases(setting: Setting, console: Console) -> list[dict[str, Any]]:
-    """The whole grid on the standard library, one text at a time on the others."""
     found = []
     for corpus, prompts in setting.prompts.items():
-        for batch in setting.batches if corpus == STDLIB else setting.batches[:1]:
+        for batch in setting.batches:
             for temperature in (0.0, 0.8):
                 found += _compare(setting, corpus, prompts, batch, temperature)
         _show_cases(corpus, found, console)

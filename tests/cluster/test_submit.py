@@ -84,7 +84,8 @@ def test_failed_job_is_explained(cluster, tmp_path, capfd):
         "import sys\n"
         "note('so far so good')\n"
         "with Progress('load', total=1): print('reading it')\n"
-        "for i in range(3000): print('line', i)\n"
+        # In one piece each: Ray writes into the same log, whenever it gets to it.
+        "for i in range(3000): sys.stdout.write(f'line {i}\\n')\n"
         "print('error: the corpus is empty', file=sys.stderr)\n"
         "sys.exit(2)\n"
     )
