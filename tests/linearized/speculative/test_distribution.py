@@ -25,6 +25,7 @@ FILTERS = [
     {"temperature": 1.0, "repetition_penalty": 1.7},
     {"temperature": 1.0, "presence_penalty": 0.8, "frequency_penalty": 0.5},
     {"temperature": 1.0, "logit_bias": {0: 1.5, 4: -2.0}},
+    {"temperature": 1.0, "min_tokens": 1, "stop_ids": frozenset({2, 5})},
 ]
 
 
@@ -33,6 +34,8 @@ def probabilities(logits: torch.Tensor, text: list[int], settings: dict) -> torc
     adjusted = logits.clone()
     for token, bias in settings.get("logit_bias", {}).items():
         adjusted[token] += bias
+    if len(text) < settings.get("min_tokens", 0):
+        adjusted[list(settings["stop_ids"])] = -math.inf
     for token in {*PROMPT, *text}:
         penalty = settings.get("repetition_penalty", 1.0)
         adjusted[token] = adjusted[token] / penalty if adjusted[token] > 0 else (
