@@ -150,13 +150,7 @@ class Run:
                 raise DataError(
                     f"{self.name}: there is no {folder}; run the job that makes it first"
                 )
-            for file in sorted(folder.iterdir()):
-                if file.name in ("run.json", "data.json"):  # ours: settings, inputs and seconds
-                    digest.update(json.loads(file.read_text())["key"].encode())
-                elif file.suffix == ".json":
-                    digest.update(file.name.encode() + file.read_bytes())
-                elif file.is_file():
-                    digest.update(f"{file.name} {file.stat().st_size}".encode())
+            digest.update(_stamp(folder))
         return digest.hexdigest()
 
     @property
@@ -174,3 +168,19 @@ class Run:
             student=student,
             teacher=teacher,
         )
+
+
+def _stamp(folder: Path) -> bytes:
+    """Of what a folder was made of, if a job of ours made it; others may have put something beside
+    that since, such as Medusa's heads. Else of its files, weights by their size."""
+    for name in ("run.json", "data.json"):
+        if (folder / name).exists():
+            key: str = json.loads((folder / name).read_text())["key"]
+            return key.encode()
+    stamp = b""
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            stamp += file.name.encode() + file.read_bytes()
+        elif file.is_file():
+            stamp += f"{file.name} {file.stat().st_size}".encode()
+    return stamp

@@ -1,0 +1,58 @@
+"""A run is known again by its settings and by what it is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from jobs.run import Run, Shape, Stage, Workers
+from linearized.errors import DataError
+
+
+@pytest.fixture
+def run(tmp_path):
+    for name, file in (("data", "data.json"), ("teacher", "run.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(json.dumps({"key": name, "seconds": 1}))
+    return Run(
+        name="draft",
+        data=tmp_path / "data",
+        out=tmp_path / "draft",
+        student=Shape(hidden=8, layers=1, heads=1, intermediate=8),
+        linear=None,
+        teacher=tmp_path / "teacher",
+        stages=(Stage(objective="distillation", steps=1, batch=1),),
+        workers=Workers(count=1),
+    )
+
+
+def test_settings_and_inputs_tell_runs_apart(run):
+    key = run.key()
+    assert replace(run, fresh=True).key() == key
+    assert replace(run, seed=7).key() != key
+    (run.teacher / "run.json").write_text(json.dumps({"key": "another"}))
+    assert run.key() != key
+
+
+def test_what_is_put_beside_a_model_does_not(run):
+    key = run.key()
+    (run.teacher / "layers.json").write_text("{}")
+    (run.teacher / "run.json").write_text(json.dumps({"key": "teacher", "seconds": 2}))
+    assert run.key() == key
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "new.json"])
+def test_every_file_of_a_model_that_we_have_not_made_does(run, file):
+    (run.teacher / "run.json").unlink()
+    (run.teacher / "config.json").write_text("{}")
+    (run.teacher / "model.safetensors").write_bytes(b"12")
+    key = run.key()
+    (run.teacher / file).write_text("longer")
+    assert run.key() != key
+
+
+def test_a_folder_that_is_not_there(run):
+    with pytest.raises(DataError, match="draft: there is no .*other; run the job that makes it"):
+        replace(run, data=run.data / "other").key()
