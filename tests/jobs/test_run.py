@@ -9,6 +9,7 @@ import pytest
 
 from jobs.run import Run, Shape, Stage, Workers
 from linearized.errors import DataError
+from linearized.training.optim import Optim
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def run(tmp_path):
         student=Shape(hidden=8, layers=1, heads=1, intermediate=8),
         linear=None,
         teacher=tmp_path / "teacher",
-        stages=(Stage(objective="distillation", steps=1, batch=1),),
+        stages=(Stage(objective="distillation", steps=1, batch=1, optim=Optim(lr=1e-3)),),
         workers=Workers(count=1),
     )
 
