@@ -8,7 +8,7 @@ its inputs as they are: the state's tensors, the open group whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ _KEY = "_linearized_step"
 def compile(model: PreTrainedModel) -> None:
     """Let `verify`, and `extend` by a few tokens, run as compiled programs from now on. The first
     calls of one row, of several, of one node and of several take tens of seconds each; torch keeps
-    what they have made in a folder, and finds it again the next time.
+    what they have made in a folder, and finds it again the next time. New weights are used, also
+    packed ones and other modules; who changes Python code or globals must compile again.
 
     Raises:
         ModelError: a hybrid, whose state grows, or an encoder-decoder model. ConfigError: there is
@@ -46,11 +47,10 @@ def is_compiled(model: PreTrainedModel) -> bool:
     return _KEY in model.__dict__
 
 
-def forward(model: PreTrainedModel, tokens: Tensor, step: Pass) -> Tensor:
-    """Logits [B, N, V] at the nodes of `step`, which is left as an eager forward leaves it."""
-    assert step.nodes is not None
-    nodes, layers, shift = step.nodes, step.state.layers, step.state.shift
-    trees = [tokens, nodes.positions, nodes.same, nodes.earlier, nodes.lags]
+def forward(model: PreTrainedModel, tokens: Tensor, parents: Tensor, step: Pass) -> Tensor:
+    """Logits [B, N, V] at the nodes of a tree; `step` is left as an eager forward leaves it."""
+    layers, shift = step.state.layers, step.state.shift
+    trees = [tokens, ops.ancestors(parents)]
     states = [layers.memory, layers.keys, layers.values, layers.tail]
     for tensor in trees:
         _mark(tensor, range(tensor.ndim))
@@ -60,10 +60,9 @@ def forward(model: PreTrainedModel, tokens: Tensor, step: Pass) -> Tensor:
     if shift is not None:
         _mark(shift, [1])
     program: _Program = model.__dict__[_KEY]
-    logits, keys, values, shifts, step.hidden = program.step(
+    logits, step.stacked, shifts, step.hidden = program.step(
         *trees, *states, layers.length, shift, step.keeps_hidden
     )
-    step.layers.extend(zip(keys, values, strict=True))
     if shifts is not None:
         step.shifts.extend(shifts)
     out: Tensor = logits
@@ -80,11 +79,25 @@ def _mark(tensor: Tensor, dims: Iterable[int]) -> None:
 class _Program:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.step: Any = torch.compile(_Step(model), dynamic=False)
+        options: dict[str, Any] = {"guard_filter_fn": _guarded}
+        self.step: Any = torch.compile(_Step(model), dynamic=False, options=options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles compile their own."""
         return _Program, (self.model,)
+
+
+def _guarded(guards: Sequence[Any]) -> list[bool]:
+    """What is looked at before each call: the inputs, and of the model its modules' types and
+    constants. Looking at all that torch would took a sixth of a step."""
+    return [
+        not guard.is_global
+        and (
+            not guard.orig_guard.source.is_unspecialized_nn_module()
+            or guard.guard_type in ("TYPE_MATCH", "CONSTANT_MATCH")
+        )
+        for guard in guards
+    ]
 
 
 class _Step(nn.Module):
@@ -98,10 +111,7 @@ class _Step(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        positions: Tensor,
-        same: Tensor,
-        earlier: Tensor,
-        lags: Tensor,
+        visible: Tensor,
         memory: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -109,18 +119,19 @@ class _Step(nn.Module):
         length: Tensor,
         shift: Tensor | None,
         keeps_hidden: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
         layers = GroupState(memory, keys, values, tail, length)
-        nodes = ops.Nodes(positions, same, earlier, lags, crosses=True)
+        nodes = ops.Nodes.among(visible, length, group=layers.group, taps=layers.taps)
         step = Pass(state=DecodeState(layers, "", shift=shift), nodes=nodes, order=self.order)
         output = self.model(
             input_ids=tokens,
-            position_ids=positions,
+            position_ids=nodes.positions,
             use_cache=False,
             linear_pass=step,
             output_hidden_states=keeps_hidden,
         )
         hidden = output.hidden_states[-1] if keeps_hidden else None
         new_keys, new_values = zip(*step.layers, strict=True)
+        new = torch.stack(new_keys), torch.stack(new_values)
         shifts = torch.stack(step.shifts) if step.shifts else None
-        return output.logits, torch.stack(new_keys), torch.stack(new_values), shifts, hidden
+        return output.logits, new, shifts, hidden

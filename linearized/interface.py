@@ -236,6 +236,8 @@ class Pass:
     """The encoder's text is read: cross attention leaves its memories."""
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Keys and values of the linearized layers so far."""
+    stacked: tuple[Tensor, Tensor] | None = None
+    """Those of all of them, [L, …], from a compiled program."""
     history: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of the layers that keep softmax."""
     memories: list[Tensor] = field(default_factory=list)
@@ -291,7 +293,7 @@ class Pass:
 
     def pending(self, parents: list[list[int]]) -> Pending:
         return Pending(
-            layers=_stack(self.layers, like=self.state.layers),
+            layers=self._tokens(),
             history=_stack(self.history) if self.history else None,
             parents=parents,
             length=self.state.length.clone(),
@@ -302,8 +304,10 @@ class Pass:
     def fold(self) -> None:
         history = _stack(self.history) if self.history else None
         shift = torch.stack(self.shifts) if self.shifts else None
-        layers = _stack(self.layers, like=self.state.layers)
-        fold(self.state, layers, history, self.mask, shift)
+        fold(self.state, self._tokens(), history, self.mask, shift)
+
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        return self.stacked or _stack(self.layers, like=self.state.layers)
 
     def remember(self) -> None:
         """Keep what cross attention has read."""

@@ -161,14 +161,14 @@ def extend(
     token."""
     _check(model, tokens, state)
     rows, num_tokens = tokens.shape
-    nodes = None
+    step = Pass(state=state, mask=mask)
     if mask is None and num_tokens <= SMALL:
         chain = torch.arange(-1, num_tokens - 1, device=tokens.device).expand(rows, -1)
-        nodes = _nodes(model, chain, state)
-    step = Pass(state=state, nodes=nodes, mask=mask)
-    valid = torch.ones_like(tokens) if mask is None else mask.long()
-    positions = (state.length[:, None] + valid.cumsum(1) - 1).clamp(min=0)
-    logits = _forward(model, tokens, positions, step, logits_to_keep)
+        logits = _forward_tree(model, tokens, chain, step, logits_to_keep)
+    else:
+        valid = torch.ones_like(tokens) if mask is None else mask.long()
+        positions = (state.length[:, None] + valid.cumsum(1) - 1).clamp(min=0)
+        logits = _forward(model, tokens, positions, step, logits_to_keep)
     step.fold()
     return logits
 
@@ -188,9 +188,8 @@ def verify(
     gave, too."""
     _check(model, tokens, state)
     ops.check_parents(parents, *tokens.shape)
-    nodes = _nodes(model, parents, state)
-    step = Pass(state=state, nodes=nodes, keeps_hidden=hidden)
-    logits = _forward(model, tokens, nodes.positions, step, 0)
+    step = Pass(state=state, keeps_hidden=hidden)
+    logits = _forward_tree(model, tokens, parents, step)
     return logits, step.pending(parents.tolist())
 
 
@@ -208,8 +207,7 @@ def sketch(
     _check(model, tokens, state)
     ops.check_parents(parents, *tokens.shape)
     part = shortened(model, layers)
-    nodes = _nodes(part, parents, state)
-    return _forward(part, tokens, nodes.positions, Pass(state=state, nodes=nodes), 0)
+    return _forward_tree(part, tokens, parents, Pass(state=state))
 
 
 def shortened(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -282,6 +280,17 @@ def commit(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) 
     fold(state, (keys, values), history, mask, shift)
 
 
+def _forward_tree(
+    model: PreTrainedModel, tokens: Tensor, parents: Tensor, step: Pass, logits_to_keep: int = 0
+) -> Tensor:
+    if compiled.is_compiled(model):
+        return compiled.forward(model, tokens, parents, step)[:, -logits_to_keep:]
+    layers, length = step.state.layers, step.state.length
+    trim = parents.device.type == "cpu"  # on a GPU, looking would wait
+    step.nodes = ops.Nodes.of(parents, length, group=layers.group, taps=layers.taps, trim=trim)
+    return _forward(model, tokens, step.nodes.positions, step, logits_to_keep)
+
+
 def _forward(
     model: PreTrainedModel, tokens: Tensor, positions: Tensor, step: Pass, logits_to_keep: int
 ) -> Tensor:
@@ -294,8 +303,6 @@ def _forward(
             encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False, linear_pass=step
         )
         output.logits = output.logits[:, -logits_to_keep:]
-    elif step.nodes is not None and compiled.is_compiled(model):
-        return compiled.forward(model, tokens, step)[:, -logits_to_keep:]
     else:
         output = model(
             input_ids=tokens,
@@ -359,13 +366,6 @@ def _order(model: PreTrainedModel, layers: tuple[int, ...]) -> tuple[tuple[int, 
     return tuple(
         tuple(kind.index(layer) for layer in layers if layer in kind) for kind in (linear, softmax)
     )
-
-
-def _nodes(model: PreTrainedModel, parents: Tensor, state: DecodeState) -> ops.Nodes:
-    layers = state.layers
-    # On a GPU, looking would wait; a program takes the group as it is.
-    trim = parents.device.type == "cpu" and not compiled.is_compiled(model)
-    return ops.Nodes.of(parents, state.length, group=layers.group, taps=layers.taps, trim=trim)
 
 
 def check_decoder(model: PreTrainedModel) -> None:

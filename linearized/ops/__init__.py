@@ -21,7 +21,7 @@ from linearized.errors import ConfigError, StateError
 from linearized.ops import cpu, reference
 from linearized.ops.form import CONVOLUTION, Form
 from linearized.ops.grid import Grid
-from linearized.ops.nodes import Nodes, check_parents
+from linearized.ops.nodes import Nodes, ancestors, check_parents
 from linearized.ops.reference import unit
 from linearized.state import GroupState
 
@@ -29,6 +29,7 @@ __all__ = [
     "BACKENDS",
     "Form",
     "Nodes",
+    "ancestors",
     "attend",
     "attend_tree",
     "check_parents",

@@ -30,23 +30,30 @@ class Nodes:
     lags: Tensor
     """[B, N, M-1+N], tokens back to each stored value and each node; M: out of reach."""
     crosses: bool
-    """May a node see a key in an earlier group? (True on a GPU, where looking would wait.)"""
+    """May a node see a key in an earlier group? (True where nobody has looked.)"""
 
     @classmethod
     def of(
         cls, parents: Tensor, length: Tensor, *, group: int, taps: int, trim: bool = False
     ) -> Nodes:
-        """`parents` [B, N], `length` [B], `taps` the number M (1 without a convolution). S is G;
-        with `trim`, for the `cpu` backend, no more than what a row has filled."""
-        visible = ancestors(parents)  # B N N
+        """`parents` [B, N], `length` [B], `taps` the number M (1 without a convolution). S is G.
+        With `trim`, which only the `cpu` backend has use for, it is looked at what there is: S is
+        no more than what a row has filled, and `crosses` is exact."""
+        return cls.among(ancestors(parents), length, group=group, taps=taps, trim=trim)
+
+    @classmethod
+    def among(
+        cls, visible: Tensor, length: Tensor, *, group: int, taps: int, trim: bool = False
+    ) -> Nodes:
+        """The same from what `ancestors` gives, [B, N, N]."""
         positions = length[:, None] + visible.sum(-1) - 1  # B N
         groups = positions // group
         num_slots = int((length % group).max()) if trim else group
-        slots = torch.arange(num_slots, device=parents.device)
+        slots = torch.arange(num_slots, device=visible.device)
         filled = (slots < (length % group)[:, None])[:, None]  # B 1 G
         here = (groups == (length // group)[:, None])[:, :, None]  # B N 1
         same = visible & (groups[:, :, None] == groups[:, None, :])
-        back = torch.arange(taps - 1, 0, -1, device=parents.device)  # of stored values, to length
+        back = torch.arange(taps - 1, 0, -1, device=visible.device)  # of stored values, to length
         to_tail = (positions - length[:, None])[:, :, None] + back
         to_nodes = torch.where(visible, positions[:, :, None] - positions[:, None, :], taps)
         earlier = torch.cat([filled & ~here, visible & ~same], dim=2)
@@ -54,7 +61,7 @@ class Nodes:
             positions=positions,
             same=torch.cat([filled & here, same], dim=2),
             earlier=earlier,
-            crosses=parents.is_cuda or bool(earlier.any()),
+            crosses=not trim or bool(earlier.any()),
             lags=torch.cat([to_tail, to_nodes], dim=2).clamp(max=taps),
         )
 

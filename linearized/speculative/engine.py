@@ -172,7 +172,7 @@ class Engine:
             if pending.hidden is not None:
                 text.hidden = pending.hidden[i, paths[i][-1]]
             pieces.append((text, text.take(new, draft.tree, path, logits[i])))
-            draft.observe(text, len(path))
+            draft.observe(text, new)
             if text.finished is not None:
                 self.drop(text)
         return pieces
@@ -246,18 +246,23 @@ class Engine:
 
 
 class _Draft:
-    """A tree, and who is to hear what became of it."""
+    """A tree, the larger one that it was cut out of, and who is to hear what became of them."""
 
     def __init__(
-        self, tree: TokenTree = TokenTree.empty, planner: Planner | None = None, depth: int = 0
+        self,
+        tree: TokenTree = TokenTree.empty,
+        whole: TokenTree = TokenTree.empty,
+        planner: Planner | None = None,
+        depth: int = 0,
     ) -> None:
         self.tree = tree
+        self._whole = whole
         self._planner = planner
         self._depth = depth
 
-    def observe(self, text: Text, accepted: int) -> None:
+    def observe(self, text: Text, new: Sequence[int]) -> None:
         if self._planner is not None and self._depth:
-            self._planner.observe(text, self.tree, accepted, self._depth)
+            self._planner.observe(text, self._whole, new, self._depth)
 
 
 class _Drafting:
@@ -282,9 +287,9 @@ class _Drafting:
             return [_Draft() for _ in texts]
         if planner is not None:
             follow = planner.follow(len(asks))
-            asks = [replace(ask, follow=follow) for ask in asks]
+            asks = [replace(ask, follow=follow, trust=planner.trust(ask.text)) for ask in asks]
         began = time.perf_counter()
-        trees = self._drafter.propose(asks)
+        wholes = trees = self._drafter.propose(asks)
         if planner is not None:
             seconds = time.perf_counter() - began
             levels = max(max(tree.depths, default=1) for tree in trees)
@@ -292,8 +297,8 @@ class _Drafting:
             nodes = sum(map(len, trees)) / len(trees)
             planner.took(len(asks), depth, seconds, levels=levels, nodes=nodes)
         found = {
-            ask.text: _Draft(tree.best(ask.nodes), planner, ask.depth)
-            for ask, tree in zip(asks, trees, strict=True)
+            ask.text: _Draft(tree.best(ask.nodes), whole, planner, ask.depth)
+            for ask, tree, whole in zip(asks, trees, wholes, strict=True)
         }
         return [found.get(text) or _Draft() for text in texts]
 

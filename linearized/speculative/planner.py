@@ -18,6 +18,10 @@ from linearized.speculative.tree import TokenTree
 
 MEMORY = 0.95
 """What the weight of an observation falls to with every further round: some twenty count."""
+LONG_MEMORY = 0.99
+"""The same, for what a drafter's scores are worth, which changes slowly."""
+STEPS = (0.01, 0.02, 0.04, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75, 0.9)
+"""Between these, guesses that a drafter finds so probable are right equally often."""
 PRIOR = 3.0
 """Observations that what other texts have shown counts for, in a text of its own."""
 FIRST_PROBE, LAST_PROBE = 8, 256
@@ -100,9 +104,9 @@ class Average:
         self.total += value
         self.weight += weight
 
-    def fade(self) -> None:
-        self.total *= MEMORY
-        self.weight *= MEMORY
+    def fade(self, memory: float = MEMORY) -> None:
+        self.total *= memory
+        self.weight *= memory
 
     def mean(self, prior: float, strength: float = PRIOR) -> float:
         """As if `prior` had been observed so often before."""
@@ -136,20 +140,22 @@ class Record:
     def __init__(self) -> None:
         self.steps: dict[int, Average] = defaultdict(Average)
         """[level], was it accepted, where the level above it was?"""
-        self.sure: dict[int, Average] = defaultdict(Average)
-        """[level], how many nodes were accepted, for each that their scores promised."""
+        self.guesses = [Average() for _ in range(len(STEPS) + 1)]
+        """Between `STEPS`, was a guess right, where its parent was?"""
 
-    def observe(self, tree: TokenTree, accepted: int, depth: int) -> None:
-        """A tree that was drafted `depth` deep; what was not worth verifying was not accepted."""
-        for average in (*self.steps.values(), *self.sure.values()):
+    def observe(self, tree: TokenTree, new: Sequence[int], depth: int) -> None:
+        """A tree that was drafted `depth` deep, all of it, and how the text went on."""
+        for average in self.steps.values():
             average.fade()
-        for level in range(1, min(depth, accepted + 1) + 1):
-            self.steps[level].add(float(accepted >= level))
-        promised: dict[int, float] = defaultdict(float)
-        for node, level in enumerate(tree.depths):
-            promised[level] += tree.scores[node] if tree.scores else 1.0
-        for level, score in promised.items():
-            self.sure[level].add(float(accepted >= level), score)
+        path = tree.follow(new)
+        for level in range(1, min(depth, len(new), len(path) + 1) + 1):
+            self.steps[level].add(float(len(path) >= level))
+        for average in self.guesses:
+            average.fade(LONG_MEMORY)
+        known = {-1, *path[: len(new) - 1]}  # nodes after which it is known what came
+        for node, (parent, step) in enumerate(zip(tree.parents, tree.steps, strict=True)):
+            if parent in known:
+                self.guesses[bisect.bisect(STEPS, step)].add(float(node in path))
 
 
 FOLLOW = 0.1
@@ -209,12 +215,27 @@ class Planner:
             chance *= own.steps[level].mean(shared) if own is not None else shared
         return chance
 
+    def trust(self, text: Text) -> Callable[[float], float]:
+        """How often a guess for this text is right that the drafter finds so probable, given that
+        all before it are: as it says itself, as long as nothing else is known. A drafter that was
+        trained towards the target's probabilities is right about its favourites far more often
+        than they are probable, where the target takes its own favourite."""
+        shared, own = self._all.guesses, self._texts.get(text)
+
+        def chance(step: float) -> float:
+            kind = bisect.bisect(STEPS, step)
+            known = shared[kind].mean(step)
+            return known if own is None else own.guesses[kind].mean(known)
+
+        return chance
+
     def trim(
         self, texts: Sequence[Text], trees: Sequence[TokenTree], batch: int, seconds: float
     ) -> list[TokenTree]:
         """Of each tree, drafted in so many seconds all together, the nodes that pay in a round of
         `batch` texts whose trees are verified side by side, as wide as the widest."""
-        gains = [self._gains(text, tree) for text, tree in zip(texts, trees, strict=True)]
+        chances = [self._chances(text, tree) for text, tree in zip(texts, trees, strict=True)]
+        gains = [sorted(chance, reverse=True) for chance in chances]
         widest = min(max(map(len, trees), default=0), self._max_nodes)
         best, expected = 0, float(batch)
         best_rate = batch / (seconds + self._costs.verify(batch, 1))
@@ -223,14 +244,14 @@ class Planner:
             rate = expected / (seconds + self._costs.verify(batch, 1 + nodes))
             if rate > best_rate:
                 best, best_rate = nodes, rate
-        return [tree.best(best) for tree in trees]
+        return [tree.best(best, by=chance) for tree, chance in zip(trees, chances, strict=True)]
 
-    def observe(self, text: Text, tree: TokenTree, accepted: int, depth: int) -> None:
-        """What became of a tree that was drafted `depth` deep."""
+    def observe(self, text: Text, tree: TokenTree, new: Sequence[int], depth: int) -> None:
+        """For this text a tree was drafted `depth` deep, and then it went on by `new` tokens."""
         if text not in self._texts:
             self._texts[text] = Record()
         for record in (self._all, self._texts[text]):
-            record.observe(tree, accepted, depth)
+            record.observe(tree, new, depth)
 
     def took(self, texts: int, depth: int, seconds: float, *, levels: int, nodes: float) -> None:
         """Drafting up to so deep for so many texts took so long. The deepest tree has so many
@@ -243,17 +264,13 @@ class Planner:
     def forget(self, text: Text) -> None:
         self._texts.pop(text, None)
 
-    def _gains(self, text: Text, tree: TokenTree) -> list[float]:
-        """What each further node is worth, in tokens, best first."""
-        scores = tree.scores or (1.0,) * len(tree)
-        own = self._texts.get(text)
-        gains = []
-        for score, level in zip(scores, tree.depths, strict=True):
-            sure = self._all.sure[level].mean(1.0, 1.0)
-            if own is not None:
-                sure = own.sure[level].mean(sure)
-            gains.append(min(score * sure, 1.0))
-        return sorted(gains, reverse=True) if tree.scores else gains
+    def _chances(self, text: Text, tree: TokenTree) -> list[float]:
+        """That each node is right, with all above it."""
+        trust = self.trust(text)
+        chances: list[float] = []
+        for parent, step in zip(tree.parents, tree.steps, strict=True):
+            chances.append(trust(step) * (chances[parent] if parent >= 0 else 1.0))
+        return chances
 
     def _drafting(self, texts: int, depth: int) -> float:
         """Seconds, of the nearest that is known."""

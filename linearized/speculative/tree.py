@@ -62,6 +62,15 @@ class TokenTree:
         return depths
 
     @property
+    def steps(self) -> list[float]:
+        """How probable the drafter finds each node, given that its parent is right; 1 if it has no
+        scores."""
+        if not self.scores:
+            return [1.0] * len(self)
+        above = (self.scores[parent] if parent >= 0 else 1.0 for parent in self.parents)
+        return [s / a if a > 0 else 0.0 for s, a in zip(self.scores, above, strict=True)]
+
+    @property
     def ancestors(self) -> Tensor:
         """[N, N], is m an ancestor of n, or n itself?"""
         reach = torch.eye(len(self), dtype=torch.bool)
@@ -77,14 +86,15 @@ class TokenTree:
             paths.append((token,) if parent < 0 else (*paths[parent], token))
         return paths
 
-    def best(self, num_nodes: int) -> TokenTree:
-        """The `num_nodes` most probable nodes; of a tree without scores, the first ones. Each still
-        stands behind its parent."""
+    def best(self, num_nodes: int, by: Sequence[float] = ()) -> TokenTree:
+        """The `num_nodes` most probable nodes, by its own scores or by others; of a tree without
+        scores, the first ones. Each still stands behind its parent."""
         if num_nodes >= len(self):
             return self
         kept = list(range(len(self)))
-        if self.scores:  # a tie is for the earlier node, so a parent never loses to its child
-            kept.sort(key=lambda node: -self.scores[node])
+        by = by or self.scores
+        if by:  # a tie is for the earlier node, so a parent never loses to its child
+            kept.sort(key=lambda node: -by[node])
         kept = kept[:num_nodes]
         place = {node: i for i, node in enumerate(kept)} | {-1: -1}
         return TokenTree(
@@ -97,15 +107,24 @@ class TokenTree:
         """Follow the model down the tree. `chosen[0]` is the token it wants after the sequence's
         last token, `chosen[1 + i]` the one after node i. Returns the accepted nodes and the new
         tokens: theirs, then one that the tree did not hold (or whose node has no children)."""
-        children = {
-            (p, t): n for n, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))
-        }
+        children = self._children()
         path: list[int] = []
         new = [chosen[0]]
         while (node := children.get((path[-1] if path else -1, new[-1]))) is not None:
             path.append(node)
             new.append(chosen[1 + node])
         return path, new
+
+    def follow(self, tokens: Sequence[int]) -> list[int]:
+        """The nodes that say these tokens, one below the other, as far as there are any."""
+        children = self._children()
+        path: list[int] = []
+        for token in tokens:
+            node = children.get((path[-1] if path else -1, token))
+            if node is None:
+                break
+            path.append(node)
+        return path
 
     def deepest(self, accepted: Sequence[bool]) -> list[int]:
         """The longest path whose nodes are all accepted; of equal ones, the first."""
@@ -118,6 +137,11 @@ class TokenTree:
             if path is not None and len(path) > len(best):
                 best = path
         return best
+
+    def _children(self) -> dict[tuple[int, int], int]:
+        """By parent and token."""
+        pairs = zip(self.parents, self.tokens, strict=True)
+        return {pair: node for node, pair in enumerate(pairs)}
 
 
 TokenTree.empty = TokenTree((), ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,8 +24,10 @@ class Ask:
     nodes: int
     """At most."""
     follow: float = 0.0
-    """A guess whose whole path is less probable than this is not worth the time to follow it any
-    further; it may be a leaf."""
+    """A guess whose whole path is less likely right than this is not worth the time to follow it
+    any further; it may be a leaf."""
+    trust: Callable[[float], float] = float
+    """How often a guess is right that the drafter finds so probable, given all before it."""
 
 
 class Drafter(ABC):

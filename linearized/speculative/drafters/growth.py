@@ -4,7 +4,6 @@ drafts, and the most probable continuations are added. Knows scores; knows no mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,13 +19,13 @@ def grow(
     forward: Callable[[Tensor, Tensor], Tensor],
     *,
     width: int,
-    least: float,
+    floor: float,
     device: torch.device,
 ) -> None:
     """Until no guess is worth following. `forward(tokens, parents)`, both [B, N], gives logits
     [B, N, V] of a tree on top of each text's state; rows are padded with nobody's parents. `width`:
-    guesses that are followed on each level; `least`: the log-probability of a whole path, as the
-    drafter sees it, below which a guess is left out."""
+    guesses that are followed on each level; `floor`: how likely a guess's whole path must be right
+    for it to be in the tree."""
     for level in range(max(growth.ask.depth for growth in growths)):
         widest = max(len(growth.tokens) for growth in growths)
         tokens, parents = [], []
@@ -37,7 +36,7 @@ def grow(
         logits = forward(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
         for row, growth in enumerate(growths):
             if level < growth.ask.depth:
-                growth.add(logits[row], min(width, growth.ask.nodes), least)
+                growth.add(logits[row], min(width, growth.ask.nodes), floor)
             else:
                 growth.frontier = []
         if not any(growth.frontier for growth in growths):
@@ -53,8 +52,10 @@ class Growth:
     num_read: int
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    guesses: list[float] = field(default_factory=list)
-    """Logarithms of the probabilities of the guesses' paths."""
+    scores: list[float] = field(default_factory=list)
+    """How probable the guesses' paths are, as the draft sees it."""
+    chances: list[float] = field(default_factory=list)
+    """How probable, as experience has it."""
     paths: list[tuple[int, ...]] = field(default_factory=list)
     """Of the guesses."""
     frontier: list[int] = field(default_factory=list)
@@ -67,33 +68,46 @@ class Growth:
         self.num_tail = len(self.tokens)
         self.frontier = [-1]
 
-    def add(self, logits: Tensor, width: int, least: float) -> None:
+    def add(self, logits: Tensor, width: int, floor: float) -> None:
         """A level more, from logits [N, V] at the nodes."""
         if not self.frontier:
             return
         text, last = self.ask.text, self.num_tail - 1
         nodes = [last if guess < 0 else self.num_tail + guess for guess in self.frontier]
-        paths = [() if guess < 0 else self.paths[guess] for guess in self.frontier]
-        likely = [0.0 if guess < 0 else self.guesses[guess] for guess in self.frontier]
+        above = [
+            (1.0, 1.0, ())
+            if guess < 0
+            else (self.scores[guess], self.chances[guess], self.paths[guess])
+            for guess in self.frontier
+        ]
         # With the shared noise in them, the scores tell how sure this very guess is.
-        scores = text.sampler.scores(logits[nodes], text.tokens, paths).log_softmax(1)
-        scores = scores + scores.new_tensor(likely)[:, None]
-        follow = math.log(self.ask.follow) if self.ask.follow > 0 else -math.inf
-        best = scores.flatten().topk(min(width, scores.numel()))
+        scores = text.sampler.scores(logits[nodes], text.tokens, [path for _, _, path in above])
+        best = scores.log_softmax(1).topk(min(width, scores.shape[1]), dim=1)
+        found = [
+            (above[row][1] * self.ask.trust(step), row, step, token)
+            for row, (steps, tokens) in enumerate(
+                zip(best.values.exp().tolist(), best.indices.tolist(), strict=True)
+            )
+            for step, token in zip(steps, tokens, strict=True)
+            if step > 0
+        ]
+        found.sort(key=lambda guess: -guess[0])
         frontier = []
-        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if value < least:
+        for chance, row, step, token in found[:width]:
+            if chance < floor:
                 break
-            row, token = divmod(index, scores.shape[1])
-            if value >= follow:
-                frontier.append(len(self.guesses))
+            if chance >= self.ask.follow:
+                frontier.append(len(self.scores))
+            score, _, path = above[row]
             self.tokens.append(token)
             self.parents.append(nodes[row])
-            self.guesses.append(min(value, likely[row]))
-            self.paths.append((*paths[row], token))
+            self.scores.append(score * step)
+            self.chances.append(chance)
+            self.paths.append((*path, token))
         self.frontier = frontier
 
     def tree(self) -> TokenTree:
+        """The most likely of its nodes, as many as are asked for."""
         parents = tuple(max(parent - self.num_tail, -1) for parent in self.parents[self.num_tail :])
-        scores = tuple(math.exp(guess) for guess in self.guesses)
-        return TokenTree(tuple(self.tokens[self.num_tail :]), parents, scores)
+        tree = TokenTree(tuple(self.tokens[self.num_tail :]), parents, tuple(self.scores))
+        return tree.best(self.ask.nodes, by=self.chances)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ class LayersDrafter(Drafter):
         self.layers = tuple(sorted(set(layers)))
         self.depth = depth
         self.width = width
-        self.least = math.log(floor) if floor > 0 else -math.inf
+        self.floor = floor
         self._engine: Engine | None = None
 
     @classmethod
@@ -74,5 +73,5 @@ class LayersDrafter(Drafter):
             return sketch(engine.model, tokens, parents, state, layers=self.layers)
 
         growths = [by_text[text] for text in rows]
-        grow(growths, forward, width=self.width, least=self.least, device=engine.model.device)
-        return [by_text[ask.text].tree().best(ask.nodes) for ask in asks]
+        grow(growths, forward, width=self.width, floor=self.floor, device=engine.model.device)
+        return [by_text[ask.text].tree() for ask in asks]

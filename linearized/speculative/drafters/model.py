@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,13 +34,13 @@ class ModelDrafter(Drafter):
         self.model = decoder(model)
         self.depth = depth
         self.width = width
-        self.least = math.log(floor) if floor > 0 else -math.inf
-        """Guesses whose whole path has less log-probability, as the draft sees it, are left out."""
+        self.floor = floor
+        """Guesses whose whole path is less likely right are left out."""
         self._pool: Pool[Text] = Pool(self.model)
         self._read: dict[Text, int] = {}
         """Tokens of each text that are in its state."""
-        self._last: tuple[list[_Verified], Pending] | None = None
-        """What was verified last, and may be committed."""
+        self._last: tuple[list[tuple[Text, TokenTree]], Pending] | None = None
+        """What it has keys and values of, on top of each state, and may be committed."""
 
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         self._commit()
@@ -51,7 +49,7 @@ class ModelDrafter(Drafter):
         order = self._pool.arrange([ask.text for ask in asks])
         by_text = {ask.text: Growth(ask, self._read[ask.text]) for ask in asks}
         self._grow([by_text[text] for text in order])
-        return [by_text[ask.text].tree().best(ask.nodes) for ask in asks]
+        return [by_text[ask.text].tree() for ask in asks]
 
     def forget(self, text: Text) -> None:
         self._commit()
@@ -63,13 +61,13 @@ class ModelDrafter(Drafter):
         def forward(tokens: Tensor, parents: Tensor) -> Tensor:
             logits, pending = verify(self.model, tokens, parents, self._pool.first(len(growths)))
             verified = [
-                _Verified(growth.ask.text, tuple(growth.tokens), tuple(growth.parents))
+                (growth.ask.text, TokenTree(tuple(growth.tokens), tuple(growth.parents)))
                 for growth in growths
             ]
             self._last = verified, pending
             return logits
 
-        grow(growths, forward, width=self.width, least=self.least, device=self.model.device)
+        grow(growths, forward, width=self.width, floor=self.floor, device=self.model.device)
 
     def _commit(self) -> None:
         """Of what was verified last, all that the texts have taken up."""
@@ -78,10 +76,9 @@ class ModelDrafter(Drafter):
         trees, pending = self._last
         self._last = None
         paths = []
-        for tree in trees:
-            read = self._read[tree.text]
-            path = tree.path(tree.text.tokens[read:-1])  # the last token is the next tree's root
-            self._read[tree.text] += len(path)
+        for text, tree in trees:
+            path = tree.follow(text.tokens[self._read[text] : -1])  # the last is the next root
+            self._read[text] += len(path)
             paths.append(path)
         self._pool.ahead(max(map(len, paths)))
         commit(self._pool.first(len(trees)), pending, paths)
@@ -102,25 +99,3 @@ class ModelDrafter(Drafter):
                 self.model, torch.tensor([ids], device=self.model.device), state, logits_to_keep=1
             )
         self._read[text] = stop
-
-
-@dataclass(frozen=True, slots=True)
-class _Verified:
-    """Nodes that the draft has keys and values of."""
-
-    text: Text
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-
-    def path(self, tokens: Sequence[int]) -> list[int]:
-        """That of these tokens, as far as there are nodes for them."""
-        children = {
-            (p, t): n for n, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))
-        }
-        path: list[int] = []
-        for token in tokens:
-            node = children.get((path[-1] if path else -1, token))
-            if node is None:
-                break
-            path.append(node)
-        return path

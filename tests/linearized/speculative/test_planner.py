@@ -34,7 +34,7 @@ def rounds(planner: Planner, right: float, count: int, drafting: float, seed: in
             planner.took(1, depth, spent, levels=depth, nodes=len(tree))
             while accepted < len(tree) and draw.random() < right:
                 accepted += 1
-            planner.observe(one, tree, accepted, depth)
+            planner.observe(one, tree, [0] * accepted + [1], depth)
             seconds += spent
         seconds += FLAT.verify(1, 1 + len(tree))
         tokens += 1 + accepted
@@ -80,7 +80,7 @@ def test_texts_have_their_own_estimates():
     good, bad = text(), text()
     for _ in range(30):
         for one, accepted in ((good, 4), (bad, 0)):
-            planner.observe(one, TokenTree.chain([0] * 4), accepted, 4)
+            planner.observe(one, TokenTree.chain([0] * 4), [0] * accepted + [1], 4)
     assert planner.reach(good, 4) > 0.8 > 0.2 > planner.reach(bad, 1)
     assert 0.2 < planner.reach(text(), 1) < 0.8
     trees = [TokenTree.chain([0] * 4)] * 2
@@ -120,7 +120,7 @@ def test_one_slow_call_does_not_count():
     planner = Planner(FLAT, max_depth=8, max_nodes=16)
     for seconds in (9.0, 0.1, 0.1, 7.0, 0.1):
         planner.took(1, 4, seconds, levels=2, nodes=4)
-        planner.observe(one := text(), TokenTree.chain([0] * 4), 4, 4)
+        planner.observe(one := text(), TokenTree.chain([0] * 4), [0] * 4 + [1], 4)
         planner.forget(one)
     assert planner.depth([text()], 1) >= 4
 
@@ -132,7 +132,7 @@ def test_a_level_costs_what_its_time_gives_otherwise():
         planner.took(1, 1, 0.25, levels=1, nodes=1)
         planner.took(4, 1, 0.5, levels=1, nodes=1)
     for _ in range(100):
-        planner.observe(text(), TokenTree.chain([0]), 0, 1)
+        planner.observe(text(), TokenTree.chain([0]), [1], 1)
     planner.depth([text()], 1)  # nothing pays: one token a second
     assert planner.follow(1) == pytest.approx(0.25)
     planner.depth([text()] * 4, 4)
