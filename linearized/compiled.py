@@ -79,8 +79,15 @@ def _mark(tensor: Tensor, dims: Iterable[int]) -> None:
 class _Program:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        step = _Step(model)
+
+        def run(*inputs: Any) -> Any:
+            return step(*inputs)
+
+        # torch keeps what it has compiled with the code: these programs are this model's alone.
+        run.__code__ = run.__code__.replace(co_name=f"run_{id(step)}")
         options: dict[str, Any] = {"guard_filter_fn": _guarded}
-        self.step: Any = torch.compile(_Step(model), dynamic=False, options=options)
+        self.step: Any = torch.compile(run, dynamic=False, options=options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles compile their own."""

@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 import linearized
 from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, ModelError
 from linearized.models import shortened, sketch
+from linearized.packing import unpack
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 
@@ -69,6 +71,66 @@ def test_with_packed_weights_and_in_copies(linear):
         model.model.embed_tokens.weight.mul_(2)  # its copy keeps its own
     got = linearized.extend(twin, tokens, linearized.new_state(twin))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@needs_compiler
+@pytest.mark.timeout(110)
+def test_a_model_that_changes_afterwards(linear):
+    """New weights, packed ones, others of the same names: each is noticed."""
+    model = linear(dtype=torch.float32, layers=1)
+    tokens = torch.randint(1, 50, (1, 9))
+
+    def said(one):
+        return linearized.extend(one, tokens, linearized.new_state(one))
+
+    plain = copy.deepcopy(model)
+    linearized.compile(model)
+    torch.testing.assert_close(said(model), said(plain), atol=1e-4, rtol=1e-4)
+
+    def double(one):
+        found = one.model.layers[0].mlp.up_proj
+        changed = Doubled(found.in_features, found.out_features, bias=False)
+        changed.weight = found.weight
+        one.model.layers[0].mlp.up_proj = changed.eval()
+
+    def scale(one):
+        with torch.no_grad():
+            one.lm_head.weight.mul_(3)
+
+    for change in (linearized.pack, scale, unpack, double, linearized.pack):
+        for one in (plain, model):
+            change(one)
+        torch.testing.assert_close(said(model), said(plain), atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.timeout(110)
+def test_many_models_keep_to_their_own_programs(llama):
+    """Of the same class, with states of the same shapes."""
+    models = []
+    for width in (40, 40, 56, 24):
+        config = llama(layers=1).config
+        config.intermediate_size = width
+        model = transformers.LlamaForCausalLM(config).eval()
+        models.append(linearized.linearize(model, linearized.LinearConfig(attention="grouped")))
+    tokens = torch.randint(1, 50, (1, 9))
+    inputs = [tokens, tokens[:, :1], tokens.expand(2, -1)]
+
+    def said(model, x):
+        return linearized.extend(model, x, linearized.new_state(model, batch_size=len(x)))
+
+    want = [[said(model, x) for x in inputs] for model in models]
+    for model in models:
+        linearized.compile(model)
+    for _ in range(2):
+        for model, expected in zip(models, want, strict=True):
+            for x, logits in zip(inputs, expected, strict=True):
+                torch.testing.assert_close(said(model, x), logits, atol=1e-4, rtol=1e-4)
 
 
 @needs_compiler

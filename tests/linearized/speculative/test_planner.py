@@ -101,6 +101,34 @@ def test_trees_keep_their_best_nodes():
     assert len(kept) == 0
 
 
+def test_guesses_are_trusted_as_often_as_they_were_right():
+    """Where the draft is unsure of its favourite and the target takes it all the same."""
+    planner = Planner(FLAT, max_depth=2, max_nodes=16)
+    one = text()
+    assert planner.trust(one)(0.3) == pytest.approx(0.3)
+    tree = TokenTree((5, 6, 7), (-1, -1, 0), (0.3, 0.05, 0.09))  # 7 is found 0.3 probable, too
+    for _ in range(200):
+        planner.observe(one, tree, [5, 8], 2)
+    assert planner.trust(one)(0.3) == pytest.approx(0.5, abs=0.02)  # 5 was right, 7 was not
+    assert planner.trust(one)(0.05) < 0.01
+    assert planner.trust(text())(0.3) == pytest.approx(0.5, abs=0.03)  # others learn from it
+    assert planner.trust(one)(0.95) == pytest.approx(0.95)  # of those nothing is known
+    for _ in range(200):
+        planner.observe(one, tree, [5], 2)  # nobody knows what came after it
+    assert planner.trust(one)(0.3) > 0.85
+
+
+def test_what_is_trusted_is_verified():
+    """A wide tree of the unlikely, by its scores; experience has it otherwise."""
+    planner = Planner(Costs((1,), (1, 2, 3), ((1.0, 1.3, 1.6),)), max_depth=1, max_nodes=2)
+    one = text()
+    tree = TokenTree((5, 6), (-1, -1), (0.5, 0.05))
+    for _ in range(100):
+        planner.observe(one, tree, [6], 1)
+    (kept,) = planner.trim([one], [tree], 1, 0.0)
+    assert kept == TokenTree((6,), (-1,), (0.05,))
+
+
 def test_costs_are_interpolated_and_never_fall():
     assert FLAT.verify(1, 1) == 1 and FLAT.verify(8, 32) == 6
     assert FLAT.verify(1, 16) == pytest.approx(1 + 15 / 31)
