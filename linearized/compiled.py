@@ -7,6 +7,7 @@ its inputs as they are: the state's tensors, the open group whole.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -60,7 +61,9 @@ def forward(model: PreTrainedModel, tokens: Tensor, parents: Tensor, step: Pass)
     if shift is not None:
         _mark(shift, [1])
     program: _Program = model.__dict__[_KEY]
-    logits, step.stacked, shifts, step.hidden = program.step(
+    rows, num_nodes = tokens.shape
+    run = program.of(rows == 1, num_nodes == 1, layers.memory.is_contiguous(), step.keeps_hidden)
+    logits, step.stacked, shifts, step.hidden = run(
         *trees, *states, layers.length, shift, step.keeps_hidden
     )
     if shifts is not None:
@@ -77,31 +80,43 @@ def _mark(tensor: Tensor, dims: Iterable[int]) -> None:
 
 
 class _Program:
+    """For every kind of input one of its own: torch looks at all that it has compiled for a piece
+    of code, and stops compiling once there are too many."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        step = _Step(model)
-
-        def run(*inputs: Any) -> Any:
-            return step(*inputs)
-
-        # torch keeps what it has compiled with the code: these programs are this model's alone.
-        run.__code__ = run.__code__.replace(co_name=f"run_{id(step)}")
-        options: dict[str, Any] = {"guard_filter_fn": _guarded}
-        self.step: Any = torch.compile(run, dynamic=False, options=options)
+        self._step = _Step(model)
+        self._kinds: dict[tuple[bool, ...], Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles compile their own."""
         return _Program, (self.model,)
 
+    def of(self, *kind: bool) -> Any:
+        if kind not in self._kinds:
+            step = self._step
+
+            def run(*inputs: Any) -> Any:
+                return step(*inputs)
+
+            run.__code__ = run.__code__.replace(co_name=f"step_{next(_count)}")
+            options: dict[str, Any] = {"guard_filter_fn": _guarded}
+            self._kinds[kind] = torch.compile(run, dynamic=False, options=options)
+        return self._kinds[kind]
+
+
+_count = itertools.count()
+
 
 def _guarded(guards: Sequence[Any]) -> list[bool]:
-    """What is looked at before each call: the inputs, and of the model its modules' types and
-    constants. Looking at all that torch would took a sixth of a step."""
+    """What is looked at before each call: the inputs, and of the model which modules there are, who
+    multiplies and who attends. All that torch would look at takes a sixth of a step."""
     return [
         not guard.is_global
         and (
             not guard.orig_guard.source.is_unspecialized_nn_module()
-            or guard.guard_type in ("TYPE_MATCH", "CONSTANT_MATCH")
+            or (guard.guard_type == "TYPE_MATCH" and isinstance(guard.value, nn.Module))
+            or guard.name.endswith((".handle", ".backend"))
         )
         for guard in guards
     ]
