@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from linearized import ops
+from linearized.attention.base import LinearAttention
 from linearized.errors import ConfigError, ModelError
 from linearized.interface import Pass, attention_modules, linear_modules, order
 from linearized.state import DecodeState, GroupState
@@ -85,7 +86,7 @@ class _Program:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._step = _Step(model)
+        self._parts: _Parts | None = None
         self._kinds: dict[tuple[bool, ...], Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -93,33 +94,56 @@ class _Program:
         return _Program, (self.model,)
 
     def of(self, *kind: bool) -> Any:
+        if self._parts is None or self._parts.changed:
+            self._parts = _Parts(self.model)
+            self._kinds.clear()
         if kind not in self._kinds:
-            step = self._step
-
-            def run(*inputs: Any) -> Any:
-                return step(*inputs)
-
-            run.__code__ = run.__code__.replace(co_name=f"step_{next(_count)}")
-            options: dict[str, Any] = {"guard_filter_fn": _guarded}
-            self._kinds[kind] = torch.compile(run, dynamic=False, options=options)
+            self._kinds[kind] = _compiled(self.model)
         return self._kinds[kind]
+
+
+class _Parts:
+    """A model's modules, who multiplies for them and who attends: what may change without a trace
+    in the inputs. Torch would look at all that there is, which takes a sixth of a step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._where: list[tuple[dict[str, Any], str]] = []
+        for module in model.modules():
+            self._where += ((module._modules, name) for name in module._modules)
+            if isinstance(module, nn.Linear):
+                self._where.append((module.__dict__, "forward"))
+            elif isinstance(module, LinearAttention):
+                self._where.append((module.__dict__, "backend"))
+        self._found = self._look()
+
+    @property
+    def changed(self) -> bool:
+        return self._look() != self._found
+
+    def _look(self) -> list[Any]:
+        return [holder.get(name) for holder, name in self._where]
+
+
+def _compiled(model: PreTrainedModel) -> Any:
+    step = _Step(model)
+
+    def run(*inputs: Any) -> Any:
+        return step(*inputs)
+
+    run.__code__ = run.__code__.replace(co_name=f"step_{next(_count)}")
+    options: dict[str, Any] = {"guard_filter_fn": _of_inputs}
+    return torch.compile(run, dynamic=False, options=options)
 
 
 _count = itertools.count()
 
 
-def _guarded(guards: Sequence[Any]) -> list[bool]:
-    """What is looked at before each call: the inputs, and of the model which modules there are, who
-    multiplies and who attends. All that torch would look at takes a sixth of a step."""
-    return [
-        not guard.is_global
-        and (
-            not guard.orig_guard.source.is_unspecialized_nn_module()
-            or (guard.guard_type == "TYPE_MATCH" and isinstance(guard.value, nn.Module))
-            or guard.name.endswith((".handle", ".backend"))
-        )
-        for guard in guards
-    ]
+def _of_inputs(guards: Sequence[Any]) -> list[bool]:
+    def is_models(guard: Any) -> bool:
+        found: bool = guard.orig_guard.source.is_unspecialized_nn_module()
+        return found
+
+    return [not guard.is_global and not is_models(guard) for guard in guards]
 
 
 class _Step(nn.Module):

@@ -84,7 +84,8 @@ class _Packed:
         if self._packed is None or self._stamp != stamp:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
             self._stamp = stamp
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        out: Tensor = multiply(x, self._packed, bias, "none", [], "")
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:

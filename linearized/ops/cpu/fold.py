@@ -52,7 +52,11 @@ def _rows(layers: GroupState, rows: Tensor) -> GroupState:
 def _fill(layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """Put tokens into slots of the open group; no group is filled by that."""
     first = layers.length % layers.group
-    if mask is None:
+    if mask is None and len(first) == 1:
+        slot, num_tokens = int(first), k.shape[3]
+        layers.keys[:, :, :, slot : slot + num_tokens] = k
+        layers.values[:, :, :, slot : slot + num_tokens] = v
+    elif mask is None:
         slots = first[:, None] + torch.arange(k.shape[3], device=k.device)
         index = slots[None, :, None, :, None]
         layers.keys.scatter_(3, index.expand_as(k), k)
