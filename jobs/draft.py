@@ -34,13 +34,13 @@ def demo() -> DraftConfig:
     return DraftConfig(
         shape=Shape(hidden=128, layers=1, heads=2, intermediate=384),
         linear=LinearConfig(attention="grouped", augment=True),
-        train=Stage(objective="distillation", steps=250, batch=8, optim=Optim(lr=5e-3)),
+        train=Stage(objective="imitation", steps=250, batch=8, optim=Optim(lr=5e-3)),
         workers=Workers(),
     )
 
 
 def bench() -> DraftConfig:
-    """jobs.bench_decode's draft: 2.7M parameters."""
+    """jobs.bench_decode's draft: 2.6M parameters."""
     return DraftConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),
@@ -48,8 +48,8 @@ def bench() -> DraftConfig:
         shape=Shape(hidden=320, layers=1, heads=5, intermediate=864),
         linear=LinearConfig(attention="grouped", augment=True),
         train=Stage(
-            objective="distillation",
-            steps=600,
+            objective="imitation",
+            steps=900,
             batch=16,
             optim=Optim(lr=4e-3),
             checkpoint_every=100,

@@ -25,7 +25,7 @@ class PairConfig:
 
 
 def bench() -> PairConfig:
-    """42M and 2.7M parameters on the Python standard library."""
+    """42M and 2.6M parameters on the Python standard library."""
     return PairConfig()
 
 

@@ -40,7 +40,7 @@ def demo() -> PruneConfig:
     """Half of the demo's target, a minute on two CPU cores."""
     return PruneConfig(
         cut=Cut(layers=2, kv_heads=2, channels=256),
-        train=Stage(objective="distillation", steps=100, batch=8, optim=Optim(lr=2e-3)),
+        train=Stage(objective="imitation", steps=100, batch=8, optim=Optim(lr=2e-3)),
         workers=Workers(),
     )
 
@@ -53,7 +53,7 @@ def bench() -> PruneConfig:
         out=Path("runs/bench/pruned"),
         cut=Cut(layers=2, kv_heads=2, channels=432),
         train=Stage(
-            objective="distillation",
+            objective="imitation",
             steps=300,
             batch=16,
             optim=Optim(lr=2e-3),

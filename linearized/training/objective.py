@@ -98,29 +98,38 @@ class Distillation(Objective):
         logits = self.student(input_ids=tokens, use_cache=False).logits
         with torch.no_grad():
             wanted = self.teacher(input_ids=tokens, use_cache=False).logits
-        divergence = F.kl_div(
-            logits.float().log_softmax(-1).flatten(0, 1),
-            wanted.float().log_softmax(-1).flatten(0, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        return (cross_entropy(logits, tokens) + divergence) / 2
+        return (cross_entropy(logits, tokens) + divergence(logits, wanted)) / 2
+
+
+class Imitation(Objective):
+    """Say what the teacher says, right or wrong: the Kullback–Leibler divergence from its
+    distribution alone, nats a token. For drafts (Zhou et al., "DistillSpec", ICLR 2024)."""
+
+    needs_teacher = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+        return divergence(self.student(input_ids=tokens, use_cache=False).logits, wanted)
 
 
 class Medusa(Objective):
-    """Heads on the teacher guess the tokens after the next one; the teacher stays as it is. The
-    loss is their cross-entropy, each head's weighted 0.8 times the one's before it (Cai et al.,
-    "Medusa", 2.2.1)."""
+    """Heads on the teacher guess what it will say after the next token; the teacher stays as it is.
+    The loss is the divergence from its own distribution there, where Cai et al. ("Medusa", 2.2.1)
+    have the text's cross-entropy; each head's is weighted 0.8 times the one's before it, as theirs.
+    """
 
     needs_teacher = True
     DECAY = 0.8
 
     def forward(self, tokens: Tensor) -> Tensor:
+        matrix = output_matrix(self.teacher)
         with torch.no_grad():
             hidden = self.teacher.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        heads: list[Tensor] = self.student(hidden, output_matrix(self.teacher))
+            wanted = F.linear(hidden, matrix)
+        heads: list[Tensor] = self.student(hidden, matrix)
         losses = [
-            self.DECAY**head * cross_entropy(logits[:, : -1 - head], tokens[:, 1 + head :])
+            self.DECAY**head * divergence(logits[:, : -1 - head], wanted[:, 1 + head :])
             for head, logits in enumerate(heads)
         ]
         return torch.stack(losses).sum() / sum(self.DECAY**head for head in range(len(heads)))
@@ -130,8 +139,19 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": Objective,
     "transfer": Transfer,
     "distillation": Distillation,
+    "imitation": Imitation,
     "medusa": Medusa,
 }
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over [B, T] of KL(wanted ‖ said) of two logits, in float32."""
+    return F.kl_div(
+        logits.float().log_softmax(-1).flatten(0, 1),
+        wanted.float().log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -253,7 +253,9 @@ def test_settings_that_cannot_work_are_named(tmp_path):
         Shape(hidden=30, layers=1, heads=2, intermediate=8)
     with pytest.raises(DataError, match="nowhere"):
         fit(finetune(tmp_path / "nowhere", tmp_path, tmp_path / "out"))
-    with pytest.raises(LinearizedError, match="softmx.*distillation, medusa, next_token, transfer"):
+    with pytest.raises(
+        LinearizedError, match="softmx.*distillation, imitation, medusa, next_token, transfer"
+    ):
         stage("softmx", 5)
     with pytest.raises(ConfigError, match="batch 5.*2 workers"):
         finetune(tmp_path, tmp_path, tmp_path, seed=0).__class__(

@@ -11,7 +11,13 @@ import torch
 import linearized
 from linearized.errors import ConfigError
 from linearized.models import attention_modules, new_parameters
-from linearized.training.objective import Distillation, Objective, Transfer, cross_entropy
+from linearized.training.objective import (
+    Distillation,
+    Imitation,
+    Objective,
+    Transfer,
+    cross_entropy,
+)
 from linearized.training.optim import Optim
 
 CONFIG = linearized.LinearConfig(attention="grouped", group=8, taps=5)
@@ -76,7 +82,7 @@ def test_transfer_trains_attention_only_and_brings_it_closer(pair):
         assert torch.equal(before[name], parameter) == (id(parameter) not in attention), name
 
 
-@pytest.mark.parametrize("objective", [Objective, Distillation])
+@pytest.mark.parametrize("objective", [Objective, Distillation, Imitation])
 def test_whole_model_objectives_train_everything_but_the_teacher(pair, objective):
     student, teacher = pair
     frozen = copy.deepcopy(teacher.state_dict())
@@ -97,10 +103,12 @@ def test_distillation_is_half_text_half_teacher(pair):
         q = student(input_ids=tokens()).logits.softmax(-1)
         divergence = (p * (p / q).log()).sum(-1).mean()
         text = cross_entropy(student(input_ids=tokens()).logits, tokens())
+        imitation = Imitation(student, teacher)(tokens())
     assert float(loss) == pytest.approx(float((text + divergence) / 2), rel=1e-4)
+    assert float(imitation) == pytest.approx(float(divergence), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", [Objective, Transfer, Distillation])
+@pytest.mark.parametrize("objective", [Objective, Transfer, Distillation, Imitation])
 def test_bfloat16_loses_little(pair, objective):
     """As on a GPU: student and teacher in bfloat16, the loss in float32."""
     student, teacher = pair
