@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from linearized.errors import ConfigError, RequestError, StateError
 from linearized.models import check_decoder, check_state, commit, extend, new_state, verify
 from linearized.speculative.drafters.base import Ask, Drafter
-from linearized.speculative.planner import Costs, Planner
+from linearized.speculative.planner import Clock, Costs, Planner
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Piece, Text
 from linearized.speculative.tree import TokenTree
@@ -62,6 +62,7 @@ class Engine:
         self.max_nodes = max_nodes
         self._memory = memory
         self.pool: Pool[Text] = Pool(model, _rows(model, rows, memory))
+        self._clock: Clock | None = None
         self._drafting = [_Drafting(drafter, max_nodes) for drafter in drafters]
         self._chunk = chunk
         self._waiting: dict[Text, DecodeState | None] = {}
@@ -96,8 +97,9 @@ class Engine:
 
     def plan(self, costs: Costs) -> None:
         """From now on draft and verify what pays; until then, all that drafters propose."""
+        self._clock = Clock(costs)
         for drafting in self._drafting:
-            drafting.plan(costs)
+            drafting.plan(self._clock)
 
     def add(self, text: Text, state: DecodeState | None = None) -> None:
         """Go on with a text: its next pieces come from `step`, once there is room for it. `state`
@@ -156,6 +158,7 @@ class Engine:
     def _round(self) -> list[tuple[Text, Piece]]:
         with self._timed("draft"):
             found = self._draft(self._decoding)
+        began = time.perf_counter()
         texts = self._decoding = self.pool.arrange(self._decoding)
         drafts = [found[text] for text in texts]
         with self._timed("verify"):
@@ -175,6 +178,9 @@ class Engine:
             draft.observe(text, new)
             if text.finished is not None:
                 self.drop(text)
+        if self._clock is not None:
+            widest = max(len(draft.tree) for draft in drafts)
+            self._clock.took(len(texts), widest, time.perf_counter() - began)
         return pieces
 
     def _admit(self) -> None:
@@ -273,8 +279,8 @@ class _Drafting:
         self._max_nodes = max_nodes
         self._planner: Planner | None = None
 
-    def plan(self, costs: Costs) -> None:
-        self._planner = Planner(costs, max_depth=self._drafter.depth, max_nodes=self._max_nodes)
+    def plan(self, clock: Clock) -> None:
+        self._planner = Planner(clock, max_depth=self._drafter.depth, max_nodes=self._max_nodes)
 
     def draft(self, texts: list[Text], batch: int) -> list[_Draft]:
         """For these texts, in a round of `batch` of them."""

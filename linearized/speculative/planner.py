@@ -7,10 +7,11 @@ is what gives the most tokens a second, no guess at all included.
 from __future__ import annotations
 
 import bisect
+import itertools
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from linearized.speculative.text import Text
@@ -144,12 +145,14 @@ class Record:
         """Between `STEPS`, was a guess right, where its parent was?"""
 
     def observe(self, tree: TokenTree, new: Sequence[int], depth: int) -> None:
-        """A tree that was drafted `depth` deep, all of it, and how the text went on."""
+        """A tree that was drafted `depth` deep, worth verifying or not, and how the text went on:
+        by what was accepted of it, and a token more."""
         for average in self.steps.values():
             average.fade()
+        accepted = len(new) - 1
+        for level in range(1, min(depth, accepted + 1) + 1):
+            self.steps[level].add(float(accepted >= level))
         path = tree.follow(new)
-        for level in range(1, min(depth, len(new), len(path) + 1) + 1):
-            self.steps[level].add(float(len(path) >= level))
         for average in self.guesses:
             average.fade(LONG_MEMORY)
         known = {-1, *path[: len(new) - 1]}  # nodes after which it is known what came
@@ -160,15 +163,40 @@ class Record:
 
 FOLLOW = 0.1
 """What a level costs, in tokens of a text, as long as it is not known."""
+MARGIN = 1.03
+"""How much faster than without drafts it must promise to be: promises are kept on average only."""
 OPTIMISM = 0.7
 """Of one who has drafted nothing yet: is a guess right, given that all before it are?"""
+
+
+class Clock:
+    """What rounds take, but for drafting: the forward, as measured beforehand, and all around it,
+    as it turns out. Drafts cost more than their own time: they drive the target's weights and
+    states out of the processor's caches."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._around: dict[tuple[int, bool], Recent] = defaultdict(Recent)
+        """Seconds beyond those of the table, by texts, and with trees or without."""
+
+    def took(self, batch: int, nodes: int, seconds: float) -> None:
+        """A round of so many texts, with trees of at most so many nodes."""
+        self._around[batch, nodes > 0].add(seconds - self._costs.verify(batch, 1 + nodes))
+
+    def knows(self, batch: int) -> bool:
+        """Has there been a round without trees?"""
+        return bool(self._around[batch, False])
+
+    def seconds(self, batch: int, nodes: int) -> float:
+        around = self._around[batch, nodes > 0] or self._around[batch, False]
+        return self._costs.verify(batch, 1 + nodes) + (around.median if around else 0.0)
 
 
 class Planner:
     """For one drafter: how deep to draft, and what of a tree to verify."""
 
-    def __init__(self, costs: Costs, *, max_depth: int, max_nodes: int) -> None:
-        self._costs = costs
+    def __init__(self, clock: Clock, *, max_depth: int, max_nodes: int) -> None:
+        self._clock = clock
         self._max_depth = max_depth
         self._max_nodes = max_nodes
         self._all = Record()
@@ -177,25 +205,36 @@ class Planner:
         """Of drafting, by texts and depth."""
         self._levels: dict[int, Recent] = defaultdict(Recent)
         """Of a level of the trees, by texts."""
-        self._rate = 0.0
-        """Tokens a second, as it was planned last."""
         self._sizes: dict[int, Average] = defaultdict(Average)
         """Nodes of a tree that was worth verifying, by the depth that it was drafted."""
+        self._planned: tuple[list[Text], int, int] | None = None
+        """For these texts, in a round of so many, so deep; None: something new was learnt."""
+        self._rate = 0.0
+        """Tokens a second, as it was planned last."""
         self._idle = 0
         self._probe = FIRST_PROBE
 
     def depth(self, texts: Sequence[Text], batch: int) -> int:
-        """How deep to draft for these texts, in a round of `batch` of them; 0: not at all."""
-        best, best_rate = 0, batch / self._costs.verify(batch, 1)
+        """How deep to draft for these texts, in a round of `batch` of them; 0: not at all. The
+        first rounds are without drafts, to know what they have to beat."""
+        if not self._clock.knows(batch):
+            return 0
+        if self._planned is None or self._planned[:2] != (texts, batch):
+            self._planned = list(texts), batch, self._best_depth(texts, batch)
+        return self._probed(self._planned[2])
+
+    def _best_depth(self, texts: Sequence[Text], batch: int) -> int:
+        best, self._rate = 0, batch / self._clock.seconds(batch, 0)
+        least = self._rate * MARGIN
         expected = float(batch)
+        reaches = [self.reach(text) for text in texts]
         for depth in range(1, self._max_depth + 1):
-            expected += sum(self.reach(text, depth) for text in texts)
-            nodes = 1 + round(self._sizes[depth].mean(min(2 * depth, self._max_nodes)))
-            seconds = self._drafting(len(texts), depth) + self._costs.verify(batch, nodes)
-            if expected / seconds > best_rate:
-                best, best_rate = depth, expected / seconds
-        self._rate = best_rate
-        return self._probed(best)
+            expected += sum(map(next, reaches))
+            nodes = max(round(self._sizes[depth].mean(min(2 * depth, self._max_nodes))), 1)
+            seconds = self._drafting(len(texts), depth) + self._clock.seconds(batch, nodes)
+            if expected / seconds > max(self._rate, least):
+                best, self._rate = depth, expected / seconds
+        return best
 
     def follow(self, texts: int) -> float:
         """How probable a guess must be for the next level of the trees of so many texts to be worth
@@ -206,14 +245,14 @@ class Planner:
         near = min(known, key=lambda count: abs(count - texts))
         return min(self._levels[near].median * self._rate / texts, 1.0)
 
-    def reach(self, text: Text, depth: int) -> float:
-        """The chance that a tree for this text is right so far down."""
+    def reach(self, text: Text) -> Iterator[float]:
+        """The chance that a tree for this text is right down to the first level, the second, …"""
         own = self._texts.get(text)
         chance, shared = 1.0, OPTIMISM
-        for level in range(1, depth + 1):
+        for level in itertools.count(1):
             shared = self._all.steps[level].mean(shared)  # like the level above, if unknown
             chance *= own.steps[level].mean(shared) if own is not None else shared
-        return chance
+            yield chance
 
     def trust(self, text: Text) -> Callable[[float], float]:
         """How often a guess for this text is right that the drafter finds so probable, given that
@@ -238,16 +277,17 @@ class Planner:
         gains = [sorted(chance, reverse=True) for chance in chances]
         widest = min(max(map(len, trees), default=0), self._max_nodes)
         best, expected = 0, float(batch)
-        best_rate = batch / (seconds + self._costs.verify(batch, 1))
+        best_rate = batch / (seconds + self._clock.seconds(batch, 0))
         for nodes in range(1, widest + 1):
             expected += sum(gain[nodes - 1] for gain in gains if len(gain) >= nodes)
-            rate = expected / (seconds + self._costs.verify(batch, 1 + nodes))
+            rate = expected / (seconds + self._clock.seconds(batch, nodes))
             if rate > best_rate:
                 best, best_rate = nodes, rate
         return [tree.best(best, by=chance) for tree, chance in zip(trees, chances, strict=True)]
 
     def observe(self, text: Text, tree: TokenTree, new: Sequence[int], depth: int) -> None:
         """For this text a tree was drafted `depth` deep, and then it went on by `new` tokens."""
+        self._planned = None
         if text not in self._texts:
             self._texts[text] = Record()
         for record in (self._all, self._texts[text]):
@@ -256,6 +296,7 @@ class Planner:
     def took(self, texts: int, depth: int, seconds: float, *, levels: int, nodes: float) -> None:
         """Drafting up to so deep for so many texts took so long. The deepest tree has so many
         levels, and on average so many nodes were worth verifying."""
+        self._planned = None
         self._seconds[texts, depth].add(seconds)
         self._levels[texts].add(seconds / levels)
         self._sizes[depth].fade()

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from linearized.speculative import Sampling, Text, TokenTree
-from linearized.speculative.planner import Costs, Planner
+from linearized.speculative.planner import Clock, Costs, Planner
 
 FLAT = Costs((1, 8), (1, 32), ((1.0, 2.0), (2.0, 6.0)))
+
+
+def clock(costs: Costs = FLAT) -> Clock:
+    """It has seen rounds without trees, which took what the table says."""
+    found = Clock(costs)
+    for batch in range(1, 9):
+        for _ in range(2):
+            found.took(batch, 0, costs.verify(batch, 1))
+    return found
+
+
+def reach(planner: Planner, one: Text, depth: int) -> float:
+    return next(itertools.islice(planner.reach(one), depth - 1, None))
 
 
 def text() -> Text:
@@ -42,7 +56,7 @@ def rounds(planner: Planner, right: float, count: int, drafting: float, seed: in
 
 
 def test_a_useless_drafter_costs_little():
-    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    planner = Planner(clock(), max_depth=8, max_nodes=16)
     rounds(planner, 0.0, 100, drafting=0.2)  # what it takes to find out
     later = rounds(planner, 0.0, 2000, drafting=0.2, seed=1)
     assert later["seconds"] / later["tokens"] < 1.03
@@ -50,14 +64,14 @@ def test_a_useless_drafter_costs_little():
 
 
 def test_finding_out_is_short():
-    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    planner = Planner(clock(), max_depth=8, max_nodes=16)
     first = rounds(planner, 0.0, 60, drafting=0.2)
     assert first["drafted"] < 12
 
 
 @pytest.mark.parametrize("right, least", [(0.95, 6), (0.8, 3)])
 def test_a_good_drafter_is_used(right, least):
-    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    planner = Planner(clock(), max_depth=8, max_nodes=16)
     rounds(planner, right, 100, drafting=0.1)
     later = rounds(planner, right, 500, drafting=0.1, seed=1)
     assert sorted(later["depths"])[len(later["depths"]) // 2] >= least
@@ -69,31 +83,31 @@ def test_a_good_drafter_is_used(right, least):
 
 
 def test_one_that_gets_better_is_found():
-    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    planner = Planner(clock(), max_depth=8, max_nodes=16)
     rounds(planner, 0.0, 300, drafting=0.1)
     later = rounds(planner, 0.9, 1500, drafting=0.1, seed=1)
     assert later["depths"][-1] > 2
 
 
 def test_texts_have_their_own_estimates():
-    planner = Planner(FLAT, max_depth=4, max_nodes=16)
+    planner = Planner(clock(), max_depth=4, max_nodes=16)
     good, bad = text(), text()
     for _ in range(30):
         for one, accepted in ((good, 4), (bad, 0)):
             planner.observe(one, TokenTree.chain([0] * 4), [0] * accepted + [1], 4)
-    assert planner.reach(good, 4) > 0.8 > 0.2 > planner.reach(bad, 1)
-    assert 0.2 < planner.reach(text(), 1) < 0.8
+    assert reach(planner, good, 4) > 0.8 > 0.2 > reach(planner, bad, 1)
+    assert 0.2 < reach(planner, text(), 1) < 0.8
     trees = [TokenTree.chain([0] * 4)] * 2
     kept = planner.trim([good, bad], trees, 2, 0.0)
     assert len(kept[0]) == 4
     planner.forget(bad)
-    assert planner.reach(bad, 1) > 0.2
+    assert reach(planner, bad, 1) > 0.2
 
 
 def test_trees_keep_their_best_nodes():
     """A node is worth its score; a steep cost cuts the tree there."""
     steep = Costs((1,), (1, 2, 3, 4), ((1.0, 1.3, 1.6, 1.9),))
-    planner = Planner(steep, max_depth=3, max_nodes=3)
+    planner = Planner(clock(steep), max_depth=3, max_nodes=3)
     tree = TokenTree((5, 6, 7), (-1, -1, 0), (0.9, 0.05, 0.6))
     (kept,) = planner.trim([text()], [tree], 1, 0.0)
     assert kept == TokenTree((5, 7), (-1, 0), (0.9, 0.6))
@@ -103,7 +117,7 @@ def test_trees_keep_their_best_nodes():
 
 def test_guesses_are_trusted_as_often_as_they_were_right():
     """Where the draft is unsure of its favourite and the target takes it all the same."""
-    planner = Planner(FLAT, max_depth=2, max_nodes=16)
+    planner = Planner(clock(), max_depth=2, max_nodes=16)
     one = text()
     assert planner.trust(one)(0.3) == pytest.approx(0.3)
     tree = TokenTree((5, 6, 7), (-1, -1, 0), (0.3, 0.05, 0.09))  # 7 is found 0.3 probable, too
@@ -120,7 +134,7 @@ def test_guesses_are_trusted_as_often_as_they_were_right():
 
 def test_what_is_trusted_is_verified():
     """A wide tree of the unlikely, by its scores; experience has it otherwise."""
-    planner = Planner(Costs((1,), (1, 2, 3), ((1.0, 1.3, 1.6),)), max_depth=1, max_nodes=2)
+    planner = Planner(clock(Costs((1,), (1, 2, 3), ((1.0, 1.3, 1.6),))), max_depth=1, max_nodes=2)
     one = text()
     tree = TokenTree((5, 6), (-1, -1), (0.5, 0.05))
     for _ in range(100):
@@ -143,9 +157,36 @@ def test_costs_are_interpolated_and_never_fall():
     assert all(row == tuple(sorted(row)) for row in costs.seconds)
 
 
+def test_the_first_rounds_are_without_drafts():
+    fresh = Clock(FLAT)
+    planner = Planner(fresh, max_depth=8, max_nodes=16)
+    for _ in range(2):  # the first one sets something up, and does not count
+        assert planner.depth([text()], 1) == 0
+        fresh.took(1, 0, 1.0)
+    assert planner.depth([text()], 1) > 0
+    assert planner.depth([text()] * 2, 2) == 0
+
+
+def test_what_drafts_cost_beyond_the_table_counts():
+    """A chain that is always right pays by the table; not where rounds with trees take longer."""
+    hidden = clock()
+    planner = Planner(hidden, max_depth=1, max_nodes=16)
+    one = text()
+    for _ in range(50):
+        planner.observe(one, TokenTree.chain([0]), [0, 1], 1)
+        planner.took(1, 1, 0.1, levels=1, nodes=1)
+    assert planner.depth([one], 1) == 1
+    for _ in range(5):
+        hidden.took(1, 1, FLAT.verify(1, 2) + 1.0)
+    assert hidden.seconds(1, 3) == pytest.approx(FLAT.verify(1, 4) + 1.0)
+    assert hidden.seconds(1, 0) == pytest.approx(1.0)
+    planner.took(1, 1, 0.1, levels=1, nodes=1)
+    assert planner.depth([one], 1) == 0
+
+
 def test_one_slow_call_does_not_count():
     """Neither the first one, which sets something up, nor one that was interrupted."""
-    planner = Planner(FLAT, max_depth=8, max_nodes=16)
+    planner = Planner(clock(), max_depth=8, max_nodes=16)
     for seconds in (9.0, 0.1, 0.1, 7.0, 0.1):
         planner.took(1, 4, seconds, levels=2, nodes=4)
         planner.observe(one := text(), TokenTree.chain([0] * 4), [0] * 4 + [1], 4)
@@ -154,7 +195,7 @@ def test_one_slow_call_does_not_count():
 
 
 def test_a_level_costs_what_its_time_gives_otherwise():
-    planner = Planner(FLAT, max_depth=1, max_nodes=16)
+    planner = Planner(clock(), max_depth=1, max_nodes=16)
     assert planner.follow(1) == 0.1  # nothing is known
     for _ in range(3):
         planner.took(1, 1, 0.25, levels=1, nodes=1)
