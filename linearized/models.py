@@ -257,6 +257,14 @@ def commit(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) 
         StateError: not a path of that tree, or the state has moved on since.
     """
     pending.check(path, state)
+    if state.length.is_cuda or state.history is not None or len({*map(len, path)}) == 1:
+        _fold(state, pending, path)
+        return
+    for row, nodes in enumerate(path):  # on a CPU shorter than masks and indices for all of them
+        _fold(state.rows(row, row + 1), pending.row(row), [nodes])
+
+
+def _fold(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) -> None:
     longest = max(map(len, path))
     if longest == 0:
         return
@@ -266,12 +274,13 @@ def commit(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) 
     if min(map(len, path)) < longest:
         counts = torch.tensor([len(p) for p in path], device=device)
         mask = torch.arange(longest, device=device) < counts[:, None]
-
     whole = list(range(longest))
 
     def accepted(nodes: Tensor) -> Tensor:  # [L, B, K, N, ·]
-        if nodes.shape[3] == longest and all(p == whole for p in path):
+        if nodes.shape[3] == longest and all(list(p) == whole for p in path):
             return nodes
+        if len(path) == 1:
+            return nodes.index_select(3, index[0])
         along = index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])
         return nodes.gather(3, along)
 

@@ -303,6 +303,15 @@ class Pending:
     hidden: Tensor | None = None
     """[B, N, C], of the last layer, where it was asked for."""
 
+    def row(self, row: int) -> Pending:
+        """Views of what one row would add, where no layer keeps softmax."""
+        assert self.history is None
+        one = slice(row, row + 1)
+        keys, values = self.layers
+        shift = None if self.shift is None else self.shift[:, one]
+        layers = keys[:, one], values[:, one]
+        return Pending(layers, None, self.parents[one], self.length[one], shift)
+
     def check(self, path: Sequence[Sequence[int]], state: DecodeState) -> None:
         """Raises StateError unless `path` walks down each row's tree from the last committed
         token and the state is still the one that was verified against."""
