@@ -256,6 +256,8 @@ class _Case:
     engine: Engine
     speeds: list[float] = field(default_factory=list)
     """Tokens a second, a group each."""
+    ratios: list[float] = field(default_factory=list)
+    """The same, over that of plain decoding just before and just after."""
     texts: list[Text] = field(default_factory=list)
 
     def result(self, plain: _Case) -> dict[str, Any]:
@@ -266,11 +268,10 @@ class _Case:
         rounds = sum(text.rounds for text in self.texts)
         tokens = sum(len(text.new_tokens) for text in self.texts)
         total = sum(self.engine.seconds.values())
-        ratios = [mine / base for mine, base in zip(self.speeds, plain.speeds, strict=True)]
         return {
             "tokens_per_second": statistics.median(self.speeds),
-            "over_plain": statistics.median(ratios),
-            "ratios": ratios,
+            "over_plain": statistics.median(self.ratios),
+            "ratios": self.ratios,
             "tokens_per_round": tokens / rounds,
             "drafted": dict(drafted),
             "accepted": dict(accepted),
@@ -302,8 +303,9 @@ def _cases(setting: Setting, console: Console) -> list[dict[str, Any]]:
 def _compare(
     setting: Setting, corpus: str, prompts: Prompts, batch: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """All contestants, in turns, on the same groups of prompts. They keep what they have learnt of
-    how well they draft, as a server would; one group before the first is for that."""
+    """All contestants, in turns, on the same groups of prompts, with plain decoding before, after
+    and between them: what else the machine does changes by the second. They keep what they have
+    learnt of how well they draft, as a server would; one group before the first is for that."""
     makers = {PLAIN: list, **setting.drafters}
     cases = {}
     costs = None
@@ -314,16 +316,35 @@ def _compare(
         cases[name] = _Case(engine)
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)][: setting.groups]
     for turn, group in enumerate([groups[0], *groups]):
-        names = list(cases)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            speed, texts = _generate(cases[name].engine, group, setting.tokens, temperature)
-            if turn:
-                cases[name].speeds.append(speed)
-                cases[name].texts += texts
-            else:
-                cases[name].engine.seconds.clear()
+        names = list(setting.drafters)
+        names = names[turn % len(names) :] + names[: turn % len(names)]
+        found: list[tuple[str, float, list[Text]]] = []
+        for name in _with_plain_between(names):
+            found.append((name, *_generate(cases[name].engine, group, setting.tokens, temperature)))
+        if not turn:
+            for case in cases.values():
+                case.engine.seconds.clear()
+            continue
+        bases = [speed if name == PLAIN else None for name, speed, _ in found]
+        for place, (name, speed, texts) in enumerate(found):
+            case = cases[name]
+            case.speeds.append(speed)
+            before = next(base for base in bases[place::-1] if base)
+            after = next(base for base in bases[place:] if base)
+            case.ratios.append(2 * speed / (before + after))
+            if name != PLAIN or place == 0:
+                case.texts += texts
     about = {"corpus": corpus, "batch": batch, "temperature": temperature}
     return [{**about, "drafter": name, **case.result(cases[PLAIN])} for name, case in cases.items()]
+
+
+def _with_plain_between(names: list[str]) -> list[str]:
+    found = [PLAIN]
+    for place, name in enumerate(names, start=1):
+        found.append(name)
+        if place % 3 == 0 or place == len(names):
+            found.append(PLAIN)
+    return found
 
 
 def _generate(

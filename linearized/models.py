@@ -279,7 +279,7 @@ def _fold(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) -
     def accepted(nodes: Tensor) -> Tensor:  # [L, B, K, N, ·]
         if nodes.shape[3] == longest and all(list(p) == whole for p in path):
             return nodes
-        if len(path) == 1:
+        if len(path) == 1 and len(nodes):  # there are layers
             return nodes.index_select(3, index[0])
         along = index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])
         return nodes.gather(3, along)
