@@ -58,7 +58,11 @@ class MedusaHeads(nn.Module):
     def forward(self, hidden: Tensor, matrix: Tensor) -> list[Tensor]:
         """Logits [..., V] of each head, from hidden states [..., C] and the target's output matrix
         [V, C]."""
-        return [F.linear(hidden + F.silu(block(hidden)), matrix) for block in self.blocks]
+        return list(F.linear(self.states(hidden), matrix).unbind(-2))
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the target's output matrix is to be multiplied with, [..., heads, C]."""
+        return torch.stack([hidden + F.silu(block(hidden)) for block in self.blocks], dim=-2)
 
     def save_pretrained(self, folder: Path | str) -> None:
         folder = Path(folder)

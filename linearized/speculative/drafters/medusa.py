@@ -28,7 +28,8 @@ class MedusaDrafter(Drafter):
         heads.check(fingerprint(model))
         self.heads = heads.to(model.device)
         self.depth = heads.num_heads
-        self._matrix = output_matrix(model)
+        output_matrix(model)  # there is one
+        self._output = model.get_output_embeddings()
         self._shapes: dict[tuple[int, int], Shape] = {}
 
     @torch.no_grad()
@@ -39,7 +40,7 @@ class MedusaDrafter(Drafter):
             return trees
         states = [asks[i].text.hidden for i in ready]
         hidden = torch.stack([state for state in states if state is not None])
-        logits = torch.stack(self.heads(hidden, self._matrix), dim=1)  # B heads V
+        logits = self._output(self.heads.states(hidden))  # B heads V
         for row, i in zip(logits, ready, strict=True):
             trees[i] = self._tree(asks[i], row)
         return trees
