@@ -28,12 +28,15 @@ from linearized.models import check_decoder, check_state, commit, extend, new_st
 from linearized.speculative.drafters.base import Ask, Drafter
 from linearized.speculative.planner import Clock, Costs, Planner
 from linearized.speculative.pool import Pool
+from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Piece, Text
 from linearized.speculative.tree import TokenTree
 from linearized.state import DecodeState, Pending
 
 CHUNK = 512
 """Tokens of prompts that are read between two rounds."""
+REHEARSED = 12
+"""Tokens of texts that nobody reads."""
 
 
 class Engine:
@@ -97,9 +100,24 @@ class Engine:
 
     def plan(self, costs: Costs) -> None:
         """From now on draft and verify what pays; until then, all that drafters propose."""
+        self._rehearse()
         self._clock = Clock(costs)
         for drafting in self._drafting:
             drafting.plan(self._clock)
+
+    def _rehearse(self) -> None:
+        """A few rounds of texts that are not asked for: drafters set up on their first calls what
+        they need, which would look like the price of drafting."""
+        for batch in sorted({1, self.pool.num_rows}):
+            prompt = [token % self.model.config.vocab_size for token in range(8)]
+            texts = [
+                Text(prompt, sampling=Sampling(), max_new_tokens=REHEARSED) for _ in range(batch)
+            ]
+            for text in texts:
+                self.add(text)
+            while self.busy:
+                self.step()
+        self.seconds.clear()
 
     def add(self, text: Text, state: DecodeState | None = None) -> None:
         """Go on with a text: its next pieces come from `step`, once there is room for it. `state`

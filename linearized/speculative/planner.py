@@ -27,8 +27,12 @@ PRIOR = 3.0
 """Observations that what other texts have shown counts for, in a text of its own."""
 FIRST_PROBE, LAST_PROBE = 8, 256
 """Rounds without a drafter until it is tried again; each failure doubles them."""
+TRIAL = 4
+"""Rounds of such a try."""
 TIMES = 7
 """Whose median a time is taken to be."""
+OUTLIER = 4.0
+"""Times the shortest of them, beyond which one does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +119,15 @@ class Average:
 
 
 class Recent:
-    """Times of the last calls. The first one does not count: it is slow with what it sets up."""
+    """Times of the last calls. The first one does not count, nor do those that took many times as
+    long as the fastest: they set something up, or were interrupted."""
 
     def __init__(self) -> None:
         self._called = False
         self._seconds: deque[float] = deque(maxlen=TIMES)
 
     def __bool__(self) -> bool:
-        return bool(self._seconds)
+        return len(self._seconds) > 1
 
     def add(self, seconds: float) -> None:
         if self._called:
@@ -131,7 +136,8 @@ class Recent:
 
     @property
     def median(self) -> float:
-        return statistics.median(self._seconds)
+        longest = OUTLIER * min(self._seconds)
+        return statistics.median(seconds for seconds in self._seconds if seconds <= longest)
 
 
 class Record:
@@ -177,11 +183,11 @@ class Clock:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._around: dict[tuple[int, bool], Recent] = defaultdict(Recent)
-        """Seconds beyond those of the table, by texts, and with trees or without."""
+        """Times the seconds of the table, by texts, and with trees or without."""
 
     def took(self, batch: int, nodes: int, seconds: float) -> None:
         """A round of so many texts, with trees of at most so many nodes."""
-        self._around[batch, nodes > 0].add(seconds - self._costs.verify(batch, 1 + nodes))
+        self._around[batch, nodes > 0].add(seconds / self._costs.verify(batch, 1 + nodes))
 
     def knows(self, batch: int) -> bool:
         """Has there been a round without trees?"""
@@ -189,7 +195,7 @@ class Clock:
 
     def seconds(self, batch: int, nodes: int) -> float:
         around = self._around[batch, nodes > 0] or self._around[batch, False]
-        return self._costs.verify(batch, 1 + nodes) + (around.median if around else 0.0)
+        return self._costs.verify(batch, 1 + nodes) * (around.median if around else 1.0)
 
 
 class Planner:
@@ -213,15 +219,19 @@ class Planner:
         """Tokens a second, as it was planned last."""
         self._idle = 0
         self._probe = FIRST_PROBE
+        self._trial = 0
+        self._cold = True
 
     def depth(self, texts: Sequence[Text], batch: int) -> int:
         """How deep to draft for these texts, in a round of `batch` of them; 0: not at all. The
         first rounds are without drafts, to know what they have to beat."""
-        if not self._clock.knows(batch):
-            return 0
-        if self._planned is None or self._planned[:2] != (texts, batch):
-            self._planned = list(texts), batch, self._best_depth(texts, batch)
-        return self._probed(self._planned[2])
+        depth = 0
+        if self._clock.knows(batch):
+            if self._planned is None or self._planned[:2] != (texts, batch):
+                self._planned = list(texts), batch, self._best_depth(texts, batch)
+            depth = self._probed(self._planned[2])
+        self._cold |= not depth
+        return depth
 
     def _best_depth(self, texts: Sequence[Text], batch: int) -> int:
         best, self._rate = 0, batch / self._clock.seconds(batch, 0)
@@ -297,8 +307,11 @@ class Planner:
         """Drafting up to so deep for so many texts took so long. The deepest tree has so many
         levels, and on average so many nodes were worth verifying."""
         self._planned = None
-        self._seconds[texts, depth].add(seconds)
-        self._levels[texts].add(seconds / levels)
+        if self._cold:  # it had to read what it had missed
+            self._cold = False
+        else:
+            self._seconds[texts, depth].add(seconds)
+            self._levels[texts].add(seconds / levels)
         self._sizes[depth].fade()
         self._sizes[depth].add(nodes)
 
@@ -324,10 +337,13 @@ class Planner:
     def _probed(self, best: int) -> int:
         """What was found not to pay is tried again now and then."""
         if best:
-            self._idle, self._probe = 0, FIRST_PROBE
+            self._idle, self._probe, self._trial = 0, FIRST_PROBE, 0
             return best
-        self._idle += 1
-        if self._idle < self._probe:
-            return 0
-        self._idle, self._probe = 0, min(2 * self._probe, LAST_PROBE)
+        if not self._trial:
+            self._idle += 1
+            if self._idle < self._probe:
+                return 0
+            self._idle, self._probe = 0, min(2 * self._probe, LAST_PROBE)
+            self._trial = TRIAL
+        self._trial -= 1
         return min(2, self._max_depth)

@@ -17,7 +17,7 @@ def clock(costs: Costs = FLAT) -> Clock:
     """It has seen rounds without trees, which took what the table says."""
     found = Clock(costs)
     for batch in range(1, 9):
-        for _ in range(2):
+        for _ in range(3):
             found.took(batch, 0, costs.verify(batch, 1))
     return found
 
@@ -160,7 +160,7 @@ def test_costs_are_interpolated_and_never_fall():
 def test_the_first_rounds_are_without_drafts():
     fresh = Clock(FLAT)
     planner = Planner(fresh, max_depth=8, max_nodes=16)
-    for _ in range(2):  # the first one sets something up, and does not count
+    for _ in range(3):  # the first one sets something up, and does not count
         assert planner.depth([text()], 1) == 0
         fresh.took(1, 0, 1.0)
     assert planner.depth([text()], 1) > 0
