@@ -22,7 +22,9 @@ MEMORY = 0.95
 LONG_MEMORY = 0.99
 """The same, for what a drafter's scores are worth, which changes slowly."""
 STEPS = (0.01, 0.02, 0.04, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75, 0.9)
-"""Between these, guesses that a drafter finds so probable are right equally often."""
+"""Between these, guesses that a drafter finds so probable are right equally often, …"""
+RANKS = 3
+"""… if they are its first, its second, or later choices."""
 PRIOR = 3.0
 """Observations that what other texts have shown counts for, in a text of its own."""
 FIRST_PROBE, LAST_PROBE = 8, 256
@@ -147,8 +149,8 @@ class Record:
     def __init__(self) -> None:
         self.steps: dict[int, Average] = defaultdict(Average)
         """[level], was it accepted, where the level above it was?"""
-        self.guesses = [Average() for _ in range(len(STEPS) + 1)]
-        """Between `STEPS`, was a guess right, where its parent was?"""
+        self.guesses = [[Average() for _ in range(len(STEPS) + 1)] for _ in range(RANKS)]
+        """[rank][between `STEPS`], was a guess right, where its parent was?"""
 
     def observe(self, tree: TokenTree, new: Sequence[int], depth: int) -> None:
         """A tree that was drafted `depth` deep, worth verifying or not, and how the text went on:
@@ -159,12 +161,17 @@ class Record:
         for level in range(1, min(depth, accepted + 1) + 1):
             self.steps[level].add(float(accepted >= level))
         path = tree.follow(new)
-        for average in self.guesses:
+        for average in itertools.chain(*self.guesses):
             average.fade(LONG_MEMORY)
         known = {-1, *path[: len(new) - 1]}  # nodes after which it is known what came
-        for node, (parent, step) in enumerate(zip(tree.parents, tree.steps, strict=True)):
+        nodes = zip(tree.parents, tree.steps, tree.ranks, strict=True)
+        for node, (parent, step, rank) in enumerate(nodes):
             if parent in known:
-                self.guesses[bisect.bisect(STEPS, step)].add(float(node in path))
+                self.guess(step, rank).add(float(node in path))
+
+    def guess(self, step: float, rank: int) -> Average:
+        """Guesses of this kind: were they right, where their parents were?"""
+        return self.guesses[min(rank, RANKS - 1)][bisect.bisect(STEPS, step)]
 
 
 FOLLOW = 0.1
@@ -264,17 +271,16 @@ class Planner:
             chance *= own.steps[level].mean(shared) if own is not None else shared
             yield chance
 
-    def trust(self, text: Text) -> Callable[[float], float]:
-        """How often a guess for this text is right that the drafter finds so probable, given that
-        all before it are: as it says itself, as long as nothing else is known. A drafter that was
-        trained towards the target's probabilities is right about its favourites far more often
-        than they are probable, where the target takes its own favourite."""
-        shared, own = self._all.guesses, self._texts.get(text)
+    def trust(self, text: Text) -> Callable[[float, int], float]:
+        """How often a guess for this text is right that the drafter finds so probable, and its
+        first, second, … choice, given that all before it are. As long as nothing is known, as it
+        says itself; only its first choice is right more often than it is probable, since the
+        target, too, takes one that it likes best."""
+        shared, own = self._all, self._texts.get(text)
 
-        def chance(step: float) -> float:
-            kind = bisect.bisect(STEPS, step)
-            known = shared[kind].mean(step)
-            return known if own is None else own.guesses[kind].mean(known)
+        def chance(step: float, rank: int) -> float:
+            known = shared.guess(step, rank).mean(step if rank else step**0.5)
+            return known if own is None else own.guess(step, rank).mean(known)
 
         return chance
 
@@ -322,8 +328,8 @@ class Planner:
         """That each node is right, with all above it."""
         trust = self.trust(text)
         chances: list[float] = []
-        for parent, step in zip(tree.parents, tree.steps, strict=True):
-            chances.append(trust(step) * (chances[parent] if parent >= 0 else 1.0))
+        for parent, step, rank in zip(tree.parents, tree.steps, tree.ranks, strict=True):
+            chances.append(trust(step, rank) * (chances[parent] if parent >= 0 else 1.0))
         return chances
 
     def _drafting(self, texts: int, depth: int) -> float:

@@ -71,6 +71,17 @@ class TokenTree:
         return [s / a if a > 0 else 0.0 for s, a in zip(self.scores, above, strict=True)]
 
     @property
+    def ranks(self) -> list[int]:
+        """Of each node among its parent's children, most probable first, from 0."""
+        seen: dict[int, int] = {}
+        ranks = [0] * len(self)
+        order = sorted(range(len(self)), key=lambda node: -self.scores[node] if self.scores else 0)
+        for node in order:
+            ranks[node] = seen.get(self.parents[node], 0)
+            seen[self.parents[node]] = ranks[node] + 1
+        return ranks
+
+    @property
     def ancestors(self) -> Tensor:
         """[N, N], is m an ancestor of n, or n itself?"""
         reach = torch.eye(len(self), dtype=torch.bool)

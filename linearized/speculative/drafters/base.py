@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from linearized.speculative.engine import Engine
 
 
+Trust = Callable[[float, int], float]
+"""How often a guess is right that the drafter finds so probable, and the first, second, … best."""
+
+
+def as_said(step: float, rank: int) -> float:
+    """As probable as the drafter says."""
+    return step
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """For a tree on top of a text."""
@@ -26,8 +35,8 @@ class Ask:
     follow: float = 0.0
     """A guess whose whole path is less likely right than this is not worth the time to follow it
     any further; it may be a leaf."""
-    trust: Callable[[float], float] = float
-    """How often a guess is right that the drafter finds so probable, given all before it."""
+    trust: Trust = as_said
+    """How often a guess is right, given that all before it are."""
 
 
 class Drafter(ABC):

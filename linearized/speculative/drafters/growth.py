@@ -84,11 +84,11 @@ class Growth:
         scores = text.sampler.scores(logits[nodes], text.tokens, [path for _, _, path in above])
         best = scores.log_softmax(1).topk(min(width, scores.shape[1]), dim=1)
         found = [
-            (above[row][1] * self.ask.trust(step), row, step, token)
+            (above[row][1] * self.ask.trust(step, rank), row, step, token)
             for row, (steps, tokens) in enumerate(
                 zip(best.values.exp().tolist(), best.indices.tolist(), strict=True)
             )
-            for step, token in zip(steps, tokens, strict=True)
+            for rank, (step, token) in enumerate(zip(steps, tokens, strict=True))
             if step > 0
         ]
         found.sort(key=lambda guess: -guess[0])
