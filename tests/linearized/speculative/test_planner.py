@@ -210,6 +210,6 @@ def test_a_level_costs_what_its_time_gives_otherwise():
     planner.depth([text()] * 4, 4)
     rate = 4 / FLAT.verify(4, 1)
     assert planner.follow(4) == pytest.approx(0.5 * rate / 4)
-    for _ in range(3):
+    for _ in range(4):
         planner.took(8, 1, 99.0, levels=1, nodes=1)
     assert planner.follow(8) == 1.0
