@@ -45,7 +45,8 @@ class Half(Drafter):
     def _tree(self, text: Text) -> TokenTree:
         draw = self.draw
         prompt = tuple(text.tokens[: text.num_prompt])
-        rest = self.plain[prompt][len(text.new_tokens) :][: draw.randrange(10)]
+        plain = self.plain.get(prompt, [])  # of a rehearsal it knows nothing
+        rest = plain[len(text.new_tokens) :][: draw.randrange(10)]
         kind = draw.randrange(4)
         if kind == 0:
             return TokenTree.empty
