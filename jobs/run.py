@@ -174,9 +174,12 @@ def _stamp(folder: Path) -> bytes:
     """Of what a folder was made of, if a job of ours made it; others may have put something beside
     that since, such as Medusa's heads. Else of its files, weights by their size."""
     for name in ("run.json", "data.json"):
-        if (folder / name).exists():
-            key: str = json.loads((folder / name).read_text())["key"]
-            return key.encode()
+        try:
+            made = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(made, dict) and isinstance(made.get("key"), str):
+            return str(made["key"]).encode()
     stamp = b""
     for file in sorted(folder.iterdir()):
         if file.suffix == ".json":

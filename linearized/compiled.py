@@ -104,7 +104,7 @@ class _Program:
 
 class _Parts:
     """A model's modules, who multiplies for them and who attends: what may change without a trace
-    in the inputs. Torch would look at all that there is, which takes a sixth of a step."""
+    in the inputs. Torch would look at every attribute of every module before each step."""
 
     def __init__(self, model: nn.Module) -> None:
         self._where: list[tuple[dict[str, Any], str]] = []

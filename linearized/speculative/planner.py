@@ -29,8 +29,8 @@ PRIOR = 3.0
 """Observations that what other texts have shown counts for, in a text of its own."""
 FIRST_PROBE, LAST_PROBE = 8, 256
 """Rounds without a drafter until it is tried again; each failure doubles them."""
-TRIAL = 4
-"""Rounds of such a try."""
+TRIAL = 2
+"""Rounds of such a try: in the first, a drafter reads what it has missed."""
 TIMES = 7
 """Whose median a time is taken to be."""
 OUTLIER = 4.0

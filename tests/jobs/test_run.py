@@ -54,6 +54,14 @@ def test_every_file_of_a_model_that_we_have_not_made_does(run, file):
     assert run.key() != key
 
 
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"key": 3}'])
+def test_somebody_elses_run_json_is_a_file_like_others(run, content):
+    (run.teacher / "run.json").write_text(content)
+    key = run.key()
+    (run.teacher / "config.json").write_text("{}")
+    assert run.key() != key
+
+
 def test_a_folder_that_is_not_there(run):
     with pytest.raises(DataError, match="draft: there is no .*other; run the job that makes it"):
         replace(run, data=run.data / "other").key()
