@@ -113,7 +113,7 @@ class Engine:
             texts = [
                 Text(prompt, sampling=Sampling(), max_new_tokens=REHEARSED) for _ in range(batch)
             ]
-            for text in texts:
+            for text in filter(self._fits, texts):
                 self.add(text)
             while self.busy:
                 self.step()
@@ -127,8 +127,8 @@ class Engine:
             RequestError, ConfigError: it cannot be generated; says why.
         """
         text.check(self.model.config.vocab_size)
-        needed = self.pool.bytes_at(self._final(text))
-        if self._memory is not None and needed > self._memory:
+        if not self._fits(text):
+            needed = self.pool.bytes_at(self._final(text))
             raise RequestError(
                 f"a text of up to {self._final(text)} tokens takes {needed:,} bytes of state here, "
                 f"{self._memory:,} are allowed; ask for fewer tokens",
@@ -257,6 +257,10 @@ class Engine:
         parents = torch.arange(-1, nodes - 1, device=tokens.device).expand(batch, -1)
         state = self.pool.first(batch)
         return verify(self.model, tokens, parents, state, hidden=self._needs_hidden)
+
+    def _fits(self, text: Text) -> bool:
+        """Into the memory, with nobody beside it."""
+        return self._memory is None or self.pool.bytes_at(self._final(text)) <= self._memory
 
     def _final(self, text: Text) -> int:
         """Tokens that it may have at the end, and a tree on top."""

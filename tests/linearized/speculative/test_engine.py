@@ -19,6 +19,7 @@ from linearized.speculative import (
     Text,
     TokenTree,
 )
+from linearized.speculative.planner import Costs
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
 
@@ -189,6 +190,12 @@ def test_memory_limits_rows_and_texts(linear, llama):
     assert [text.new_tokens for text in texts] == want[:2]
     with pytest.raises(RequestError, match="bytes of state"):
         engine.add(Text(PROMPT * 60, sampling=Sampling(), max_new_tokens=8))
+    tight = Engine(hybrid, memory=engine.pool.bytes_at(18) // 2, rows=1, max_nodes=4)
+    tight.plan(Costs((1,), (1,), ((1.0,),)))  # nothing to rehearse with
+    short = Text([1], sampling=Sampling(), max_new_tokens=8)
+    tight.add(short)
+    run(tight)
+    assert short.new_tokens == alone(hybrid, [1], Sampling(), 8)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -229,6 +236,7 @@ def test_what_pays_is_measured(linear):
     engine = Engine(model, drafters=[Random()], rows=4, max_nodes=8)
     costs = engine.measure()
     engine.plan(costs)
+    assert not engine.busy and not len(engine.pool) and not engine.seconds
     assert costs.batches == (1, 2, 4) and costs.nodes == (1, 2, 4, 8, 9)
     texts = [Text(p, sampling=s, max_new_tokens=60) for p, s in requests(6, seed=5)]
     for text in texts:
