@@ -192,12 +192,12 @@ def test_every_zero_stage_trains_the_same_model(cluster, data, teacher, tmp_path
 @pytest.mark.ray
 @pytest.mark.timeout(240)
 def test_autocast_changes_the_products_and_not_the_weights_type(cluster, data, target, tmp_path):
-    """In bfloat16 the losses are other ones, and close."""
+    """In bfloat16 the losses are other ones, and close: within 5 %, on every kind of processor."""
     run = replace(target, out=tmp_path / "autocast", workers=Workers(autocast=True))
     found = train(run, cluster)["losses"]
     want = json.loads((target.out / "run.json").read_text())["losses"]
     assert found != want
-    assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in want], rel=0.02)
+    assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in want], rel=0.05)
     assert {tensor.dtype for tensor in weights(run.out).values()} == {torch.float32}
 
 
