@@ -257,7 +257,8 @@ class _Case:
     speeds: list[float] = field(default_factory=list)
     """Tokens a second, a group each."""
     ratios: list[float] = field(default_factory=list)
-    """The same, over that of plain decoding just before and just after."""
+    """The same, over that of plain decoding just before and just after; of plain decoding itself,
+    what chance does."""
     texts: list[Text] = field(default_factory=list)
 
     def result(self, plain: _Case) -> dict[str, Any]:
@@ -325,13 +326,13 @@ def _compare(
             for case in cases.values():
                 case.engine.seconds.clear()
             continue
-        bases = [speed if name == PLAIN else None for name, speed, _ in found]
+        plains = [(place, speed) for place, (name, speed, _) in enumerate(found) if name == PLAIN]
         for place, (name, speed, texts) in enumerate(found):
             case = cases[name]
             case.speeds.append(speed)
-            before = next(base for base in bases[place::-1] if base)
-            after = next(base for base in bases[place:] if base)
-            case.ratios.append(2 * speed / (before + after))
+            before = [base for at, base in plains if at < place][-1:]
+            after = [base for at, base in plains if at > place][:1]
+            case.ratios.append(speed / statistics.mean(before + after))
             if name != PLAIN or place == 0:
                 case.texts += texts
     about = {"corpus": corpus, "batch": batch, "temperature": temperature}
@@ -432,17 +433,18 @@ def _show_cases(corpus: str, cases: list[dict[str, Any]], console: Console) -> N
             continue
         depths = sorted(case["drafted"])
         drafted, accepted, shares = case["drafted"], case["accepted"], case["shares"]
+        span = f"{min(case['ratios']):.2f}–{max(case['ratios']):.2f}"
         by_depth = " ".join(f"{accepted.get(d, 0)}/{drafted[d]}" for d in depths[:6])
         spent = [shares.get(what, 0.0) for what in ("draft", "verify", "commit", "rest")]
         rows.append([
             str(case["batch"]), str(case["temperature"]), case["drafter"],
-            f"{case['tokens_per_second']:.1f}", f"{case['over_plain']:.2f} ×",
+            f"{case['tokens_per_second']:.1f}", f"{case['over_plain']:.2f} × ({span})",
             f"{case['tokens_per_round']:.2f}", by_depth,
             " ".join(f"{share:.0%}" for share in spent),
             f"{case['repeated']:.0%}", "yes" if case["same_text"] else "NO",
         ])  # fmt: skip
     columns = [
-        "texts", "temp.", "drafter", "tokens/s", "over plain", "tokens a round",
+        "texts", "temp.", "drafter", "tokens/s", "over plain (lowest–highest)", "tokens a round",
         "accepted/drafted by depth", "draft verify commit rest", "repeated", "text as plain",
     ]  # fmt: skip
     show(f"Decoding, {corpus}", columns, rows, console)
@@ -461,7 +463,7 @@ def _bars(results: dict[str, Any]) -> list[Bar]:
         for case in results["cases"]
         if (case["corpus"], case["temperature"], case["drafter"]) == (STDLIB, 0.0, PLAIN)
     }
-    worst = min(case["over_plain"] for case in results["cases"])
+    worst = min(case["over_plain"] for case in results["cases"] if case["drafter"] != PLAIN)
     many = plain[8] / plain[1] if {1, 8} <= plain.keys() else None
     return [
         Bar("one text, greedy, `model` over plain", ratio(0.0), 2.0),
