@@ -197,8 +197,10 @@ class Engine:
             if text.finished is not None:
                 self.drop(text)
         if self._clock is not None:
+            seconds = time.perf_counter() - began
             widest = max(len(draft.tree) for draft in drafts)
-            self._clock.took(len(texts), widest, time.perf_counter() - began)
+            drafted = any(draft.depth for draft in drafts)
+            self._clock.took(len(texts), widest, seconds, drafted=drafted)
         return pieces
 
     def _admit(self) -> None:
@@ -286,11 +288,11 @@ class _Draft:
         self.tree = tree
         self._whole = whole
         self._planner = planner
-        self._depth = depth
+        self.depth = depth
 
     def observe(self, text: Text, new: Sequence[int]) -> None:
-        if self._planner is not None and self._depth:
-            self._planner.observe(text, self._whole, new, self._depth)
+        if self._planner is not None and self.depth:
+            self._planner.observe(text, self._whole, new, self.depth)
 
 
 class _Drafting:

@@ -27,11 +27,14 @@ RANKS = 3
 """… if they are its first, its second, or later choices."""
 PRIOR = 3.0
 """Observations that what other texts have shown counts for, in a text of its own."""
-FIRST_PROBE, LAST_PROBE = 8, 256
-"""Rounds without a drafter until it is tried again; each failure doubles them."""
-TRIAL = 2
-"""Rounds of such a try: in the first, a drafter reads what it has missed."""
-TIMES = 7
+FIRST_PROBE, FIRST_REST, LAST = 8, 64, 256
+"""Rounds without a drafter until it is tried again, and rounds with it until there are some
+without, to know what those take by now. Each time that this changes nothing doubles them, up to the
+last."""
+PROBE, REST = 2, 4
+"""Rounds of such a try. The first is an expensive one: a drafter reads what it has missed; a target
+without drafts finds the processor's caches full of something else."""
+TIMES = 5
 """Whose median a time is taken to be."""
 OUTLIER = 4.0
 """Times the shortest of them, beyond which one does not count."""
@@ -185,24 +188,31 @@ OPTIMISM = 0.7
 class Clock:
     """What rounds take, but for drafting: the forward, as measured beforehand, and all around it,
     as it turns out. Drafts cost more than their own time: they drive the target's weights and
-    states out of the processor's caches."""
+    states out of the processor's caches, also for the round after them."""
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._around: dict[tuple[int, bool], Recent] = defaultdict(Recent)
-        """Times the seconds of the table, by texts, and with trees or without."""
+        """Times the seconds of the table, by texts, and with drafting or without."""
+        self._drafted = False
 
-    def took(self, batch: int, nodes: int, seconds: float) -> None:
+    def took(self, batch: int, nodes: int, seconds: float, *, drafted: bool) -> None:
         """A round of so many texts, with trees of at most so many nodes."""
-        self._around[batch, nodes > 0].add(seconds / self._costs.verify(batch, 1 + nodes))
+        if drafted or not self._drafted:
+            self._around[batch, drafted].add(seconds / self._costs.verify(batch, 1 + nodes))
+        self._drafted = drafted
 
     def knows(self, batch: int) -> bool:
-        """Has there been a round without trees?"""
+        """Have there been rounds without drafts?"""
         return bool(self._around[batch, False])
 
-    def seconds(self, batch: int, nodes: int) -> float:
-        around = self._around[batch, nodes > 0] or self._around[batch, False]
-        return self._costs.verify(batch, 1 + nodes) * (around.median if around else 1.0)
+    def seconds(self, batch: int, nodes: int, *, drafted: bool) -> float:
+        """What such a round takes. Without drafts it takes no longer than with some."""
+        """Without drafts it takes no longer than with some, all else being equal."""
+        with_, without = self._around[batch, True], self._around[batch, False]
+        known = [around.median for around in (with_, without) if around] or [1.0]
+        around = known[0] if drafted else min(known)
+        return self._costs.verify(batch, 1 + nodes) * around
 
 
 class Planner:
@@ -224,9 +234,11 @@ class Planner:
         """For these texts, in a round of so many, so deep; None: something new was learnt."""
         self._rate = 0.0
         """Tokens a second, as it was planned last."""
-        self._idle = 0
-        self._probe = FIRST_PROBE
-        self._trial = 0
+        self._drafts = False
+        """Does drafting pay, by what was planned last?"""
+        self._same, self._until, self._trial = 0, FIRST_PROBE, 0
+        """Rounds that it did or did not, how many until the other is tried, and what is left of
+        such a try."""
         self._cold = True
 
     def depth(self, texts: Sequence[Text], batch: int) -> int:
@@ -241,16 +253,17 @@ class Planner:
         return depth
 
     def _best_depth(self, texts: Sequence[Text], batch: int) -> int:
-        best, self._rate = 0, batch / self._clock.seconds(batch, 0)
+        best, self._rate = 0, batch / self._clock.seconds(batch, 0, drafted=False)
         least = self._rate * MARGIN
         expected = float(batch)
         reaches = [self.reach(text) for text in texts]
         for depth in range(1, self._max_depth + 1):
             expected += sum(map(next, reaches))
             nodes = max(round(self._sizes[depth].mean(min(2 * depth, self._max_nodes))), 1)
-            seconds = self._drafting(len(texts), depth) + self._clock.seconds(batch, nodes)
-            if expected / seconds > max(self._rate, least):
-                best, self._rate = depth, expected / seconds
+            seconds = self._clock.seconds(batch, nodes, drafted=True)
+            rate = expected / (seconds + self._drafting(len(texts), depth))
+            if rate > max(self._rate, least):
+                best, self._rate = depth, rate
         return best
 
     def follow(self, texts: int) -> float:
@@ -293,10 +306,10 @@ class Planner:
         gains = [sorted(chance, reverse=True) for chance in chances]
         widest = min(max(map(len, trees), default=0), self._max_nodes)
         best, expected = 0, float(batch)
-        best_rate = batch / (seconds + self._clock.seconds(batch, 0))
+        best_rate = batch / (seconds + self._clock.seconds(batch, 0, drafted=True))
         for nodes in range(1, widest + 1):
             expected += sum(gain[nodes - 1] for gain in gains if len(gain) >= nodes)
-            rate = expected / (seconds + self._clock.seconds(batch, nodes))
+            rate = expected / (seconds + self._clock.seconds(batch, nodes, drafted=True))
             if rate > best_rate:
                 best, best_rate = nodes, rate
         return [tree.best(best, by=chance) for tree, chance in zip(trees, chances, strict=True)]
@@ -341,15 +354,15 @@ class Planner:
         return self._seconds[near].median * depth / near[1]
 
     def _probed(self, best: int) -> int:
-        """What was found not to pay is tried again now and then."""
-        if best:
-            self._idle, self._probe, self._trial = 0, FIRST_PROBE, 0
-            return best
+        """What was found to pay less, to draft or not to, is tried again now and then."""
+        if bool(best) != self._drafts:
+            self._drafts, self._trial, self._same = bool(best), 0, 0
+            self._until = FIRST_REST if best else FIRST_PROBE
         if not self._trial:
-            self._idle += 1
-            if self._idle < self._probe:
-                return 0
-            self._idle, self._probe = 0, min(2 * self._probe, LAST_PROBE)
-            self._trial = TRIAL
+            self._same += 1
+            if self._same < self._until:
+                return best
+            self._same, self._until = 0, min(2 * self._until, LAST)
+            self._trial = REST if best else PROBE
         self._trial -= 1
-        return min(2, self._max_depth)
+        return 0 if best else min(2, self._max_depth)

@@ -18,7 +18,7 @@ def clock(costs: Costs = FLAT) -> Clock:
     found = Clock(costs)
     for batch in range(1, 9):
         for _ in range(3):
-            found.took(batch, 0, costs.verify(batch, 1))
+            found.took(batch, 0, costs.verify(batch, 1), drafted=False)
     return found
 
 
@@ -30,7 +30,14 @@ def text() -> Text:
     return Text([1], sampling=Sampling(), max_new_tokens=100)
 
 
-def rounds(planner: Planner, right: float, count: int, drafting: float, seed: int = 0) -> dict:
+def rounds(
+    planner: Planner,
+    right: float,
+    count: int,
+    drafting: float,
+    seed: int = 0,
+    clock: Clock | None = None,
+) -> dict:
     """One text, drafted for by chains whose guesses are right with this probability. Seconds of
     all rounds, tokens, and rounds that were drafted for."""
     draw = random.Random(seed)
@@ -50,6 +57,10 @@ def rounds(planner: Planner, right: float, count: int, drafting: float, seed: in
                 accepted += 1
             planner.observe(one, tree, [0] * accepted + [1], depth)
             seconds += spent
+        if clock is not None:
+            cold = 1.5 if depths[-2:-1] and depths[-2] else 1.0  # after a round with drafts
+            took = FLAT.verify(1, 1 + len(tree)) * (1.0 if depth else cold)
+            clock.took(1, len(tree), took, drafted=bool(depth))
         seconds += FLAT.verify(1, 1 + len(tree))
         tokens += 1 + accepted
     return {"seconds": seconds, "tokens": tokens, "drafted": drafted, "depths": depths}
@@ -164,9 +175,43 @@ def test_the_first_rounds_are_without_drafts():
     planner = Planner(fresh, max_depth=8, max_nodes=16)
     for _ in range(3):  # the first one sets something up, and does not count
         assert planner.depth([text()], 1) == 0
-        fresh.took(1, 0, 1.0)
+        fresh.took(1, 0, 1.0, drafted=False)
     assert planner.depth([text()], 1) > 0
     assert planner.depth([text()] * 2, 2) == 0
+
+
+@pytest.mark.parametrize("slow", [1.5, 3.0])
+def test_slow_first_rounds_do_not_speak_for_drafts_for_good(slow):
+    """A neighbour was busy when plain rounds were timed. What they take is looked at again, and
+    rounds that follow drafted ones are no measure of it."""
+    fresh = Clock(FLAT)
+    for _ in range(3):
+        fresh.took(1, 0, slow, drafted=False)
+    planner = Planner(fresh, max_depth=8, max_nodes=16)
+    rounds(planner, 0.1, 200, drafting=0.1, clock=fresh)  # pays by those times only
+    later = rounds(planner, 0.1, 1000, drafting=0.1, seed=1, clock=fresh)
+    assert later["drafted"] < 60
+    assert fresh.seconds(1, 0, drafted=False) == pytest.approx(1.0)
+
+
+def test_rounds_without_drafts_are_timed_again_ever_more_rarely():
+    fresh = clock()
+    planner = Planner(fresh, max_depth=8, max_nodes=16)
+    rounds(planner, 0.95, 20, drafting=0.1, clock=fresh)
+    depths = rounds(planner, 0.95, 1500, drafting=0.1, seed=1, clock=fresh)["depths"]
+    plain = [i for i, depth in enumerate(depths) if not depth]
+    assert 4 * 5 <= len(plain) <= 4 * 8
+    assert all(b - a in (1, 64, 128, 256) for a, b in itertools.pairwise(plain))
+
+
+def test_without_drafts_a_round_takes_no_longer_than_with_some():
+    fresh = Clock(FLAT)
+    for _ in range(3):
+        fresh.took(1, 0, 2.0, drafted=False)
+    assert fresh.seconds(1, 0, drafted=False) == pytest.approx(2.0)
+    for _ in range(3):
+        fresh.took(1, 0, 1.2, drafted=True)
+    assert fresh.seconds(1, 0, drafted=False) == pytest.approx(1.2)
 
 
 def test_what_drafts_cost_beyond_the_table_counts():
@@ -179,10 +224,10 @@ def test_what_drafts_cost_beyond_the_table_counts():
         planner.took(1, 1, 0.1, levels=1, nodes=1)
     assert planner.depth([one], 1) == 1
     for _ in range(5):
-        hidden.took(1, 1, FLAT.verify(1, 2) + 1.0)
+        hidden.took(1, 1, FLAT.verify(1, 2) + 1.0, drafted=True)
     longer = 1 + 1 / FLAT.verify(1, 2)
-    assert hidden.seconds(1, 3) == pytest.approx(FLAT.verify(1, 4) * longer)
-    assert hidden.seconds(1, 0) == pytest.approx(1.0)
+    assert hidden.seconds(1, 3, drafted=True) == pytest.approx(FLAT.verify(1, 4) * longer)
+    assert hidden.seconds(1, 0, drafted=False) == pytest.approx(1.0)
     planner.took(1, 1, 0.1, levels=1, nodes=1)
     assert planner.depth([one], 1) == 0
 
