@@ -4,7 +4,7 @@
     python -m jobs.generate demo prompts=prompts.jsonl out=texts.jsonl drafter=[ngram]
 
 A line holds `prompt`, a text, or `tokens`, a list of ids; whatever else it holds comes back with
-its text. Lines are written as texts end.
+its text, unless that has a field of the same name. Lines are written as texts end.
 """
 
 from __future__ import annotations
@@ -123,27 +123,36 @@ def _lines(config: GenerateConfig) -> Iterator[dict[str, Any]]:
             value = json.loads(line)
         except ValueError as error:
             raise DataError(f"{source}, line {number} is not JSON: {error}") from error
-        kind = isinstance(value, dict)
-        if not kind or not (isinstance(value.get("prompt"), str) or _are_ids(value.get("tokens"))):
+        if not _is_request(value):
             raise DataError(
                 f"{source}, line {number} needs a `prompt` (text) or `tokens` (a list of ids)"
             )
         yield value
 
 
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(one) is int for one in value)
+def _is_request(line: Any) -> bool:
+    if not isinstance(line, dict):
+        return False
+    if "tokens" not in line:
+        return isinstance(line.get("prompt"), str)
+    tokens = line["tokens"]
+    return isinstance(tokens, list) and all(type(one) is int for one in tokens)
 
 
 def _drafters(config: GenerateConfig, model: PreTrainedModel) -> list[Drafter]:
     import linearized
+    from linearized.compiled import can_compile
     from linearized.packing import can_pack
     from linearized.speculative.generate import NAMED, drafters
 
     given = [one if one in NAMED else linearized.load(one) for one in config.drafter]
     for one in given:
-        if not isinstance(one, str) and config.pack and can_pack(one):
+        if isinstance(one, str):
+            continue
+        if config.pack and can_pack(one):
             linearized.pack(one)
+        if config.compile and can_compile(one):
+            linearized.compile(one)
     return drafters(given, model)
 
 
@@ -156,11 +165,16 @@ def _texts(
     """Every text that is asked for, and the line that it will become."""
     from linearized.speculative import Text
     from linearized.speculative.generate import decoding, end_of_text
+    from linearized.speculative.text import check_tokens
 
     ends = config.sampling.stop_ids or frozenset(end_of_text(model))
     found = {}
     for number, line in enumerate(lines, start=1):
         tokens = line["tokens"] if "tokens" in line else tokenizer(line["prompt"])["input_ids"]
+        try:
+            check_tokens(tokens, model.config.vocab_size)
+        except RequestError as error:
+            raise RequestError(f"prompt {number}: {error}", param=error.param) from error
         for choice in range(config.n):
             text = Text(
                 tokens,
@@ -170,19 +184,19 @@ def _texts(
                 decode=decoding(tokenizer),
                 logprobs=config.logprobs,
             )
-            try:
-                text.check(model.config.vocab_size)
-            except RequestError as error:
-                raise RequestError(f"prompt {number}: {error}", param=error.param) from error
-            found[text] = {**line, "index": number - 1, "choice": choice, "text": ""}
+            text.check(model.config.vocab_size)
+            new = {"index": number - 1, "choice": choice, "text": "", "logprobs": []}
+            found[text] = {**line, **new}
     return found
 
 
 def _show(engine: Engine) -> None:
     """On the terminal, as it comes."""
     while engine.busy:
-        for _, piece in engine.step():
+        for text, piece in engine.step():
             print(piece.text, end="", flush=True)
+            if text.error is not None:
+                raise DataError(f"the tokenizer cannot decode the text: {text.error}")
     print()
 
 
@@ -197,7 +211,7 @@ def _write(engine: Engine, texts: dict[Text, dict[str, Any]], file: TextIO) -> N
             for text, piece in engine.step():
                 line = texts[text]
                 line["text"] += piece.text
-                line.setdefault("logprobs", []).extend(asdict(one) for one in piece.logprobs)
+                line["logprobs"] += [asdict(one) for one in piece.logprobs]
                 num_tokens += len(piece.tokens)
                 if text.finished is not None:
                     _end(text, line, file)
@@ -208,7 +222,9 @@ def _write(engine: Engine, texts: dict[Text, dict[str, Any]], file: TextIO) -> N
 
 def _end(text: Text, line: dict[str, Any], file: TextIO) -> None:
     if text.logprobs is None:
-        line.pop("logprobs", None)
+        del line["logprobs"]
+    if text.error is not None:
+        line["error"] = str(text.error)
     line |= {
         "new_tokens": text.new_tokens,
         "finish_reason": text.finished,

@@ -25,6 +25,12 @@ from linearized.state import DecodeState, GroupState
 _KEY = "_linearized_step"
 
 
+def can_compile(model: PreTrainedModel) -> bool:
+    """Is all of its state of a fixed size?"""
+    hybrid = len(linear_modules(model)) < len(attention_modules(model))
+    return not (hybrid or getattr(model.config, "is_encoder_decoder", False))
+
+
 def compile(model: PreTrainedModel) -> None:
     """Let `verify`, and `extend` by a few tokens, run as compiled programs from now on. The first
     calls of one row, of several, of one node and of several take tens of seconds each; torch keeps

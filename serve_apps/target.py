@@ -213,7 +213,7 @@ class TargetReplica:
                     continue
                 for text, piece in found:
                     if text in self._pieces:
-                        self._pieces[text].put_nowait(piece)
+                        self._pieces[text].put_nowait(text.error or piece)
                         if text.finished is None:
                             self._speculator.advance(text)
 

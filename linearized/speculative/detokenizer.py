@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from linearized.errors import ConfigError
+
 REPLACEMENT = "\ufffd"
 """What decoders put for bytes that are no character, or not yet."""
 MAX_OPEN = 3
@@ -104,7 +106,13 @@ class StopStrings:
     back."""
 
     def __init__(self, stop: Iterable[str]) -> None:
+        """
+        Raises:
+            ConfigError: one of them is empty.
+        """
         self._stop = tuple(stop)
+        if "" in self._stop:
+            raise ConfigError("a stop string must not be empty; it would stop before any text")
         self._held = ""
         self.found = False
 

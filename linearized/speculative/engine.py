@@ -92,14 +92,23 @@ class Engine:
         return bool(self._decoding or self._reading or self._waiting)
 
     def measure(self) -> Costs:
-        """What forwards take here, before there is any text; also gets all sizes warm."""
-        assert not self.busy
+        """What forwards take here, before there is any text; also gets all sizes warm.
+
+        Raises:
+            ConfigError: there is a text.
+        """
+        self._check_idle("measure")
         return Costs.measure(
             self._forward, max_batch=self.pool.num_rows, max_nodes=1 + self.max_nodes
         )
 
     def plan(self, costs: Costs) -> None:
-        """From now on draft and verify what pays; until then, all that drafters propose."""
+        """From now on draft and verify what pays; until then, all that drafters propose.
+
+        Raises:
+            ConfigError: there is a text.
+        """
+        self._check_idle("plan")
         self._rehearse()
         self._clock = Clock(costs)
         for drafting in self._drafting:
@@ -146,7 +155,7 @@ class Engine:
 
     def remove(self, text: Text) -> DecodeState | None:
         """Stop going on with a text. Its state, for `add`; None if nothing of it was read."""
-        state = None
+        state = self._waiting.get(text)
         if text in self.pool:
             state = self.pool.row(text).clone()
         self.drop(text)
@@ -163,7 +172,8 @@ class Engine:
             drafting.forget(text)
 
     def step(self) -> list[tuple[Text, Piece]]:
-        """One round: what each text gained. Texts that have ended are gone afterwards."""
+        """One round: what each text gained. Texts that have ended are gone afterwards. A text
+        whose `decode` raises ends by itself, with `error`; the others go on."""
         began, known = time.perf_counter(), sum(self.seconds.values())
         self._admit()
         with self._timed("read"):
@@ -178,29 +188,29 @@ class Engine:
             found = self._draft(self._decoding)
         began = time.perf_counter()
         texts = self._decoding = self.pool.arrange(self._decoding)
-        drafts = [found[text] for text in texts]
+        trees = [found[text][-1].tree for text in texts]
         with self._timed("verify"):
-            logits, pending = self._verify(texts, drafts)
+            logits, pending = self._verify(texts, trees)
         walks = [
-            text.choose(rows[: 1 + len(draft.tree)], draft.tree)
-            for text, draft, rows in zip(texts, drafts, logits, strict=True)
+            text.choose(rows[: 1 + len(tree)], tree)
+            for text, tree, rows in zip(texts, trees, logits, strict=True)
         ]
         paths = [[0, *(1 + node for node in path)] for path, _ in walks]
         with self._timed("commit"):
             commit(self.pool.first(len(texts)), pending, paths)
         pieces = []
-        for i, (text, draft, (path, new)) in enumerate(zip(texts, drafts, walks, strict=True)):
+        for i, (text, tree, (path, new)) in enumerate(zip(texts, trees, walks, strict=True)):
             if pending.hidden is not None:
                 text.hidden = pending.hidden[i, paths[i][-1]]
-            pieces.append((text, text.take(new, draft.tree, path, logits[i])))
-            draft.observe(text, new)
+            pieces.append((text, text.take(new, tree, path, logits[i])))
+            for draft in found[text]:
+                draft.observe(text, new)
             if text.finished is not None:
                 self.drop(text)
         if self._clock is not None:
             seconds = time.perf_counter() - began
-            widest = max(len(draft.tree) for draft in drafts)
-            drafted = any(draft.depth for draft in drafts)
-            self._clock.took(len(texts), widest, seconds, drafted=drafted)
+            drafted = any(draft.depth for drafts in found.values() for draft in drafts)
+            self._clock.took(len(texts), max(map(len, trees)), seconds, drafted=drafted)
         return pieces
 
     def _admit(self) -> None:
@@ -230,35 +240,42 @@ class Engine:
             if done + len(tokens) == goal:
                 self._decoding.append(self._reading.popleft())
 
-    def _draft(self, texts: list[Text]) -> dict[Text, _Draft]:
-        """A tree for each text."""
-        drafts = {text: _Draft() for text in texts}
+    def _draft(self, texts: list[Text]) -> dict[Text, list[_Draft]]:
+        """What the drafters had for each text, up to the first who had something."""
+        vocabulary = range(self.model.config.vocab_size)
+        drafts = {text: [_Draft()] for text in texts}
         for drafting in self._drafting:
-            free = [text for text, draft in drafts.items() if not draft.tree]
+            free = [text for text, known in drafts.items() if not known[-1].tree]
             found = drafting.draft(free, len(texts))
             for text, draft in zip(free, found, strict=True):
-                if max(draft.tree.tokens, default=0) < self.model.config.vocab_size:
-                    drafts[text] = draft
+                if all(token in vocabulary for token in draft.tree.tokens):
+                    drafts[text].append(draft)
         return drafts
 
-    def _verify(self, texts: list[Text], drafts: list[_Draft]) -> tuple[Tensor, Pending]:
+    def _verify(self, texts: list[Text], trees: list[TokenTree]) -> tuple[Tensor, Pending]:
         """Side by side, as wide as the widest; what is beyond a tree is nobody's parent."""
-        widest = 1 + max(len(draft.tree) for draft in drafts)
+        widest = 1 + max(map(len, trees))
         tokens, parents = [], []
-        for text, draft in zip(texts, drafts, strict=True):
-            missing = widest - 1 - len(draft.tree)
-            tokens.append([text.tokens[-1], *draft.tree.tokens, *[0] * missing])
-            parents.append([-1, *(parent + 1 for parent in draft.tree.parents), *[-1] * missing])
+        for text, tree in zip(texts, trees, strict=True):
+            missing = widest - 1 - len(tree)
+            tokens.append([text.tokens[-1], *tree.tokens, *[0] * missing])
+            parents.append([-1, *(parent + 1 for parent in tree.parents), *[-1] * missing])
         device = self.model.device
-        trees = torch.tensor(tokens, device=device), torch.tensor(parents, device=device)
+        nodes = torch.tensor(tokens, device=device), torch.tensor(parents, device=device)
         state = self.pool.first(len(texts))
-        return verify(self.model, *trees, state, hidden=self._needs_hidden)
+        return verify(self.model, *nodes, state, hidden=self._needs_hidden)
 
     def _forward(self, batch: int, nodes: int) -> object:
         tokens = torch.zeros(batch, nodes, dtype=torch.int64, device=self.model.device)
         parents = torch.arange(-1, nodes - 1, device=tokens.device).expand(batch, -1)
         state = self.pool.first(batch)
         return verify(self.model, tokens, parents, state, hidden=self._needs_hidden)
+
+    def _check_idle(self, what: str) -> None:
+        if self.busy:
+            raise ConfigError(
+                f"{what} needs an engine without texts, there are {len(self.texts)}; call it first"
+            )
 
     def _fits(self, text: Text) -> bool:
         """Into the memory, with nobody beside it."""
@@ -309,6 +326,8 @@ class _Drafting:
     def draft(self, texts: list[Text], batch: int) -> list[_Draft]:
         """For these texts, in a round of `batch` of them."""
         planner, depth = self._planner, self._drafter.depth
+        if not any(_left(text) for text in texts):  # a try without a text would tell nothing
+            return [_Draft() for _ in texts]
         if planner is not None:
             depth = planner.depth(texts, batch)
         ends = ((text, min(depth, _left(text))) for text in texts)

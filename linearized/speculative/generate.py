@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearized.errors import ConfigError
+from linearized.errors import ConfigError, RequestError
 from linearized.medusa import MedusaHeads
 from linearized.speculative.drafters import (
     Drafter,
@@ -63,6 +63,7 @@ def generate(  # type: ignore[misc]
     on_tokens: OnTokens | None = None,
 ) -> list[int] | list[list[int]]:
     """Continue one prompt (token ids) or several (lists of them): the new ids, nested alike.
+    Arrays and tensors will do.
 
     `drafter`: None, a smaller model with the same tokenizer, a `Drafter`, a name, or several of
     these in the order in which to ask them; it changes the speed and never the text. Names are
@@ -75,10 +76,12 @@ def generate(  # type: ignore[misc]
     called as they come.
 
     Raises:
-        RequestError: an empty prompt, an unknown token. ConfigError: a setting out of range.
+        RequestError: a prompt that is no list of token ids, an empty one, an unknown token.
+        ConfigError: a setting out of range.
     """
-    many = bool(prompt) and not isinstance(prompt[0], int)
-    prompts: list[Sequence[int]] = list(prompt) if many else [prompt]  # type: ignore[list-item,arg-type]
+    given = _plain(prompt)
+    many = isinstance(given, list) and bool(given) and isinstance(given[0], list)
+    prompts = [_ids(one) for one in (given if many else [given])]
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -116,14 +119,38 @@ def generate(  # type: ignore[misc]
         for text, piece in engine.step():
             if on_tokens is not None and piece.tokens:
                 on_tokens(index[text], list(piece.tokens))
+            if text.error is not None:
+                raise text.error
     found = [text.new_tokens for text in texts]
     return found if many else found[0]
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers, out of whatever holds them."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple, range)) else value
+
+
+def _ids(prompt: Any) -> list[int]:
+    """
+    Raises:
+        RequestError: this is no list of token ids.
+    """
+    wrong: list[Any] = [prompt]
+    if isinstance(prompt, list):
+        wrong = [one for one in prompt if type(one) is not int]
+    if wrong:
+        problem = f"a prompt is a list of token ids, got {type(wrong[0]).__name__} {wrong[0]!r:.80}"
+        hint = '; tokenizer(text)["input_ids"] gives them' if isinstance(prompt, str) else ""
+        raise RequestError(problem + hint, param="prompt")
+    return list(prompt)
 
 
 def drafters(given: Guesser | Sequence[Guesser] | None, model: PreTrainedModel) -> list[Drafter]:
     """
     Raises:
-        ConfigError: an unknown name, or a model with another vocabulary.
+        ConfigError: an unknown name.
     """
     if given is None:
         return []
@@ -142,17 +169,12 @@ def _drafter(given: Guesser, model: PreTrainedModel) -> Drafter:
         return NAMED[given](model)
     if not isinstance(given, PreTrainedModel):
         raise ConfigError(f"a drafter is a name, a model or a Drafter, got {type(given).__name__}")
-    if given.config.vocab_size != model.config.vocab_size:
-        raise ConfigError(
-            f"the draft's vocabulary has {given.config.vocab_size} tokens, the target's "
-            f"{model.config.vocab_size}; they must share one tokenizer"
-        )
     return ModelDrafter(given)
 
 
 def _medusa(model: PreTrainedModel) -> Drafter:
     heads = MedusaHeads.from_pretrained(Path(model.config._name_or_path) / "medusa")
-    return MedusaDrafter(model, heads.to(model.dtype))
+    return MedusaDrafter(model, heads)
 
 
 NAMED: dict[str, Callable[[PreTrainedModel], Drafter]] = {

@@ -207,8 +207,8 @@ class Clock:
         return bool(self._around[batch, False])
 
     def seconds(self, batch: int, nodes: int, *, drafted: bool) -> float:
-        """What such a round takes. Without drafts it takes no longer than with some."""
-        """Without drafts it takes no longer than with some, all else being equal."""
+        """What such a round takes; without drafts no longer than with some, all else being
+        equal."""
         with_, without = self._around[batch, True], self._around[batch, False]
         known = [around.median for around in (with_, without) if around] or [1.0]
         around = known[0] if drafted else min(known)

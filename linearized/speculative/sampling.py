@@ -13,6 +13,7 @@ top_k, top_p, min_p, noise.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -124,10 +125,10 @@ class Sampler:
     def __init__(self, sampling: Sampling, *, num_prompt: int) -> None:
         self.sampling = sampling
         self.num_prompt = num_prompt
-        self._counted: list[int] = []
-        self._counts: Tensor | None = None
-        """[2, V], how often each token is in the prompt and in the text."""
-        self._noise: dict[int, Tensor] = {}
+        self._counts: dict[torch.device, tuple[list[int], Tensor]] = {}
+        """The tokens that are counted, and [2, V], how often each is in the prompt and in the
+        text; a draft may live on another device than its target."""
+        self._noise: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
 
     def scores(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
@@ -170,12 +171,12 @@ class Sampler:
     def _adjusted(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
     ) -> Tensor:
-        """With bias and penalties."""
+        """With bias and penalties, in float32 at least."""
         sampling = self.sampling
         logits = self._biased(logits)
         if not sampling.follows_text:
             return logits
-        logits = logits.clone()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for row, path in enumerate(paths):
             length = len(tokens) + len(path) - self.num_prompt
             if length < sampling.min_tokens and sampling.stop_ids:
@@ -190,43 +191,45 @@ class Sampler:
         if penalty != 1:
             penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where((counts > 0) | (prompt > 0), penalized, logits)
-        logits -= sampling.frequency_penalty * counts
+        logits -= sampling.frequency_penalty * counts.to(logits.dtype)
         logits -= sampling.presence_penalty * (counts > 0)
         return logits
 
     def _biased(self, logits: Tensor) -> Tensor:
         if not self.sampling.logit_bias:
             return logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         ids, biases = zip(*self.sampling.logit_bias, strict=True)
         bias = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
         return logits.index_add(1, _ids(ids, logits), bias.expand(len(logits), -1))
 
-    def _follow(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
-        """[2, V], in logits' type, counts of prompt and text."""
-        known = len(self._counted)
-        if self._counts is None or list(tokens[:known]) != self._counted:
-            known = 0
-            self._counts = logits.new_zeros(2, logits.shape[1])
-        new = list(tokens[known:])
+    def _follow(self, tokens: Sequence[int], like: Tensor) -> Tensor:
+        """[2, V], integers, counts of prompt and text."""
+        counted, counts = self._counts.get(like.device, ([], None))
+        if counts is None or list(tokens[: len(counted)]) != counted:
+            counted = []
+            counts = like.new_zeros(2, like.shape[1], dtype=torch.int64)
+        new = list(tokens[len(counted) :])
         if new:
-            place = [int(i >= self.num_prompt) for i in range(known, len(tokens))]
-            index = (_ids(place, logits), _ids(new, logits))
-            self._counts.index_put_(index, self._counts.new_ones(()), accumulate=True)
-        self._counted = list(tokens)
-        return self._counts
+            place = [int(i >= self.num_prompt) for i in range(len(counted), len(tokens))]
+            index = (_ids(place, like), _ids(new, like))
+            counts.index_put_(index, counts.new_ones(()), accumulate=True)
+        self._counts[like.device] = list(tokens), counts
+        return counts
 
-    def _noise_at(self, positions: Sequence[int], logits: Tensor) -> Tensor:
+    def _noise_at(self, positions: Sequence[int], like: Tensor) -> Tensor:
         """[N, V]; of a position it is worked out once, for draft and target."""
-        missing = set(positions) - self._noise.keys()
+        known = self._noise[like.device]
+        missing = set(positions) - known.keys()
         if missing:
             oldest = min(positions)
-            self._noise = {p: row for p, row in self._noise.items() if p >= oldest}
+            for position in [p for p in known if p < oldest]:
+                del known[position]
             new = range(min(missing), max(max(missing) + 1, min(missing) + AHEAD))
             seed, choice = self.sampling.seed, self.sampling.choice
-            size, device = logits.shape[1], logits.device
-            rows = gumbel(seed, new, size, choice=choice, device=device)
-            self._noise.update(zip(new, rows, strict=True))
-        return torch.stack([self._noise[position] for position in positions])
+            rows = gumbel(seed, new, like.shape[1], choice=choice, device=like.device)
+            known.update(zip(new, rows, strict=True))
+        return torch.stack([known[position] for position in positions])
 
 
 def _nucleus(row: Tensor, top_p: float) -> Tensor:

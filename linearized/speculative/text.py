@@ -37,6 +37,19 @@ class Piece:
     """Why the text ends here, if it does."""
 
 
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """
+    Raises:
+        RequestError: there are none, or one that the vocabulary does not have.
+    """
+    if not tokens:
+        raise RequestError("the prompt is empty; give at least one token", param="prompt")
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            outside = f"token id {token} is outside the vocabulary of {vocab_size}"
+            raise RequestError(outside, param="prompt")
+
+
 class Text:
     """Grows by `take` until `finished` is set."""
 
@@ -54,7 +67,7 @@ class Text:
         """`stop`: the text ends before the first of these strings; not looked for among the first
         `sampling.min_tokens` tokens. They need `decode`, token ids to text. `logprobs`: how many
         alternatives to name for each token; None: and no log-probabilities either. `num_prompt`:
-        how much of `prompt` is one; None: all, nothing else is there yet."""
+        how much of `prompt` is one, and what follows it the text so far; None: all."""
         self.tokens = list(prompt)
         """Prompt and text."""
         self.num_prompt = len(self.tokens) if num_prompt is None else num_prompt
@@ -62,8 +75,10 @@ class Text:
         self.sampler = Sampler(sampling, num_prompt=self.num_prompt)
         self.max_new_tokens = max_new_tokens
         self.logprobs = logprobs
-        self.finished: str | None = "length" if max_new_tokens == 0 else None
-        """`stop`: a stop token or string; `length`: as long as it may be."""
+        self.finished: str | None = None
+        """`stop`: a stop token or string; `length`: as long as it may be; `error`: see there."""
+        self.error: Exception | None = None
+        """What `decode` raised."""
         self.hidden: Tensor | None = None
         """[C], of the model's last layer, from which the last token was chosen; for drafters that
         need it."""
@@ -77,9 +92,16 @@ class Text:
             raise ConfigError("stop strings need a tokenizer's decode, to see text in token ids")
         self._stream: TextStream | None = None
         if decode is not None:
+            known = self.tokens[: self.num_prompt]
             self._stream = TextStream(
-                decode, prompt=self.tokens, stop=stop, min_tokens=sampling.min_tokens
+                decode, prompt=known, stop=stop, min_tokens=sampling.min_tokens
             )
+            self._stream.push(self.new_tokens)
+        stopped = self._stream is not None and self._stream.stopped
+        if stopped or (self.new_tokens[-1:] and self.tokens[-1] in sampling.stop_ids):
+            self.finished = "stop"
+        elif len(self.new_tokens) >= max_new_tokens:
+            self.finished = "length"
 
     @property
     def new_tokens(self) -> list[int]:
@@ -91,14 +113,15 @@ class Text:
             RequestError: an empty prompt, a token that the vocabulary does not have, a length below
                 0. ConfigError: a sampling that names such a token.
         """
-        if not self.tokens:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        for token in self.tokens:
-            if not 0 <= token < vocab_size:
-                outside = f"token id {token} is outside the vocabulary of {vocab_size}"
-                raise RequestError(outside, param="prompt")
+        check_tokens(self.tokens, vocab_size)
+        if not 0 < self.num_prompt <= len(self.tokens):
+            problem = f"num_prompt must lie between 1 and {len(self.tokens)}, got {self.num_prompt}"
+            raise RequestError(problem, param="prompt")
         if self.max_new_tokens < 0:
             problem = f"max_new_tokens must be at least 0, got {self.max_new_tokens}"
+            raise RequestError(problem, param="max_tokens")
+        if len(self.new_tokens) > self.max_new_tokens:
+            problem = f"the text has {len(self.new_tokens)} tokens, up to {self.max_new_tokens} fit"
             raise RequestError(problem, param="max_tokens")
         if self.logprobs is not None and not 0 <= self.logprobs <= vocab_size:
             problem = f"logprobs must lie between 0 and {vocab_size}, got {self.logprobs}"
@@ -123,8 +146,22 @@ class Text:
     def take(
         self, new: Sequence[int], tree: TokenTree, path: Sequence[int], logits: Tensor
     ) -> Piece:
-        """Go on by what `choose` has said, as far as the text goes on."""
+        """Go on by what `choose` has said, as far as the text goes on; not at all if `decode`
+        raises, which ends it with `error`."""
         new = list(new[: self.num_prompt + self.max_new_tokens - len(self.tokens)])
+        try:
+            new, text = self._say(new)
+        except Exception as error:
+            self.finished, self.error = "error", error
+            return Piece((), finished="error")
+        self.tokens += new
+        self.rounds += 1
+        self.drafted.update(tree.depths)
+        self.accepted.update(range(1, min(len(path), len(new)) + 1))
+        return Piece(tuple(new), text, self._alternatives(new, path, logits), self.finished)
+
+    def _say(self, new: list[int]) -> tuple[list[int], str]:
+        """Those of the new tokens that belong to the text, and what is certain of it now."""
         text = ""
         for i, token in enumerate(new):
             stops = token in self.sampling.stop_ids
@@ -139,11 +176,7 @@ class Text:
             self.finished = "length"
         if self.finished is not None and self._stream is not None:
             text += self._stream.flush()
-        self.tokens += new
-        self.rounds += 1
-        self.drafted.update(tree.depths)
-        self.accepted.update(range(1, min(len(path), len(new)) + 1))
-        return Piece(tuple(new), text, self._alternatives(new, path, logits), self.finished)
+        return new, text
 
     def _alternatives(
         self, new: Sequence[int], path: Sequence[int], logits: Tensor

@@ -80,6 +80,14 @@ def test_drafters_choices_and_logprobs(folder, tmp_path):
             assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
 
 
+def test_fields_of_the_same_name_are_replaced(folder, tmp_path):
+    own = {"prompt": "the quick", "logprobs": None, "text": "mine", "rounds": "many"}
+    line = run(folder, tmp_path, [own])[0]
+    want = run(folder, tmp_path, LINES[:1])[0]
+    assert "logprobs" not in line and (line["text"], line["rounds"]) == (want["text"], 20)
+    assert len(run(folder, tmp_path, [own], logprobs=1)[0]["logprobs"]) == 20
+
+
 def test_a_stop_string(folder, tmp_path):
     plain = run(folder, tmp_path, LINES[:1])[0]["text"]
     found = run(folder, tmp_path, LINES[:1], stop=(plain[4:7],))[0]
@@ -103,11 +111,16 @@ def test_errors_name_the_line(folder, tmp_path):
         ([], "line 3 needs a `prompt`"),
         ({"tokens": [1, "a"]}, "line 3 needs"),
         ({"text": "x"}, "line 3 needs"),
+        ({"prompt": "x", "tokens": 12}, "line 3 needs"),
+        ({"tokens": [True]}, "line 3 needs"),
     ):
         with pytest.raises(DataError, match=words):
             run(folder, tmp_path, [LINES[0], line])
-    with pytest.raises(RequestError, match="prompt 2: token id 9999 is outside"):
-        run(folder, tmp_path, [LINES[0], {"tokens": [9999]}])
+    for token in (9999, -1):
+        with pytest.raises(RequestError, match=f"prompt 2: token id {token} is outside"):
+            run(folder, tmp_path, [LINES[0], {"tokens": [token]}])
+    with pytest.raises(ConfigError, match="stop string must not be empty"):
+        run(folder, tmp_path, LINES, stop=("",))
     with pytest.raises(RequestError, match="prompt 1: the prompt is empty"):
         run(folder, tmp_path, [{"prompt": ""}])
     (tmp_path / "prompts.jsonl").write_text("{")

@@ -26,7 +26,7 @@ class MedusaDrafter(Drafter):
             ModelError: the heads were trained on another model.
         """
         heads.check(fingerprint(model))
-        self.heads = heads.to(model.device)
+        self.heads = heads.to(model.device, model.dtype)
         self.depth = heads.num_heads
         output_matrix(model)  # there is one
         self._output = model.get_output_embeddings()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearized.errors import ConfigError
 from linearized.models import commit, decoder, extend, verify
 from linearized.speculative.drafters.base import Ask, Drafter
 from linearized.speculative.drafters.growth import Growth, grow
@@ -15,6 +17,9 @@ from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 from linearized.state import Pending
+
+if TYPE_CHECKING:
+    from linearized.speculative.engine import Engine
 
 CHUNK = 512
 """Tokens read at once."""
@@ -41,6 +46,18 @@ class ModelDrafter(Drafter):
         """Tokens of each text that are in its state."""
         self._last: tuple[list[tuple[Text, TokenTree]], Pending] | None = None
         """What it has keys and values of, on top of each state, and may be committed."""
+
+    def join(self, engine: Engine) -> None:
+        """
+        Raises:
+            ConfigError: the target has another vocabulary.
+        """
+        mine, theirs = self.model.config.vocab_size, engine.model.config.vocab_size
+        if mine != theirs:
+            raise ConfigError(
+                f"the draft's vocabulary has {mine} tokens, the target's {theirs}; they must share "
+                "one tokenizer"
+            )
 
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         self._commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -118,6 +119,86 @@ def test_a_state_goes_on_in_another_engine(linear):
     other.add(text, linearized.DecodeState.from_bytes(blob))
     run(other)
     assert text.new_tokens == want
+
+
+def test_a_waiting_text_keeps_its_state(linear):
+    model = linear(group=8)
+    want = alone(model, PROMPT, Sampling())
+    text = Text(PROMPT, sampling=Sampling(), max_new_tokens=30)
+    engine = Engine(model)
+    engine.add(text)
+    for _ in range(9):
+        engine.step()
+    full = Engine(model, rows=1)
+    full.add(Text(PROMPT, sampling=Sampling(), max_new_tokens=5))
+    full.step()
+    full.add(text, engine.remove(text))
+    state = full.remove(text)
+    assert int(state.length[0]) == len(text.tokens) - 1
+    engine.add(text, state)
+    run(engine)
+    assert text.new_tokens == want
+
+
+def test_a_text_that_cannot_be_decoded_ends_alone(linear):
+    """Its neighbours, on either side, go on."""
+    model = linear(group=8)
+    wanted = requests(3, seed=1)
+    want = [alone(model, *request) for request in wanted]
+    engine = Engine(model, drafters=[Random()])
+
+    calls = itertools.count()
+
+    def decode(tokens: list[int]) -> str:
+        if next(calls) > 20:
+            raise ValueError("out of letters")
+        return " ".join(map(str, tokens))
+
+    texts = [
+        Text(p, sampling=s, max_new_tokens=30, decode=decode if i == 1 else None)
+        for i, (p, s) in enumerate(wanted)
+    ]
+    for text in texts:
+        engine.add(text)
+    run(engine)
+    assert [texts[0].new_tokens, texts[2].new_tokens] == [want[0], want[2]]
+    done = texts[1].new_tokens
+    assert texts[1].finished == "error" and 0 < len(done) < 30 and done == want[1][: len(done)]
+    assert str(texts[1].error) == "out of letters"
+
+
+def test_a_tree_of_which_nothing_pays_is_learnt_from_too(linear):
+    """Also where the next drafter is asked instead."""
+    model = linear(group=8, dtype=torch.float32)
+
+    class Wrong(Random):
+        def propose(self, asks):
+            return [TokenTree.chain([1, 2], [0.5, 0.25]) for _ in asks]
+
+    engine = Engine(model, drafters=[Wrong(), NgramDrafter()], rows=1)
+    engine.plan(Costs((1, 2), (1, 2, 32), ((1.0, 90.0, 99.0), (1.0, 90.0, 99.0))))
+    heard: list[int] = []
+    planner = engine._drafting[0]._planner
+    observe = planner.observe
+    planner.observe = lambda *args: (heard.append(len(args[1])), observe(*args))
+    engine.add(Text(PROMPT, sampling=Sampling(), max_new_tokens=60))
+    run(engine)
+    assert 2 in heard
+
+
+@pytest.mark.parametrize("token", [-1, 61])
+def test_trees_with_unknown_tokens_are_left_out(linear, token):
+    model = linear(group=8)
+
+    class Odd(Random):
+        def propose(self, asks):
+            return [TokenTree.chain([3, token]) for _ in asks]
+
+    text = Text(PROMPT, sampling=Sampling(), max_new_tokens=30)
+    engine = Engine(model, drafters=[Odd()])
+    engine.add(text)
+    run(engine)
+    assert text.new_tokens == alone(model, PROMPT, Sampling()) and not text.drafted
 
 
 def test_fallback_order(linear):
@@ -255,6 +336,9 @@ def test_bad_requests_are_refused_before_anything_runs(linear):
         (Text([1, 61], sampling=greedy, max_new_tokens=3), "61 is outside"),
         (Text([1], sampling=greedy, max_new_tokens=-1), "-1"),
         (Text([1], sampling=greedy, max_new_tokens=1, logprobs=62), "logprobs.*62"),
+        (Text([1], sampling=greedy, max_new_tokens=1, num_prompt=2), "num_prompt.*got 2"),
+        (Text([1], sampling=greedy, max_new_tokens=1, num_prompt=0), "num_prompt.*got 0"),
+        (Text([1] * 4, sampling=greedy, max_new_tokens=2, num_prompt=1), "has 3 tokens, up to 2"),
     ):
         with pytest.raises(RequestError, match=words):
             engine.add(text)
@@ -265,3 +349,11 @@ def test_bad_requests_are_refused_before_anything_runs(linear):
     for name in ("rows", "max_nodes", "chunk"):
         with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
             Engine(linear(), **{name: 0})
+    engine.add(Text([1], sampling=greedy, max_new_tokens=3))
+    with pytest.raises(ConfigError, match="measure needs an engine without texts, there are 1"):
+        engine.measure()
+    with pytest.raises(ConfigError, match="plan needs an engine without texts"):
+        engine.plan(Costs((1,), (1,), ((1.0,),)))
+    for model in (linear(vocab=97), linear(vocab=40)):
+        with pytest.raises(ConfigError, match="vocabulary"):
+            Engine(linear(), drafters=[ModelDrafter(model)])

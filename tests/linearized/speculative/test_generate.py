@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,10 +204,31 @@ def test_stop_strings(linear, tokenizer, drafted):
     assert len(found) > 30 or stop not in tokenizer.decode(plain[30:])
 
 
+def test_arrays_and_tensors_are_prompts(linear):
+    model = linear()
+    want = generate(model, [1, 2, 3], max_new_tokens=5)
+    for one in (torch.tensor([1, 2, 3]), np.array([1, 2, 3]), (1, 2, 3), [np.int64(1), 2, 3]):
+        assert generate(model, one, max_new_tokens=5) == want
+        assert generate(model, [one, one], max_new_tokens=5) == [want, want]
+    assert generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5) == [want]
+    assert generate(model, np.array([[1, 2, 3]]), max_new_tokens=5) == [want]
+
+
 def test_errors_name_the_value(linear, llama):
     model = linear()
     with pytest.raises(RequestError, match="empty"):
         generate(model, [], max_new_tokens=3)
+    for prompt, words in (
+        ("text", "str 'text'; tokenizer"),
+        ([[1], "text"], "str 'text'"),
+        ([1, 2.0], "float 2.0"),
+        ([1, True], "bool True"),
+        ([[1], [None]], "NoneType"),
+        (torch.rand(3), "float"),
+        (None, "NoneType None"),
+    ):
+        with pytest.raises(RequestError, match=f"a prompt is a list of token ids, got {words}"):
+            generate(model, prompt, max_new_tokens=3)
     with pytest.raises(RequestError, match="61 is outside the vocabulary of 61"):
         generate(model, [1, 61], max_new_tokens=3)
     with pytest.raises(RequestError, match="-3"):

@@ -187,6 +187,19 @@ def test_each_node_is_penalized_along_its_own_path(data):
             torch.testing.assert_close(got, want)
 
 
+def test_a_draft_of_another_type_changes_no_score():
+    """Draft and target share a sampler; 256 and one is 256 in bfloat16."""
+    sampling = Sampling(frequency_penalty=0.3, repetition_penalty=1.1, logit_bias={2: 0.1})
+    logits, tokens = torch.randn(2, 7), [1] * 600
+    paths = [(), (1,)]
+    want = Sampler(sampling, num_prompt=1).scores(logits, tokens, paths)
+    shared = Sampler(sampling, num_prompt=1)
+    rough = shared.scores(logits.bfloat16(), tokens, paths)
+    assert torch.equal(shared.scores(logits, tokens, paths), want)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, want, atol=0.1, rtol=0)
+
+
 def test_noise_depends_on_seed_choice_and_position_alone():
     logits = torch.zeros(2, 50)
     sampling = Sampling(temperature=1.0, seed=5)

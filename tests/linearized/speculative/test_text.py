@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from linearized.errors import ConfigError
 from linearized.speculative import Sampling, Text, TokenTree
 
 TREE = TokenTree(tokens=(0, 1, 2, 1, 3), parents=(-1, -1, 1, 2, 0))
@@ -78,3 +79,47 @@ def test_a_text_ends_where_it_must():
     assert (piece.tokens, piece.finished, stopping.new_tokens) == ((1, 2), "stop", [1, 2])
     going_on = text()
     assert going_on.take([1], TREE, [], given).finished is None and going_on.finished is None
+
+
+def letters(tokens: list[int]) -> str:
+    return "".join("abcde"[token] for token in tokens)
+
+
+def test_a_text_goes_on_where_another_stopped():
+    """What is there counts: towards stop strings, min_tokens, the length."""
+    empty, given = TokenTree.empty, logits(1)
+    for min_tokens, finished in ((0, "stop"), (1, "stop"), (2, None)):
+        one = Text(
+            [0, 1, 2], num_prompt=1, sampling=Sampling(min_tokens=min_tokens), max_new_tokens=9,
+            stop=["cd"], decode=letters,
+        )  # fmt: skip
+        piece = one.take([3], empty, [], given)
+        assert piece.finished == finished, min_tokens
+    whole = Text([0], sampling=Sampling(), max_new_tokens=9, stop=["cd"], decode=letters)
+    said = [whole.take([token], empty, [], given).text for token in (1, 2, 3)]
+    assert said == ["b", "", ""] and whole.finished == "stop"
+    rest = {"num_prompt": 1, "sampling": Sampling(stop_ids={3})}
+    assert Text([0, 1, 3], max_new_tokens=9, **rest).finished == "stop"
+    assert Text([3], max_new_tokens=9, sampling=Sampling(stop_ids={3})).finished is None
+    assert Text([0, 1, 2], max_new_tokens=2, **rest).finished == "length"
+    known = Text([0, 2, 3], **{**rest, "sampling": Sampling()}, max_new_tokens=9, stop=["cd"],
+                 decode=letters)  # fmt: skip
+    assert known.finished == "stop"
+
+
+def test_a_text_that_cannot_be_decoded_ends():
+    def decode(tokens: list[int]) -> str:
+        if 3 in tokens:
+            raise ValueError("no such letter")
+        return letters(tokens)
+
+    one = text(decode=decode)
+    assert one.take([1], TokenTree.empty, [], logits(1)).text == "b"
+    piece = one.take([2, 3], TREE, [1], logits(1 + len(TREE)))
+    assert (piece.tokens, piece.finished, one.finished) == ((), "error", "error")
+    assert one.tokens == [4, 0, 1] and "no such letter" in str(one.error)
+
+
+def test_stop_strings_are_not_empty():
+    with pytest.raises(ConfigError, match="must not be empty"):
+        text(stop=["a", ""], decode=letters)
