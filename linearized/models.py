@@ -269,16 +269,18 @@ def _fold(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) -
     if longest == 0:
         return
     device = state.length.device
-    index = torch.tensor([[*p, *[0] * (longest - len(p))] for p in path], device=device)
     mask = None
     if min(map(len, path)) < longest:
         counts = torch.tensor([len(p) for p in path], device=device)
         mask = torch.arange(longest, device=device) < counts[:, None]
-    whole = list(range(longest))
+    if all(list(p) == list(range(longest)) for p in path):
+        index = None  # they stand there as they are to be taken
+    else:
+        index = torch.tensor([[*p, *[0] * (longest - len(p))] for p in path], device=device)
 
     def accepted(nodes: Tensor) -> Tensor:  # [L, B, K, N, ·]
-        if nodes.shape[3] == longest and all(list(p) == whole for p in path):
-            return nodes
+        if index is None:
+            return nodes[:, :, :, :longest]
         if len(path) == 1 and len(nodes):  # there are layers
             return nodes.index_select(3, index[0])
         along = index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])

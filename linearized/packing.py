@@ -79,13 +79,14 @@ class _Packed:
         return out
 
     def multiply(self, x: Tensor) -> Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
+        parameters = self.linear._parameters  # a fifth of the way by linear.weight
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
         stamp = (0 if weight.is_inference() else weight._version, weight.data_ptr())
         if self._packed is None or self._stamp != stamp:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
             self._stamp = stamp
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        out: Tensor = multiply(x, self._packed, bias, "none", [], "")
+        out: Tensor = _multiply(x, self._packed, bias, "none", [], "")
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -93,6 +94,8 @@ class _Packed:
         return _Packed, (self.linear,)
 
 
+_multiply: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+"""None in builds without oneDNN; looked up once."""
 _handles = itertools.count()
 _by_handle: WeakValueDictionary[int, _Packed] = WeakValueDictionary()
 

@@ -82,6 +82,8 @@ class Nodes:
 def ancestors(parents: Tensor) -> Tensor:
     """[B, N] parents to [B, N, N]: is m an ancestor of n, or n itself?"""
     num_nodes = parents.shape[1]
+    if num_nodes == 1:
+        return torch.ones(len(parents), 1, 1, dtype=torch.bool, device=parents.device)
     nodes = torch.arange(num_nodes, device=parents.device)
     if num_nodes < 63 and parents.device.type == "cpu":
         return (_bits(parents.tolist())[:, :, None] >> nodes) % 2 > 0
@@ -108,8 +110,12 @@ def check_parents(parents: Tensor, batch: int, num_nodes: int) -> None:
         raise ConfigError(
             f"parents must be [batch, nodes] = {[batch, num_nodes]}, got {list(parents.shape)}"
         )
-    nodes = torch.arange(num_nodes, device=parents.device)
-    if bool(((parents >= nodes) | (parents < -1)).any()):
+    if parents.is_cuda:
+        nodes = torch.arange(num_nodes, device=parents.device)
+        right = not bool(((parents >= nodes) | (parents < -1)).any())
+    else:  # quicker one by one
+        right = all(-1 <= parent < i for row in parents.tolist() for i, parent in enumerate(row))
+    if not right:
         raise ConfigError(
             "every tree node needs a parent that stands before it, or -1 for a child of the last "
             f"token, got parents {parents.tolist()}"

@@ -18,13 +18,18 @@ def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -
     layers = _stacked(state)
     k, v = (x if x.ndim == 5 else x[None] for x in (k, v))
     num_tokens = k.shape[3]
-    count = torch.full_like(state.length, num_tokens) if mask is None else mask.sum(1)
-    closes = state.length % state.group + count >= state.group  # B
-    if not bool(closes.any()):
+    lengths = state.length.tolist()
+    counts = [num_tokens] * len(lengths) if mask is None else mask.sum(1).tolist()
+    closing = [
+        length % state.group + count >= state.group
+        for length, count in zip(lengths, counts, strict=True)
+    ]
+    if not any(closing):
         _fill(layers, k, v, mask)
-    elif bool(closes.all()):
+    elif all(closing):
         _close(layers, k, v, mask)
     else:
+        closes = torch.tensor(closing, device=k.device)
         some = _rows(layers, rows := closes.nonzero()[:, 0])
         _close(some, k[:, rows], v[:, rows], None if mask is None else mask[rows])
         kept = torch.ones(k.shape[1], num_tokens, device=k.device) if mask is None else mask
@@ -32,7 +37,7 @@ def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -
         for name, tensor in some.tensors().items():
             if name != "length":
                 getattr(layers, name).index_copy_(1, rows, tensor)
-    state.length.add_(count)
+    state.length.add_(num_tokens if mask is None else mask.sum(1))
 
 
 def _stacked(state: GroupState) -> GroupState:
