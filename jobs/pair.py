@@ -14,14 +14,19 @@ from typing import Any
 from cluster.progress import note
 from cluster.session import session
 from jobs import cli, data, draft, finetune, pretrain
+from linearized.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig:
     cpus: int = 2
-    """Of the local cluster, if there is none to join."""
+    """Of the one worker that trains, and of the local cluster, if there is none to join."""
     autocast: bool = True
     """Multiply in bfloat16; processors without AVX512-BF16 or AMX are faster without."""
+
+    def __post_init__(self) -> None:
+        if self.cpus < 1:
+            raise ConfigError(f"cpus must be at least 1, got {self.cpus}")
 
 
 def bench() -> PairConfig:
@@ -35,7 +40,8 @@ RECIPES = {"bench": bench}
 def main(config: PairConfig) -> None:
 
     def here(recipe: Any) -> Any:
-        return replace(recipe, workers=replace(recipe.workers, autocast=config.autocast))
+        workers = replace(recipe.workers, cpus=config.cpus, autocast=config.autocast)
+        return replace(recipe, workers=workers)
 
     stages: dict[str, Callable[[], object]] = {
         "data": lambda: data.main(data.bench()),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.progress import note
 from jobs import cli
-from jobs.run import BENCH, Run, Stage, Workers
+from jobs.run import BENCH, Run, Stage, Workers, stamp
 from jobs.trainer import fit
 from linearized.errors import ConfigError
 from linearized.training.optim import Optim
@@ -103,6 +105,9 @@ def _cut(config: PruneConfig, folder: Path) -> None:
     before, after = (sum(p.numel() for p in one.parameters()) for one in (model, smaller))
     note(f"pruned: {after / 1e6:.2f}M of {before / 1e6:.2f}M parameters are left")
     smaller.save_pretrained(folder)
+    key = hashlib.blake2b(repr((config.cut, config.blocks)).encode(), digest_size=8)
+    key.update(stamp(config.target) + stamp(config.data))
+    (folder / "run.json").write_text(json.dumps({"name": folder.name, "key": key.hexdigest()}))
 
 
 if __name__ == "__main__":

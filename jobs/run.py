@@ -12,6 +12,7 @@ from pathlib import Path
 
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, DataError
+from linearized.speculative.drafters.layers import FILE as LAYERS
 from linearized.training.objective import OBJECTIVES
 from linearized.training.optim import Optim
 
@@ -140,23 +141,41 @@ class Run:
     def key(self) -> str:
         """Equal for runs with equal settings and equal inputs."""
         digest = hashlib.blake2b(repr(self).encode(), digest_size=8)
-        folders = [
-            self.data,
-            self.teacher,
-            self.student if isinstance(self.student, Path) else None,
-        ]
-        for folder in filter(None, folders):
+        for folder in self.inputs:
             if not folder.exists():
                 raise DataError(
                     f"{self.name}: there is no {folder}; run the job that makes it first"
                 )
-            digest.update(_stamp(folder))
+            digest.update(stamp(folder))
         return digest.hexdigest()
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Folders that it reads."""
+        student = self.student if isinstance(self.student, Path) else None
+        return [folder for folder in (self.data, self.teacher, student) if folder is not None]
+
+    def check_out(self) -> None:
+        """What `out` holds is replaced.
+
+        Raises:
+            ConfigError: it holds what no training made, or is, or holds, what the run reads.
+        """
+        out = self.out.resolve()
+        for folder in self.inputs:
+            if out == folder.resolve() or out in folder.resolve().parents:
+                raise ConfigError(
+                    f"out={self.out} would replace {folder}, which {self.name} reads; choose "
+                    "another out"
+                )
+        ours = (out / "run.json").exists() or (out / "training.json").exists()
+        if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{self.out} exists and is not this job's; choose another out")
 
     @property
     def storage(self) -> Path:
         """Where Ray keeps the run's checkpoints."""
-        return self.out.parent / "checkpoints" / self.name
+        return self.out.parent / "checkpoints" / self.out.name
 
     def absolute(self) -> Run:
         student = self.student.absolute() if isinstance(self.student, Path) else self.student
@@ -170,7 +189,7 @@ class Run:
         )
 
 
-def _stamp(folder: Path) -> bytes:
+def stamp(folder: Path) -> bytes:
     """Of what a folder was made of, if a job of ours made it; others may have put something beside
     that since, such as Medusa's heads. Else of its files, weights by their size."""
     for name in ("run.json", "data.json"):
@@ -180,10 +199,12 @@ def _stamp(folder: Path) -> bytes:
             continue
         if isinstance(made, dict) and isinstance(made.get("key"), str):
             return str(made["key"]).encode()
-    stamp = b""
+    found = b""
     for file in sorted(folder.iterdir()):
+        if file.name == LAYERS:
+            continue
         if file.suffix == ".json":
-            stamp += file.name.encode() + file.read_bytes()
+            found += file.name.encode() + file.read_bytes()
         elif file.is_file():
-            stamp += f"{file.name} {file.stat().st_size}".encode()
-    return stamp
+            found += f"{file.name} {file.stat().st_size}".encode()
+    return found

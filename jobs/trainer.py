@@ -28,6 +28,7 @@ def fit(run: Run) -> dict[str, Any]:
     """Train, export to `run.out`, and return what `run.out/run.json` holds. A run that finished
     with the same settings and inputs is not repeated."""
     run = run.absolute()
+    run.check_out()
     key = run.key()
     report = run.out / "run.json"
     if run.fresh:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.run import Run, Shape, Stage, Workers
-from linearized.errors import DataError
+from linearized.errors import ConfigError, DataError
 from linearized.training.optim import Optim
 
 
@@ -52,6 +52,37 @@ def test_every_file_of_a_model_that_we_have_not_made_does(run, file):
     key = run.key()
     (run.teacher / file).write_text("longer")
     assert run.key() != key
+
+
+def test_layers_beside_somebody_elses_model_are_none(run):
+    (run.teacher / "run.json").unlink()
+    (run.teacher / "config.json").write_text("{}")
+    key = run.key()
+    (run.teacher / "layers.json").write_text("{}")
+    assert run.key() == key
+
+
+def test_nothing_that_it_reads_is_overwritten(run, tmp_path):
+    (tmp_path / "link").symlink_to(run.teacher)
+    for out in (run.teacher, run.data, tmp_path, tmp_path / "link", run.data / ".." / "teacher"):
+        with pytest.raises(ConfigError, match="would replace .*, which draft reads"):
+            replace(run, out=out).check_out()
+    replace(run, out=run.teacher / "medusa").check_out()
+    run.check_out()
+
+
+def test_nothing_of_somebody_else_is_overwritten(run):
+    run.out.mkdir()
+    run.check_out()
+    (run.out / "thesis.txt").write_text("years")
+    with pytest.raises(ConfigError, match="draft exists and is not this job's"):
+        run.check_out()
+    (run.out / "run.json").write_text("{}")
+    run.check_out()
+
+
+def test_runs_side_by_side_keep_their_checkpoints_apart(run, tmp_path):
+    assert run.storage != replace(run, out=tmp_path / "other").storage
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"key": 3}'])

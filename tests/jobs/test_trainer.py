@@ -18,14 +18,15 @@ import torch
 
 import linearized
 from cluster.local import LocalCluster
-from jobs import layers
-from jobs.run import Run, Shape, Stage, Workers
+from jobs import layers, prune
+from jobs.run import Run, Shape, Stage, Workers, stamp
 from jobs.trainer import fit
 from linearized.errors import ConfigError, DataError, LinearizedError
 from linearized.medusa import MedusaHeads
 from linearized.training.blocks import Blocks
 from linearized.training.objective import Medusa
 from linearized.training.optim import Optim
+from linearized.training.pruning import Cut
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPE = Shape(hidden=32, layers=2, heads=2, intermediate=64)
@@ -146,17 +147,33 @@ def test_heads_are_trained_and_the_target_is_not(cluster, data, target):
 @pytest.mark.timeout(240)
 def test_a_target_is_pruned_to_its_draft(cluster, data, target, tmp_path):
     out = tmp_path / "pruned"
-    settings = [f"target={target.out}", f"data={data}", f"out={out}", "train.steps=20"]
-    cut = ["cut.layers=2", "cut.kv_heads=1", "cut.channels=20", "blocks=8", "eval_blocks=16"]
+    settings = [f"target={target.out}", f"data={data}", f"out={out}"]
+    settings += ["train.steps=40", "train.optim.lr=0.005"]
+    cut = ["cut.layers=2", "cut.kv_heads=1", "cut.channels=4", "blocks=8", "eval_blocks=16"]
     python(cluster, "-m", "jobs.prune", "demo", *settings, *cut)
     done = json.loads((out / "run.json").read_text())
     assert done["perplexity"]["after"] < done["perplexity"]["before"]
     model, draft = linearized.load(target.out), linearized.load(out)
-    assert draft.config.intermediate_size == 20 and draft.config.num_attention_heads == 1
+    assert draft.config.intermediate_size == 4 and draft.config.num_attention_heads == 1
     assert not list(tmp_path.glob("*.cut"))
     settings = {"max_new_tokens": 12, "stop_ids": (), "adaptive": False}
     plain = linearized.generate(model, [1, 2, 3], **settings)
     assert linearized.generate(model, [1, 2, 3], drafter=draft, **settings) == plain
+
+
+@pytest.mark.ray
+def test_what_is_cut_out_and_by_what_tells_prunings_apart(data, target, tmp_path):
+    """The cut model is the student of a run: by its stamp that is known again, or not."""
+    config = replace(
+        prune.demo(), target=target.out, data=data, blocks=4,
+        cut=Cut(layers=2, kv_heads=1, channels=20),
+    )  # fmt: skip
+    other = Cut(layers=2, kv_heads=1, channels=8)
+    stamps = []
+    for one in (config, config, replace(config, blocks=2), replace(config, cut=other)):
+        prune._cut(one, tmp_path / "cut")
+        stamps.append(stamp(tmp_path / "cut"))
+    assert stamps[0] == stamps[1] and len(set(stamps)) == 3
 
 
 @pytest.mark.ray
@@ -240,6 +257,14 @@ def _worker_process(token: str) -> int:
         except OSError:
             continue
     raise AssertionError("no training worker is running")
+
+
+def test_a_run_does_not_delete_what_it_reads(tmp_path):
+    (tmp_path / "kept").write_text("weights")
+    run = finetune(tmp_path / "data", tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match="would replace .*; choose another out"):
+        fit(replace(run, fresh=True))
+    assert (tmp_path / "kept").read_text() == "weights"
 
 
 def test_settings_that_cannot_work_are_named(tmp_path):
