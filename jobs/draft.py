@@ -49,8 +49,8 @@ def bench() -> DraftConfig:
         linear=LinearConfig(attention="grouped", augment=True),
         train=Stage(
             objective="imitation",
-            steps=900,
-            batch=16,
+            steps=800,
+            batch=8,
             optim=Optim(lr=4e-3),
             checkpoint_every=100,
         ),

@@ -42,12 +42,12 @@ def bench() -> FinetuneConfig:
     """jobs.bench_decode's target."""
     stage = Stage(
         objective="transfer",
-        steps=30,
-        batch=16,
+        steps=40,
+        batch=8,
         optim=Optim(lr=1e-3, warmup=5),
-        checkpoint_every=60,
+        checkpoint_every=100,
     )
-    distil = replace(stage, objective="distillation", steps=60, optim=Optim(lr=5e-4, warmup=5))
+    distil = replace(stage, objective="distillation", steps=100, optim=Optim(lr=5e-4, warmup=5))
     return FinetuneConfig(
         model=Path("runs/bench/teacher"),
         data=Path("runs/bench/data"),

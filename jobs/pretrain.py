@@ -47,7 +47,7 @@ def bench() -> PretrainConfig:
         out=Path("runs/bench/teacher"),
         shape=Shape(hidden=640, layers=8, heads=10, intermediate=1728),
         train=Stage(
-            objective="next_token", steps=600, batch=16, optim=Optim(lr=1e-3), checkpoint_every=60
+            objective="next_token", steps=600, batch=8, optim=Optim(lr=1e-3), checkpoint_every=100
         ),
         workers=BENCH,
         eval_blocks=64,

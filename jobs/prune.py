@@ -57,7 +57,7 @@ def bench() -> PruneConfig:
         train=Stage(
             objective="imitation",
             steps=300,
-            batch=16,
+            batch=8,
             optim=Optim(lr=2e-3),
             checkpoint_every=100,
         ),

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from linearized.errors import ConfigError
 
 ROWS = 64
-"""What the layout is chosen for. It is good for one row, too, and for hundreds."""
+"""What the layout is chosen for. It is good for few rows, too, and for hundreds."""
+LEAST = 4
+"""Fewer rows are filled up with zeros: oneDNN reads weights more slowly for one or two of them."""
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -86,8 +88,12 @@ class _Packed:
         if self._packed is None or self._stamp != stamp:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
             self._stamp = stamp
-        out: Tensor = _multiply(x, self._packed, bias, "none", [], "")
-        return out
+        rows = x.numel() // x.shape[-1]
+        if rows >= LEAST:
+            out: Tensor = _multiply(x, self._packed, bias, "none", [], "")
+            return out
+        out = F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST - rows))
+        return _multiply(out, self._packed, bias, "none", [], "")[:rows].view(*x.shape[:-1], -1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles lay out their own."""
