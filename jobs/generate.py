@@ -201,12 +201,10 @@ def _show(engine: Engine) -> None:
 
 
 def _write(engine: Engine, texts: dict[Text, dict[str, Any]], file: TextIO) -> None:
-    began, num_tokens, done = time.perf_counter(), 0, 0
-    with Progress("generate", total=len(texts), unit="texts", quiet=file is sys.stdout) as progress:
-        for text, line in texts.items():
-            if text.finished is not None:  # nothing was asked for
-                _end(text, line, file)
-                done += 1
+    began, num_tokens, total = time.perf_counter(), 0, len(texts)
+    with Progress("generate", total=total, unit="texts", quiet=file is sys.stdout) as progress:
+        for text in [one for one in texts if one.finished is not None]:  # nothing was asked for
+            _end(text, texts.pop(text), file)
         while engine.busy:
             for text, piece in engine.step():
                 line = texts[text]
@@ -214,10 +212,9 @@ def _write(engine: Engine, texts: dict[Text, dict[str, Any]], file: TextIO) -> N
                 line["logprobs"] += [asdict(one) for one in piece.logprobs]
                 num_tokens += len(piece.tokens)
                 if text.finished is not None:
-                    _end(text, line, file)
-                    done += 1
+                    _end(text, texts.pop(text), file)
             speed = num_tokens / (time.perf_counter() - began)
-            progress.update(done, tokens_per_second=round(speed, 1))
+            progress.update(total - len(texts), tokens_per_second=round(speed, 1))
 
 
 def _end(text: Text, line: dict[str, Any], file: TextIO) -> None:

@@ -111,11 +111,11 @@ class History:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def copy_(self, other: History) -> None:
-        size = other.keys.shape[3]
+    def copy_(self, other: History, size: int) -> None:
+        """The first `size` tokens."""
         self.reserve(size)
-        self.keys[:, :, :, :size].copy_(other.keys)
-        self.values[:, :, :, :size].copy_(other.values)
+        self.keys[:, :, :, :size].copy_(other.keys[:, :, :, :size])
+        self.values[:, :, :, :size].copy_(other.values[:, :, :, :size])
 
     def append(self, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None) -> None:
         """Add [S, B, K, T, ·] after each row's `length` [B], those that `mask` [B, T] keeps."""
@@ -188,7 +188,13 @@ class DecodeState:
         return self._map(lambda name, t: t[start:stop] if name == "length" else t[:, start:stop])
 
     def clone(self) -> DecodeState:
-        return self._map(lambda name, tensor: tensor.clone())
+        """A copy, without a history's room for further tokens."""
+        size = int(self.length.max()) if self.history is not None else 0
+
+        def copy(name: str, tensor: Tensor) -> Tensor:
+            return (tensor[:, :, :, :size] if name.startswith("history") else tensor).clone()
+
+        return self._map(copy)
 
     def copy_(self, other: DecodeState) -> None:
         """Overwrite this state with another of the same model and batch size."""
@@ -205,7 +211,7 @@ class DecodeState:
         if self.shift is not None and other.shift is not None:
             self.shift.copy_(other.shift)
         if self.history is not None and other.history is not None:
-            self.history.copy_(other.history)
+            self.history.copy_(other.history, int(other.length.max()))
 
     def select(self, rows: Sequence[int]) -> DecodeState:
         """A new state with copies of these rows, in this order."""

@@ -123,12 +123,14 @@ class TargetReplica:
         """Also gets the replica ready, before anybody asks for a text.
 
         Raises:
-            StuckError: the model hangs. Anything else: it could not be started.
+            StuckError: the model hangs. Anything else: it could not be started, or it no longer
+                goes on with its texts.
         """
         if self._ready is None:
             self._ready = asyncio.create_task(self._start())
-        if self._ready.done():
-            self._ready.result()
+        for task in (self._ready, self._rounds):
+            if task is not None and task.done():
+                task.result()
         self._forward.check(STUCK_S if self._ready.done() else START_S)
 
     async def close(self) -> None:
@@ -166,16 +168,15 @@ class TargetReplica:
     async def _generate(self, job: Generation, prompt: list[int]) -> AsyncGenerator[Event, None]:
         text = self._text(job, prompt)
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        if text.finished is None:
-            self._pieces[text] = pieces
-            mode = job.speculate or ("ngram" if self._link is None else "model")
-            session = None
-            if mode == "model" and self._link is not None:
-                session = self._link.session(text.sampling, len(prompt))
-            # The draft reads the prompt while the target does.
-            self._speculator.open(text, session, ngrams=mode != "none")
         try:
             if text.finished is None:
+                self._pieces[text] = pieces
+                mode = job.speculate or ("ngram" if self._link is None else "model")
+                session = None
+                if mode == "model" and self._link is not None:
+                    session = self._link.session(text.sampling, len(prompt))
+                # The draft reads the prompt while the target does.
+                self._speculator.open(text, session, ngrams=mode != "none")
                 await self._forward.run(self._engine.add, text)
                 self._wake.set()
             done = text.finished is not None
@@ -186,7 +187,7 @@ class TargetReplica:
                 done = piece.finished is not None
                 yield Delta(text=piece.text, tokens=piece.tokens)
         finally:
-            if self._pieces.pop(text, None) is not None and text.finished is None:
+            if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
             self._speculator.close(text)
         accepted = text.accepted.total()
@@ -203,19 +204,28 @@ class TargetReplica:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            decoding: list[Text] = []
             while self._pieces:
-                await self._speculator.gather(list(self._pieces))
+                await self._speculator.gather(decoding)
                 try:
-                    found = await self._forward.run(self._engine.step)
+                    found, decoding = await self._forward.run(self._round)
                 except Exception as error:
                     log.exception("a round failed; its texts end here")
+                    decoding = []
                     await self._fail(error)
                     continue
                 for text, piece in found:
-                    if text in self._pieces:
-                        self._pieces[text].put_nowait(text.error or piece)
-                        if text.finished is None:
-                            self._speculator.advance(text)
+                    if text not in self._pieces:
+                        continue
+                    self._pieces[text].put_nowait(text.error or piece)
+                    if text.finished is None:
+                        self._speculator.advance(text)
+                    else:
+                        del self._pieces[text]
+
+    def _round(self) -> tuple[list[tuple[Text, Piece]], list[Text]]:
+        """In the forward thread: what each text gained, and who goes on in the next round."""
+        return self._engine.step(), self._engine.decoding
 
     async def _fail(self, error: Exception) -> None:
         """Nobody knows what state the engine is in: all its texts end."""

@@ -75,10 +75,11 @@ class Detokenizer:
         self._window.append(token)
         text = self._decode(self._window)
         certain = _certain(text)
-        if len(self._window) - self._context >= MAX_WINDOW:
+        full = len(self._window) - self._context >= MAX_WINDOW
+        if full:
             certain = text
         new = self._take(certain)
-        if new and len(certain) == len(text):
+        if full or (new and len(certain) == len(text)):
             self._slide()
         return new
 
@@ -99,6 +100,7 @@ class Detokenizer:
         del self._window[: self._context]
         self._context = len(self._window)
         self._sent = len(self._decode(self._window))
+        self._prompt = None
 
 
 class StopStrings:

@@ -83,6 +83,11 @@ class Engine:
         return [*self._decoding, *self._reading, *self._waiting]
 
     @property
+    def decoding(self) -> list[Text]:
+        """Whose prompts have been read: the next round adds to each."""
+        return list(self._decoding)
+
+    @property
     def reading(self) -> bool:
         """Is there a prompt that has not been read?"""
         return bool(self._reading or self._waiting)
@@ -122,10 +127,14 @@ class Engine:
             texts = [
                 Text(prompt, sampling=Sampling(), max_new_tokens=REHEARSED) for _ in range(batch)
             ]
-            for text in filter(self._fits, texts):
-                self.add(text)
-            while self.busy:
-                self.step()
+            try:
+                for text in filter(self._fits, texts):
+                    self.add(text)
+                while self.busy:
+                    self.step()
+            finally:
+                for text in self.texts:
+                    self.drop(text)
         self.seconds.clear()
 
     def add(self, text: Text, state: DecodeState | None = None) -> None:
@@ -136,11 +145,14 @@ class Engine:
             RequestError, ConfigError: it cannot be generated; says why.
         """
         text.check(self.model.config.vocab_size)
+        if text in self.pool or text in self._waiting:
+            raise ConfigError("this text is in the engine already; add it once")
         if not self._fits(text):
             needed = self.pool.bytes_at(self._final(text))
+            fewer = ", or give the engine fewer rows" if self.pool.num_rows > 1 else ""
             raise RequestError(
                 f"a text of up to {self._final(text)} tokens takes {needed:,} bytes of state here, "
-                f"{self._memory:,} are allowed; ask for fewer tokens",
+                f"{self._memory:,} are allowed; ask for fewer tokens{fewer}",
                 param="max_tokens",
             )
         if state is not None:
@@ -168,6 +180,7 @@ class Engine:
             self._decoding = [one for one in self._decoding if one is not text]
             self._reading = deque(one for one in self._reading if one is not text)
         self._waiting.pop(text, None)
+        text.rest()
         for drafting in self._drafting:
             drafting.forget(text)
 
@@ -201,10 +214,12 @@ class Engine:
         pieces = []
         for i, (text, tree, (path, new)) in enumerate(zip(texts, trees, walks, strict=True)):
             if pending.hidden is not None:
-                text.hidden = pending.hidden[i, paths[i][-1]]
+                text.hidden = pending.hidden[i, paths[i][-1]].clone()
             pieces.append((text, text.take(new, tree, path, logits[i])))
+        for text, (_, new) in zip(texts, walks, strict=True):
             for draft in found[text]:
                 draft.observe(text, new)
+        for text in texts:
             if text.finished is not None:
                 self.drop(text)
         if self._clock is not None:
@@ -220,10 +235,10 @@ class Engine:
             longest = max(map(self._final, (*self.pool.keys, text)))
             if self._memory is not None and self.pool.bytes_at(longest) > self._memory:
                 return
-            del self._waiting[text]
-            self.pool.add(text, state)
             self.pool.reserve(longest)
+            self.pool.add(text, state)
             self._reading.append(text)
+            del self._waiting[text]
 
     def _read(self) -> None:
         """A piece of the prompts. The last token of each stays out: it is its first tree's root."""
@@ -326,11 +341,11 @@ class _Drafting:
     def draft(self, texts: list[Text], batch: int) -> list[_Draft]:
         """For these texts, in a round of `batch` of them."""
         planner, depth = self._planner, self._drafter.depth
-        if not any(_left(text) for text in texts):  # a try without a text would tell nothing
+        if not any(_guessable(text) for text in texts):  # a try without a text would tell nothing
             return [_Draft() for _ in texts]
         if planner is not None:
             depth = planner.depth(texts, batch)
-        ends = ((text, min(depth, _left(text))) for text in texts)
+        ends = ((text, min(depth, _guessable(text))) for text in texts)
         asks = [Ask(text, end, self._max_nodes) for text, end in ends if end]
         if not asks:
             return [_Draft() for _ in texts]
@@ -357,9 +372,9 @@ class _Drafting:
             self._planner.forget(text)
 
 
-def _left(text: Text) -> int:
+def _guessable(text: Text) -> int:
     """Tokens that a tree can still give: every round adds one by itself."""
-    return text.max_new_tokens - len(text.new_tokens) - 1
+    return text.num_left - 1
 
 
 def _rows(model: PreTrainedModel, rows: int, memory: int | None) -> int:

@@ -109,8 +109,9 @@ def generate(  # type: ignore[misc]
         )
         for one in prompts
     ]
-    engine = Engine(model, drafters=drafters(drafter, model), rows=max(1, min(rows, len(texts))))
-    if adaptive and drafter is not None:
+    asked = drafters(drafter, model)
+    engine = Engine(model, drafters=asked, rows=max(1, min(rows, len(texts))))
+    if adaptive and asked:
         engine.plan(engine.measure())
     for text in texts:
         engine.add(text)

@@ -61,8 +61,8 @@ class Pool(Generic[Key]):
         if len(self.keys) == self.num_rows:
             self._grow(2 * self.num_rows)
         self.keys.append(key)
-        if state is not None and state.history is not None:
-            self.reserve(state.history.keys.shape[3])
+        if state is not None:
+            self.reserve(int(state.length.max()))
         self.row(key).copy_(self._empty if state is None else state)
 
     def remove(self, key: Key) -> None:

@@ -25,8 +25,9 @@ from linearized.speculative.noise import gumbel
 
 AHEAD = 4
 """Positions whose noise is worked out at once; that is twice as fast as one after the other."""
-PREFIX = 512
-"""Tokens among which the nucleus of top_p is looked for first; sorting all of them takes longer."""
+PREFIXES = (512, 4096)
+"""Most probable tokens among which the nucleus of top_p is looked for first, one after the other;
+sorting all tokens takes far longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +57,8 @@ class Sampling:
     choice: int = 0
     """Which of several texts for the same prompt and seed."""
     typical: float = 0.0
-    """Above 0, **lossy**: a drafted token is taken if its probability is above the smaller of this
-    and √this · e^(-entropy), Medusa's typical acceptance (Cai et al., ICML 2024, 2.3.1; their
+    """Above 0, **lossy**: a drafted token is also taken if its probability is above the smaller of
+    this and √this · e^(-entropy), Medusa's typical acceptance (Cai et al., ICML 2024, 2.3.1; their
     value is 0.09). The text then depends on the drafts, and is not distributed as the target's."""
 
     def __post_init__(self) -> None:
@@ -95,15 +96,16 @@ class Sampling:
                     )
 
     @property
-    def follows_text(self) -> bool:
-        """Do scores depend on the text so far?"""
+    def penalizes(self) -> bool:
+        """Do scores depend on which tokens the text has?"""
         penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
-        return any(penalties) or bool(self.min_tokens and self.stop_ids)
+        return any(penalties)
 
     @property
     def is_plain(self) -> bool:
         """Is the token the argmax of the model's own logits?"""
-        return self.temperature == 0 and not self.follows_text and not self.logit_bias
+        ends_late = bool(self.min_tokens and self.stop_ids)
+        return not (self.temperature or self.penalizes or ends_late or self.logit_bias)
 
     def filter(self, logits: Tensor) -> Tensor:
         """-inf for every token that top_k, top_p and min_p leave out; applied in that order, to
@@ -125,8 +127,8 @@ class Sampler:
     def __init__(self, sampling: Sampling, *, num_prompt: int) -> None:
         self.sampling = sampling
         self.num_prompt = num_prompt
-        self._counts: dict[torch.device, tuple[list[int], Tensor]] = {}
-        """The tokens that are counted, and [2, V], how often each is in the prompt and in the
+        self._counts: dict[torch.device, tuple[int, Tensor]] = {}
+        """How many tokens are counted, and [2, V], how often each is in the prompt and in the
         text; a draft may live on another device than its target."""
         self._noise: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
 
@@ -144,7 +146,8 @@ class Sampler:
         # Relative to the best, so that no temperature, however small, makes them infinite above.
         relative = logits.double() - logits.amax(1, keepdim=True)
         filtered = sampling.filter(relative / sampling.temperature)
-        return filtered + self._noise_at([len(tokens) + len(path) for path in paths], logits)
+        positions = [len(tokens) + len(path) for path in paths]
+        return filtered + self._noise_at(positions, logits, since=len(tokens))
 
     def guesses(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
         """Scores [N, V] of tokens at these positions, from logits [N, V], where nobody knows what
@@ -154,7 +157,7 @@ class Sampler:
         if sampling.temperature == 0:
             return logits
         relative = (logits.double() - logits.amax(1, keepdim=True)) / sampling.temperature
-        return sampling.filter(relative) + self._noise_at(list(positions), logits)
+        return sampling.filter(relative) + self._noise_at(positions, logits, since=min(positions))
 
     def typical(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
@@ -168,32 +171,52 @@ class Sampler:
         bound = (0.5 * math.log(sampling.typical) - entropy).clamp(max=math.log(sampling.typical))
         return log_p > bound
 
+    def forget(self) -> None:
+        """Let go of what can be worked out again."""
+        self._counts.clear()
+        self._noise.clear()
+
     def _adjusted(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
     ) -> Tensor:
         """With bias and penalties, in float32 at least."""
         sampling = self.sampling
         logits = self._biased(logits)
-        if not sampling.follows_text:
+        lengths = [len(tokens) + len(path) - self.num_prompt for path in paths]
+        early = [row for row, length in enumerate(lengths) if length < sampling.min_tokens]
+        if not sampling.penalizes and not (early and sampling.stop_ids):
             return logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        for row, path in enumerate(paths):
-            length = len(tokens) + len(path) - self.num_prompt
-            if length < sampling.min_tokens and sampling.stop_ids:
-                logits[row, _ids(sampling.stop_ids, logits)] = -math.inf
+        for row in early:
+            logits[row, _ids(sampling.stop_ids, logits)] = -math.inf
+        if sampling.penalizes:
+            self._penalize(logits, tokens, paths)
+        return logits
+
+    def _penalize(
+        self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
+    ) -> None:
+        """In place, and only the tokens that prompt, text and paths have: few of a vocabulary."""
+        sampling = self.sampling
         prompt, text = self._follow(tokens, logits)
-        counts = text.repeat(len(paths), 1)  # N V
-        rows = [row for row, path in enumerate(paths) for _ in path]
-        if rows:
-            new = _ids((token for path in paths for token in path), logits)
-            counts.index_put_((_ids(rows, logits), new), counts.new_ones(()), accumulate=True)
+        new = _ids((token for path in paths for token in path), logits)
+        present = (prompt + text).index_fill_(0, new, 1) > 0  # V
+        ids = present.nonzero()[:, 0]  # U
+        counts = text[ids].repeat(len(paths), 1)  # N U
+        if len(new):
+            rows = _ids((row for row, path in enumerate(paths) for _ in path), logits)
+            columns = (present.cumsum(0) - 1)[new]
+            counts.index_put_((rows, columns), counts.new_ones(()), accumulate=True)
+        found = logits[:, ids]
         penalty = sampling.repetition_penalty
         if penalty != 1:
-            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where((counts > 0) | (prompt > 0), penalized, logits)
-        logits -= sampling.frequency_penalty * counts.to(logits.dtype)
-        logits -= sampling.presence_penalty * (counts > 0)
-        return logits
+            penalized = torch.where(found > 0, found / penalty, found * penalty)
+            found = torch.where((counts > 0) | (prompt[ids] > 0), penalized, found)
+        if sampling.frequency_penalty:
+            found -= sampling.frequency_penalty * counts.to(found.dtype)
+        if sampling.presence_penalty:
+            found -= sampling.presence_penalty * (counts > 0)
+        logits[:, ids] = found
 
     def _biased(self, logits: Tensor) -> Tensor:
         if not self.sampling.logit_bias:
@@ -205,27 +228,27 @@ class Sampler:
 
     def _follow(self, tokens: Sequence[int], like: Tensor) -> Tensor:
         """[2, V], integers, counts of prompt and text."""
-        counted, counts = self._counts.get(like.device, ([], None))
-        if counts is None or list(tokens[: len(counted)]) != counted:
-            counted = []
+        counted, counts = self._counts.get(like.device, (0, None))
+        if counts is None or counted > len(tokens):
+            counted = 0
             counts = like.new_zeros(2, like.shape[1], dtype=torch.int64)
-        new = list(tokens[len(counted) :])
-        if new:
-            place = [int(i >= self.num_prompt) for i in range(len(counted), len(tokens))]
-            index = (_ids(place, like), _ids(new, like))
+        if counted < len(tokens):
+            place = [int(i >= self.num_prompt) for i in range(counted, len(tokens))]
+            index = (_ids(place, like), _ids(tokens[counted:], like))
             counts.index_put_(index, counts.new_ones(()), accumulate=True)
-        self._counts[like.device] = list(tokens), counts
+        self._counts[like.device] = len(tokens), counts
         return counts
 
-    def _noise_at(self, positions: Sequence[int], like: Tensor) -> Tensor:
-        """[N, V]; of a position it is worked out once, for draft and target."""
+    def _noise_at(self, positions: Sequence[int], like: Tensor, *, since: int) -> Tensor:
+        """[N, V]; of a position it is worked out once, for draft and target. Those before `since`
+        are not asked for again."""
         known = self._noise[like.device]
         missing = set(positions) - known.keys()
         if missing:
-            oldest = min(positions)
-            for position in [p for p in known if p < oldest]:
+            for position in [p for p in known if p < since]:
                 del known[position]
-            new = range(min(missing), max(max(missing) + 1, min(missing) + AHEAD))
+            wanted = range(min(missing), max(max(missing) + 1, min(missing) + AHEAD))
+            new = [position for position in wanted if position not in known]
             seed, choice = self.sampling.seed, self.sampling.choice
             rows = gumbel(seed, new, like.shape[1], choice=choice, device=like.device)
             known.update(zip(new, rows, strict=True))
@@ -236,14 +259,12 @@ def _nucleus(row: Tensor, top_p: float) -> Tensor:
     """-inf for all but the fewest tokens of [1, V] whose probabilities reach `top_p`. One row at a
     time: what is kept does not depend on what other rows there are."""
     log_total = row.logsumexp(1, keepdim=True)
-    size = min(PREFIX, row.shape[1])
-    ordered, order = row.topk(size, dim=1)
-    probabilities = (ordered - log_total).exp()
-    reached = probabilities.cumsum(1)
-    if size < row.shape[1] and reached[0, -1] < top_p:
-        ordered, order = row.sort(dim=1, descending=True, stable=True)
+    for size in (*(size for size in PREFIXES if size < row.shape[1]), row.shape[1]):
+        ordered, order = row.topk(size, dim=1)
         probabilities = (ordered - log_total).exp()
         reached = probabilities.cumsum(1)
+        if reached[0, -1] >= top_p:
+            break
     kept = reached - probabilities < top_p
     return torch.full_like(row, -math.inf).scatter(1, order, ordered.masked_fill(~kept, -math.inf))
 

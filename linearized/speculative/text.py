@@ -100,12 +100,21 @@ class Text:
         stopped = self._stream is not None and self._stream.stopped
         if stopped or (self.new_tokens[-1:] and self.tokens[-1] in sampling.stop_ids):
             self.finished = "stop"
-        elif len(self.new_tokens) >= max_new_tokens:
+        elif self.num_left <= 0:
             self.finished = "length"
 
     @property
     def new_tokens(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still get."""
+        return self.max_new_tokens - self.num_new
 
     def check(self, vocab_size: int) -> None:
         """
@@ -120,8 +129,8 @@ class Text:
         if self.max_new_tokens < 0:
             problem = f"max_new_tokens must be at least 0, got {self.max_new_tokens}"
             raise RequestError(problem, param="max_tokens")
-        if len(self.new_tokens) > self.max_new_tokens:
-            problem = f"the text has {len(self.new_tokens)} tokens, up to {self.max_new_tokens} fit"
+        if self.num_left < 0:
+            problem = f"the text has {self.num_new} tokens, up to {self.max_new_tokens} fit"
             raise RequestError(problem, param="max_tokens")
         if self.logprobs is not None and not 0 <= self.logprobs <= vocab_size:
             problem = f"logprobs must lie between 0 and {vocab_size}, got {self.logprobs}"
@@ -140,7 +149,10 @@ class Text:
         allowed = self.sampler.typical(logits, self.tokens, paths)
         behind = torch.tensor(tree.parents, device=logits.device) + 1
         drafted = torch.tensor(tree.tokens, device=logits.device)
-        path = tree.deepest(allowed[behind, drafted].tolist())
+        taken = zip(allowed[behind, drafted].tolist(), tree.parents, tree.tokens, strict=True)
+        path = tree.deepest(
+            [likely or chosen[1 + above] == token for likely, above, token in taken]
+        )
         return path, [*(tree.tokens[i] for i in path), chosen[1 + path[-1] if path else 0]]
 
     def take(
@@ -148,7 +160,7 @@ class Text:
     ) -> Piece:
         """Go on by what `choose` has said, as far as the text goes on; not at all if `decode`
         raises, which ends it with `error`."""
-        new = list(new[: self.num_prompt + self.max_new_tokens - len(self.tokens)])
+        new = list(new[: self.num_left])
         try:
             new, text = self._say(new)
         except Exception as error:
@@ -159,6 +171,11 @@ class Text:
         self.drafted.update(tree.depths)
         self.accepted.update(range(1, min(len(path), len(new)) + 1))
         return Piece(tuple(new), text, self._alternatives(new, path, logits), self.finished)
+
+    def rest(self) -> None:
+        """Let go of what only the next round needs, and can work out again."""
+        self.sampler.forget()
+        self.hidden = None
 
     def _say(self, new: list[int]) -> tuple[list[int], str]:
         """Those of the new tokens that belong to the text, and what is certain of it now."""
@@ -172,7 +189,7 @@ class Text:
                 self.finished = "stop"
                 new = new[: i + 1]
                 break
-        if self.finished is None and len(self.new_tokens) + len(new) == self.max_new_tokens:
+        if self.finished is None and len(new) == self.num_left:
             self.finished = "length"
         if self.finished is not None and self._stream is not None:
             text += self._stream.flush()

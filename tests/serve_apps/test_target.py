@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from linearized.speculative import Engine, Sampling
 from serve_apps import link
 from serve_apps.draft import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Refused, Started
+from serve_apps.speculator import Speculator
 from serve_apps.target import TargetConfig, TargetReplica
 
 PROMPT = "the quick brown fox"
@@ -260,3 +262,53 @@ async def test_whoever_leaves_frees_the_place(folders):
             assert target._num_texts == 0 and not target._link._sessions
             await asyncio.sleep(0.1)
             assert draft._server.num_sessions == 0
+
+
+async def test_nothing_runs_while_an_ended_text_is_not_read(folders, monkeypatch):
+    steps = itertools.count()
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: (next(steps), step(engine))[1])
+    async with replica(folders) as target:
+        events = target.complete(job(max_tokens=4, speculate="none"))
+        for _ in range(2):
+            await anext(events)
+        await asyncio.sleep(0.2)
+        before = next(steps)
+        await asyncio.sleep(0.2)
+        assert next(steps) == before + 1
+        assert [type(event) async for event in events][-1] is Finished
+
+
+async def test_nobody_waits_for_drafts_of_texts_in_the_queue(folders, monkeypatch):
+    asked = []
+    gather = Speculator.gather
+
+    async def counted(speculator, texts):
+        asked.append(len(texts))
+        await gather(speculator, texts)
+
+    monkeypatch.setattr(Speculator, "gather", counted)
+    async with (
+        drafting(folders["draft"]) as draft,
+        replica(folders, draft.endpoint, max_sessions=1) as target,
+    ):
+        await asyncio.gather(*(read(target, job(max_tokens=9)) for _ in range(3)))
+        assert max(asked) == 1
+
+
+async def test_a_replica_that_no_longer_goes_on_is_not_healthy(folders, monkeypatch):
+    def broken(speculator, text):
+        raise RuntimeError("nobody expects this")
+
+    async with replica(folders) as target:
+        await target.ready()
+        await target.check_health()
+        monkeypatch.setattr(Speculator, "advance", broken)
+        reading = asyncio.create_task(read(target, job()))
+        with pytest.raises(RuntimeError, match="nobody expects"):
+            while True:
+                await asyncio.sleep(0.05)
+                await target.check_health()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading

@@ -94,11 +94,11 @@ class ModelDrafter(Drafter):
         self._last = None
         paths = []
         for text, tree in trees:
-            path = tree.follow(text.tokens[self._read[text] : -1])  # the last is the next root
-            self._read[text] += len(path)
-            paths.append(path)
+            paths.append(tree.follow(text.tokens[self._read[text] : -1]))  # the last: the next root
         self._pool.ahead(max(map(len, paths)))
         commit(self._pool.first(len(trees)), pending, paths)
+        for (text, _), path in zip(trees, paths, strict=True):
+            self._read[text] += len(path)
 
     def _catch_up(self, text: Text) -> None:
         """Read all but the last few tokens."""
@@ -115,4 +115,4 @@ class ModelDrafter(Drafter):
             extend(
                 self.model, torch.tensor([ids], device=self.model.device), state, logits_to_keep=1
             )
-        self._read[text] = stop
+            self._read[text] += len(ids)

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linearized.speculative.detokenizer import REPLACEMENT, Detokenizer, StopStrings, TextStream
+from linearized.speculative.detokenizer import (
+    MAX_WINDOW,
+    REPLACEMENT,
+    Detokenizer,
+    StopStrings,
+    TextStream,
+)
 
 
 def decode_bytes(tokens: list[int]) -> str:
@@ -104,3 +110,15 @@ def test_rounds_do_not_matter():
             out += stream.push(text[start : start + size])
         results.append((out + stream.flush(), stream.num_tokens, stream.stopped))
     assert set(results) == {("one two ", 12, True)}
+
+
+def test_tokens_without_text_are_decoded_in_pieces():
+    sizes = []
+
+    def nothing(tokens: list[int]) -> str:
+        sizes.append(len(tokens))
+        return "".join("x" for token in tokens if token == 7)
+
+    stream = TextStream(nothing, prompt=[1, 2])
+    assert stream.push([0] * 1500) == "" and max(sizes) <= 2 * MAX_WINDOW
+    assert stream.push([7]) == "x"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,15 @@ import linearized
 from linearized.errors import ModelError
 from linearized.medusa import MedusaHeads, output_matrix
 from linearized.models import shortened, sketch
-from linearized.speculative import Ask, Engine, LayersDrafter, MedusaDrafter, Sampling, Text
+from linearized.speculative import (
+    Ask,
+    Engine,
+    LayersDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    Sampling,
+    Text,
+)
 from linearized.speculative.skipping import CHAIN, search, speed
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
@@ -222,9 +231,48 @@ def test_the_hidden_state_is_that_of_the_last_accepted_node(linear):
     engine = Engine(model, drafters=[Reads([0, 1])])
     text = Text(PROMPT, sampling=Sampling(), max_new_tokens=12)
     engine.add(text)
-    while engine.busy:
+    while text.num_left > 3:
         engine.step()
         ids = torch.tensor([text.tokens])
         whole = model(input_ids=ids, use_cache=False, output_hidden_states=True)
         torch.testing.assert_close(text.hidden, whole.hidden_states[-1][0, -2])
+        assert text.hidden._base is None  # it keeps no other node's alive
     assert text.accepted.total() > 4
+    while engine.busy:
+        engine.step()
+    assert text.hidden is None
+
+
+def test_a_draft_that_failed_while_reading_goes_on_where_it_was(linear, monkeypatch):
+    model = linear(group=8)
+    drafter = ModelDrafter(model, depth=4, width=1, floor=0.0)
+    text = Text(list(range(40)), sampling=Sampling(), max_new_tokens=30)
+    whole = ModelDrafter(model, depth=4, width=1, floor=0.0).propose([Ask(text, 4, 8)])
+    calls = itertools.count()
+
+    def extend(*args, **settings):
+        if next(calls) == 1:
+            raise MemoryError
+        return linearized.extend(*args, **settings)
+
+    monkeypatch.setattr("linearized.speculative.drafters.model.CHUNK", 8)
+    monkeypatch.setattr("linearized.speculative.drafters.model.extend", extend)
+    with pytest.raises(MemoryError):
+        drafter.propose([Ask(text, 4, 8)])
+    (tree,) = drafter.propose([Ask(text, 4, 8)])
+    assert tree.tokens == whole[0].tokens
+
+
+def test_a_text_that_ends_takes_nothing_from_the_others(linear):
+    """What the draft has of their accepted tokens is committed all the same."""
+    model = linear(group=8)
+    drafter = ModelDrafter(model, depth=4, width=1, floor=0.0)
+    engine = Engine(model, drafters=[drafter], rows=3)
+    lengths = (5, 30, 30)
+    texts = [Text(PROMPT, sampling=Sampling(), max_new_tokens=n) for n in lengths]
+    for text in texts:
+        engine.add(text)
+    while texts[0].finished is None:
+        engine.step()
+    for text in texts[1:]:
+        assert drafter._read[text] >= len(text.tokens) - 2

@@ -312,6 +312,92 @@ def test_a_draft_that_is_the_target_is_always_right(linear, llama):
             assert text.rounds == 9 and text.accepted.total() == 32, text.accepted
 
 
+def test_a_drafter_that_fails_takes_nothing_from_any_text(linear):
+    """Whoever goes on after it finds all texts whole."""
+    model = linear(group=8)
+    wanted = [([1, 2, 3], 3), ([4, 5], 12), ([6], 12)]
+    want = [alone(model, prompt, Sampling(), length) for prompt, length in wanted]
+
+    class Failing(Random):
+        def __init__(self, where):
+            super().__init__()
+            self.where, self.calls = where, itertools.count(1)
+
+        def propose(self, asks):
+            if self.where == "propose" and next(self.calls) % 3 == 0:
+                raise MemoryError
+            return super().propose(asks)
+
+        def forget(self, text):
+            if self.where == "forget":
+                raise MemoryError
+
+    for where in ("propose", "forget"):
+        engine = Engine(model, drafters=[Failing(where)], rows=3)
+        texts = [Text(p, sampling=Sampling(), max_new_tokens=n) for p, n in wanted]
+        for text in texts:
+            engine.add(text)
+        failures = 0
+        while engine.busy:
+            try:
+                engine.step()
+            except MemoryError:
+                failures += 1
+        assert failures and [text.new_tokens for text in texts] == want, where
+    engine = Engine(model, drafters=[Failing("propose")], rows=2)
+    with pytest.raises(MemoryError):
+        engine.plan(Costs((1,), (1,), ((1.0,),)))
+    assert not engine.busy
+
+
+def test_a_text_is_added_once(linear):
+    model = linear(group=8)
+    text = Text(PROMPT, sampling=Sampling(), max_new_tokens=30)
+    engine = Engine(model, rows=2)
+    engine.add(text)
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="in the engine already"):
+            engine.add(text)
+        engine.step()
+    run(engine)
+    assert text.new_tokens == alone(model, PROMPT, Sampling())
+
+
+def test_an_ended_text_keeps_its_tokens_alone(linear):
+    """Thousands of them may be kept, for vocabularies of 100,000."""
+    model = linear(group=8)
+    sampling = Sampling(temperature=0.9, frequency_penalty=0.5)
+    text = Text(PROMPT, sampling=sampling, max_new_tokens=9)
+    engine = Engine(model, drafters=[ModelDrafter(model, depth=3)])
+    engine.add(text)
+    engine.step()
+    assert text.sampler._noise and text.sampler._counts
+    run(engine)
+    assert not text.sampler._noise and not text.sampler._counts
+
+
+def test_a_hybrids_state_leaves_the_engine_without_its_room(llama):
+    hybrid = llama().double()
+    config = linearized.LinearConfig(attention="grouped", group=8, layers=(0,))
+    linearized.linearize(hybrid, config)
+    want = alone(hybrid, [1, 2, 3], Sampling(), 20)
+    engine = Engine(hybrid, rows=2)
+    text = Text([1, 2, 3], sampling=Sampling(), max_new_tokens=20)
+    engine.add(Text([1] * 500, sampling=Sampling(), max_new_tokens=500))
+    engine.add(text)
+    while len(text.new_tokens) < 4:
+        engine.step()
+    state = engine.remove(text)
+    assert state.history.keys.shape[3] == len(text.tokens) - 1
+    limit = Engine(hybrid, rows=1).pool.bytes_at(100)
+    other = Engine(hybrid, rows=1, memory=limit)
+    other.add(text, state)
+    while other.busy:
+        other.step()
+        assert other.pool.first(1).nbytes <= limit
+    assert text.new_tokens == want
+
+
 def test_what_pays_is_measured(linear):
     model = linear(dtype=torch.float32)
     engine = Engine(model, drafters=[Random()], rows=4, max_nodes=8)

@@ -133,7 +133,7 @@ def test_a_nucleus_wider_than_its_prefix(monkeypatch):
     """Sorted whole or in part, the same tokens are kept."""
     logits = torch.randn(3, 300)
     whole = Sampling(temperature=1.0, top_p=0.9).filter(logits)
-    monkeypatch.setattr("linearized.speculative.sampling.PREFIX", 5)
+    monkeypatch.setattr("linearized.speculative.sampling.PREFIXES", (5, 9))
     assert torch.equal(Sampling(temperature=1.0, top_p=0.9).filter(logits), whole)
     for row, kept in zip(logits, whole.isfinite(), strict=True):
         assert torch.equal(expected(row.double(), 1.0, top_p=0.9) > 0, kept)
@@ -185,6 +185,34 @@ def test_each_node_is_penalized_along_its_own_path(data):
         for row, path, got in zip(logits, paths, found, strict=True):
             want = penalized(row, [*text, *path], len(prompt), sampling)
             torch.testing.assert_close(got, want)
+
+
+def test_noise_is_worked_out_once_for_draft_and_target(monkeypatch):
+    """Whichever level of a tree asks first."""
+    rows = []
+
+    def counted(seed, positions, *args, **settings):
+        rows.extend(positions)
+        return gumbel(seed, positions, *args, **settings)
+
+    monkeypatch.setattr("linearized.speculative.sampling.gumbel", counted)
+    sampler = Sampler(Sampling(temperature=1.0), num_prompt=1)
+    text = [1]
+    while len(text) < 60:
+        for level in range(6):
+            sampler.scores(torch.zeros(1, 5), text, [(0,) * level])
+        sampler.scores(torch.zeros(3, 5), text, [(), (1,), (1, 2)])
+        text += [1, 2, 3]
+    assert rows == list(range(1, rows[-1] + 1))
+    assert len(sampler._noise[torch.device("cpu")]) < 20
+
+
+def test_once_min_tokens_are_there_scores_are_the_logits():
+    sampler = Sampler(Sampling(min_tokens=2, stop_ids=frozenset({0})), num_prompt=1)
+    logits = torch.randn(2, 5)
+    assert sampler.scores(logits, [1, 2, 3], [(), (4,)]) is logits
+    early = sampler.scores(logits, [1, 2], [(), (4,)])
+    assert early[0, 0] == -math.inf and torch.equal(early[1], logits[1])
 
 
 def test_a_draft_of_another_type_changes_no_score():
