@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 import linearized
 from jobs import measure
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, show, show_bars
+from linearized.interface import CACHE
 from linearized.models import new_parameters
 
 OURS, DYNAMIC, STATIC = "ours", "softmax, dynamic cache", "softmax, static cache"
@@ -180,7 +181,7 @@ def _with_dynamic(
     model: PreTrainedModel, token: Tensor, cache: transformers.DynamicCache, context: int
 ) -> None:
     position = torch.full_like(token, context)
-    model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+    model(input_ids=token, position_ids=position, use_cache=True, **{CACHE: cache})
     cache.crop(-1)
 
 
@@ -191,7 +192,7 @@ def _with_static(
     for layer in cache.layers:  # write the same slot again
         layer.cumulative_length.fill_(context)  # type: ignore[union-attr]
     position = torch.full_like(token, context)
-    model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+    model(input_ids=token, position_ids=position, use_cache=True, **{CACHE: cache})
 
 
 def _state(linear: PreTrainedModel, context: int) -> linearized.DecodeState:

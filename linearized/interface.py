@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from linearized import ops
@@ -42,6 +43,8 @@ from linearized.state import DecodeState, GroupState, History, Pending
 
 NAME = "linearized"
 SUBMODULE = "linear_attention"
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
+"""What transformers calls it: `past_key_values` before 5.24, where that name still works."""
 
 
 def attach(model: PreTrainedModel, config: LinearConfig) -> None:
@@ -459,7 +462,7 @@ def _before_forward(
         if kwargs.get("position_ids") is None and _takes_positions(module):
             return args, {**kwargs, "position_ids": _document_positions(segments)}
         return None
-    cache = kwargs.get("past_key_values")
+    name, cache = _cache(kwargs)
     if torch.is_grad_enabled() or cache is None or "linear_pass" in kwargs:
         return None
     inputs = args[0] if args else kwargs.get("input_ids")
@@ -470,7 +473,7 @@ def _before_forward(
             raise ModelError("a key/value cache that holds tokens cannot go on in a linear state")
         cache = _StateCache(new_state(module, rows))
     mask = _last(_mask(attention_mask=kwargs.get("attention_mask")), num_tokens)
-    changed: dict[str, Any] = {"past_key_values": cache}
+    changed: dict[str, Any] = {name: cache}
     encoding = cache.state.cross is not None and not cache.encoded
     if cache.encoded:  # cross attention has its memory, and needs no more than the shape
         changed["encoder_hidden_states"] = kwargs["encoder_hidden_states"][:, :1]
@@ -485,12 +488,20 @@ def _after_forward(
     step: Pass | None = kwargs.get("linear_pass")
     if step is None or step.owner is not module:
         return
-    cache: _StateCache = kwargs["past_key_values"]
+    cache: _StateCache = _cache(kwargs)[1]
     cache.seen += step.layers[0][0].shape[2]
     step.fold()
     if step.encoding:
         step.remember()
         cache.encoded = True
+
+
+def _cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
+    """And the name under which it is handed down, the older one or the newer."""
+    for name in ("cache", "past_key_values"):
+        if kwargs.get(name) is not None:
+            return name, kwargs[name]
+    return CACHE, None
 
 
 def _has_decoder(model: PreTrainedModel) -> bool:

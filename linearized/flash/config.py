@@ -14,7 +14,7 @@ class FlashConfig(transformers.PreTrainedConfig):
     """The defaults are the paper's base model, about 110M parameters."""
 
     model_type = "flash_linearized"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     vocab_size: int = 32000
     hidden_size: int = 768

@@ -18,7 +18,7 @@ from linearized.attention.base import positions_of, widen
 from linearized.errors import ModelError
 from linearized.flash.config import FlashConfig
 from linearized.flash.unit import GatedAttention, MixedChunkAttention, ScaleNorm
-from linearized.interface import Pass, let_generate
+from linearized.interface import CACHE, Pass, let_generate
 
 
 class FlashPreTrainedModel(PreTrainedModel):
@@ -61,21 +61,24 @@ class FlashModel(FlashPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         segment_ids: Tensor | None = None,
         linear_pass: Pass | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """`attention_mask` and `segment_ids` are [B, T]. Positions follow from them and from the
-        state, as groups do: `position_ids` are not read."""
+        state, as groups do: `position_ids` are not read. `past_key_values` is what transformers
+        called `cache` before 5.24."""
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give FLASH either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = state = nodes = None
         if linear_pass is not None:
             mask, nodes, state = linear_pass.mask, linear_pass.nodes, linear_pass.state.layers
-        elif past_key_values is not None and past_key_values.get_seq_length() > 0:
+        elif cache is not None and cache.get_seq_length() > 0:
             raise ModelError("decoding from a state has no gradient: use torch.no_grad()")
         elif attention_mask is not None and not bool(attention_mask.all()):
             mask = attention_mask.bool()
@@ -83,9 +86,8 @@ class FlashModel(FlashPreTrainedModel):
         rotary = self._rotary(positions, widen(hidden).dtype)
         for layer in self.layers:
             hidden = layer(hidden, positions, rotary, mask, segment_ids, linear_pass)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values
-        )
+        named: Any = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **named)
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B or 1, T, R/2]."""
@@ -111,22 +113,25 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V], of the last `logits_to_keep` columns only if that is above 0; the loss
-        too, given `labels` [B, T]. With `use_cache` the state is in `past_key_values`."""
-        if use_cache and past_key_values is None and not torch.is_grad_enabled():
-            past_key_values = DynamicCache()  # a state takes its place
+        too, given `labels` [B, T]. With `use_cache` the state is in `cache`, which before 5.24 of
+        transformers is called `past_key_values`."""
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None and not torch.is_grad_enabled():
+            cache = DynamicCache()  # a state takes its place
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             segment_ids=segment_ids,
             **kwargs,
@@ -139,9 +144,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
+        named: Any = {CACHE: output.get(CACHE)}
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
+            loss=loss, logits=logits, hidden_states=output.hidden_states, **named
         )

@@ -16,6 +16,7 @@ import linearized
 from linearized import FlashConfig, FlashForCausalLM
 from linearized.errors import ConfigError, ModelError, StateError
 from linearized.flash.unit import previous
+from linearized.interface import CACHE
 from linearized.models import linear_config
 
 BOTH = pytest.mark.parametrize("augment", [True, False])
@@ -290,16 +291,18 @@ def test_generate_of_both_kinds(augment):
     assert beams.shape == (1, 50)
 
 
-def test_decoding_by_hand_with_the_cache_of_transformers():
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_decoding_by_hand_with_the_cache_of_transformers(name):
+    """By its name of today and by that before 5.24."""
     model = flash()
     tokens = tokens_of(2, 21)
     with torch.no_grad():
         whole = model(tokens).logits
         first = model(tokens[:, :20], use_cache=True)
-        second = model(tokens[:, 20:], past_key_values=first.past_key_values)
+        second = model(tokens[:, 20:], **{name: first[CACHE]})
     assert (torch.cat([first.logits, second.logits], dim=1) - whole).abs().max() < 1e-10
     with pytest.raises(ModelError, match="no gradient"):
-        model(tokens[:, 20:], past_key_values=second.past_key_values)
+        model(tokens[:, 20:], **{name: second[CACHE]})
 
 
 @BOTH

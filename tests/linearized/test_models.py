@@ -14,6 +14,7 @@ import transformers
 
 import linearized
 from linearized.errors import ConfigError, ModelError, StateError
+from linearized.interface import CACHE
 from linearized.models import attention_modules, new_parameters
 
 LENGTHS = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
@@ -351,5 +352,5 @@ def test_errors_name_the_value(linear, llama, tmp_path):
     cache = transformers.DynamicCache()
     cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
     with torch.no_grad(), pytest.raises(ModelError, match="key/value cache"):
-        model(input_ids=tokens_of(model, 1, 5), past_key_values=cache)
+        model(input_ids=tokens_of(model, 1, 5), **{CACHE: cache})
     json.dumps(model.config.to_dict())
