@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cluster.progress import Progress
+from cluster.progress import Progress, note
 from jobs import cli
 from linearized.errors import ConfigError, DataError, RequestError
 from linearized.speculative.sampling import Sampling
@@ -47,6 +47,8 @@ class GenerateConfig:
     """Texts for each prompt."""
     stop: tuple[str, ...] = ()
     """A text ends before the first of these."""
+    ignore_eos: bool = False
+    """Go on after the model's end of text. (`sampling.stop_ids` take its place, too.)"""
     logprobs: int | None = None
     """Alternatives to name for each token, with log-probabilities; null: none of that."""
     rows: int = 8
@@ -85,11 +87,17 @@ def main(config: GenerateConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     lines = list(_lines(config))
+    _check_out(config)
     model = linearized.load(config.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"cannot load a tokenizer from {config.model}: {reason}") from error
     drafters = _drafters(config, model)
-    if config.pack and can_pack(model):
-        linearized.pack(model)
+    size = linearized.pack(model) if config.pack and can_pack(model) else 0
+    if size and config.out is not None:  # else texts are what is printed
+        note(f"generate: packed weights take {size / 1e6:.0f} MB more (pack=false: none)")
     if config.compile:
         linearized.compile(model)
     texts = _texts(config, lines, model, tokenizer)
@@ -130,6 +138,18 @@ def _lines(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         yield value
 
 
+def _check_out(config: GenerateConfig) -> None:
+    if config.out is None:
+        return
+    if config.prompts is not None and config.out.resolve() == config.prompts.resolve():
+        raise ConfigError(f"out={config.out} would replace the prompts; choose another out")
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.touch()
+    except OSError as error:
+        raise ConfigError(f"cannot write to out={config.out}: {error}") from error
+
+
 def _is_request(line: Any) -> bool:
     if not isinstance(line, dict):
         return False
@@ -145,6 +165,9 @@ def _drafters(config: GenerateConfig, model: PreTrainedModel) -> list[Drafter]:
     from linearized.packing import can_pack
     from linearized.speculative.generate import NAMED, drafters
 
+    for name in config.drafter:
+        if name not in NAMED:
+            _check_tokenizer(config.model, Path(name))
     given = [one if one in NAMED else linearized.load(one) for one in config.drafter]
     for one in given:
         if isinstance(one, str):
@@ -154,6 +177,20 @@ def _drafters(config: GenerateConfig, model: PreTrainedModel) -> list[Drafter]:
         if config.compile and can_compile(one):
             linearized.compile(one)
     return drafters(given, model)
+
+
+def _check_tokenizer(target: Path, draft: Path) -> None:
+    """Where both folders have one."""
+    from linearized.training import tokenizer
+
+    folders = (target, draft)
+    if not all((folder / "tokenizer.json").exists() for folder in folders):
+        return
+    mine, theirs = map(tokenizer.fingerprint, folders)
+    if mine != theirs:
+        raise ConfigError(
+            f"drafter {draft} has another tokenizer than {target}; they must share one"
+        )
 
 
 def _texts(
@@ -167,7 +204,8 @@ def _texts(
     from linearized.speculative.generate import decoding, end_of_text
     from linearized.speculative.text import check_tokens
 
-    ends = config.sampling.stop_ids or frozenset(end_of_text(model))
+    ends = config.sampling.stop_ids or frozenset(() if config.ignore_eos else end_of_text(model))
+    first = config.sampling.choice
     found = {}
     for number, line in enumerate(lines, start=1):
         tokens = line["tokens"] if "tokens" in line else tokenizer(line["prompt"])["input_ids"]
@@ -178,14 +216,14 @@ def _texts(
         for choice in range(config.n):
             text = Text(
                 tokens,
-                sampling=replace(config.sampling, choice=choice, stop_ids=ends),
+                sampling=replace(config.sampling, choice=first + choice, stop_ids=ends),
                 max_new_tokens=config.max_new_tokens,
                 stop=config.stop,
                 decode=decoding(tokenizer),
                 logprobs=config.logprobs,
             )
             text.check(model.config.vocab_size)
-            new = {"index": number - 1, "choice": choice, "text": "", "logprobs": []}
+            new = {"index": number - 1, "choice": first + choice, "text": "", "logprobs": []}
             found[text] = {**line, **new}
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import Any
 
 from linearized.errors import ConfigError
@@ -101,3 +102,8 @@ def _layers(given: Any) -> tuple[int, ...]:
     if not all(_is_integer(layer) and layer >= 0 for layer in layers):
         raise ConfigError(f"layers must be a list of layer numbers from 0, got {list(layers)}")
     return tuple(sorted(set(layers)))
+
+
+def is_whole(value: object) -> bool:
+    """An integer, numpy's too; not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

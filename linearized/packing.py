@@ -48,6 +48,10 @@ def pack(model: nn.Module) -> int:
     return size
 
 
+def is_packed(model: nn.Module) -> bool:
+    return any("forward" in linear.__dict__ for linear in _linears(model))
+
+
 def unpack(model: nn.Module) -> None:
     """Let go of what `pack` has laid out."""
     for linear in _linears(model):

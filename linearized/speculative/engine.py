@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearized.config import is_whole
 from linearized.errors import ConfigError, RequestError, StateError
 from linearized.models import check_decoder, check_state, commit, extend, new_state, verify
 from linearized.speculative.drafters.base import Ask, Drafter
@@ -59,8 +60,8 @@ class Engine:
         """
         check_decoder(model)
         for name, value in (("rows", rows), ("max_nodes", max_nodes), ("chunk", chunk)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if not is_whole(value) or value < 1:
+                raise ConfigError(f"{name} must be at least 1, and whole, got {value!r}")
         self.model = model
         self.max_nodes = max_nodes
         self._memory = memory

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
+from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, RequestError
 from linearized.medusa import MedusaHeads
+from linearized.packing import is_packed
 from linearized.speculative.drafters import (
     Drafter,
     LayersDrafter,
@@ -18,6 +22,7 @@ from linearized.speculative.drafters import (
     NgramDrafter,
 )
 from linearized.speculative.engine import Engine
+from linearized.speculative.planner import Costs
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Text
 
@@ -68,12 +73,13 @@ def generate(  # type: ignore[misc]
     `drafter`: None, a smaller model with the same tokenizer, a `Drafter`, a name, or several of
     these in the order in which to ask them; it changes the speed and never the text. Names are
     "ngram", "layers" and "medusa": the latter two are looked for in the folder that the model was
-    loaded from, where `jobs.layers` and `jobs.medusa` leave them. `stop`: the
-    text ends before the first of these strings, which need `tokenizer`. `stop_ids`: it ends after
-    one of these tokens; by default the model's end of text. For the other parameters see
+    loaded from, where `jobs.layers` and `jobs.medusa` leave them. `stop`: the text ends with the
+    token that completes the first of these strings, which need `tokenizer`. `stop_ids`: it ends
+    after one of these tokens; by default the model's end of text. For the other parameters see
     `Sampling`. `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured
-    before the first token; else all that is drafted. `on_tokens(index of the prompt, new ids)` is
-    called as they come.
+    before the first token and kept for the next call; else all that is drafted. `on_tokens(index
+    of the prompt, new ids)` is called as they come. On a CPU call `linearized.pack(model)` first,
+    and maybe `linearized.compile(model)`: both make it faster.
 
     Raises:
         RequestError: a prompt that is no list of token ids, an empty one, an unknown token.
@@ -90,9 +96,9 @@ def generate(  # type: ignore[misc]
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias=tuple((logit_bias or {}).items()),
+        logit_bias=logit_bias or (),  # type: ignore[arg-type]
         min_tokens=min_tokens,
-        stop_ids=frozenset(end_of_text(model) if stop_ids is None else stop_ids),
+        stop_ids=end_of_text(model) if stop_ids is None else stop_ids,  # type: ignore[arg-type]
         seed=seed,
         typical=typical,
     )
@@ -110,9 +116,9 @@ def generate(  # type: ignore[misc]
         for one in prompts
     ]
     asked = drafters(drafter, model)
-    engine = Engine(model, drafters=asked, rows=max(1, min(rows, len(texts))))
+    engine = Engine(model, drafters=asked, rows=min(rows, max(len(texts), 1)))
     if adaptive and asked:
-        engine.plan(engine.measure())
+        engine.plan(_costs(engine))
     for text in texts:
         engine.add(text)
     index = {text: i for i, text in enumerate(texts)}
@@ -124,6 +130,20 @@ def generate(  # type: ignore[misc]
                 raise text.error
     found = [text.new_tokens for text in texts]
     return found if many else found[0]
+
+
+_known: WeakKeyDictionary[PreTrainedModel, dict[object, Costs]] = WeakKeyDictionary()
+
+
+def _costs(engine: Engine) -> Costs:
+    """Measured once for a model as it is."""
+    model, rows, nodes = engine.model, engine.pool.num_rows, engine.max_nodes
+    fast = is_packed(model), is_compiled(model), torch.get_num_threads()
+    key = rows, nodes, fast, model.device, model.dtype
+    known = _known.setdefault(model, {})
+    if key not in known:
+        known[key] = engine.measure()
+    return known[key]
 
 
 def _plain(value: Any) -> Any:

@@ -16,10 +16,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from linearized.config import is_whole
 from linearized.errors import ConfigError
 from linearized.speculative.noise import gumbel
 
@@ -28,6 +30,7 @@ AHEAD = 4
 PREFIXES = (512, 4096)
 """Most probable tokens among which the nucleus of top_p is looked for first, one after the other;
 sorting all tokens takes far longer."""
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +65,15 @@ class Sampling:
     value is 0.09). The text then depends on the drafts, and is not distributed as the target's."""
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "min_tokens", "choice", "seed"):
+            if not is_whole(value := getattr(self, name)):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}")
+        for name in ("temperature", "top_p", "min_p", "typical", *_PENALTIES):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
-        object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
+        object.__setattr__(self, "stop_ids", _token_ids(self.stop_ids))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
         for name, least in (("top_k", 0), ("min_tokens", 0), ("choice", 0)):
@@ -98,8 +108,7 @@ class Sampling:
     @property
     def penalizes(self) -> bool:
         """Do scores depend on which tokens the text has?"""
-        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
-        return any(penalties)
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @property
     def is_plain(self) -> bool:
@@ -267,6 +276,16 @@ def _nucleus(row: Tensor, top_p: float) -> Tensor:
             break
     kept = reached - probabilities < top_p
     return torch.full_like(row, -math.inf).scatter(1, order, ordered.masked_fill(~kept, -math.inf))
+
+
+def _token_ids(ids: object) -> frozenset[int]:
+    try:
+        found = list(ids)  # type: ignore[call-overload]
+    except TypeError:
+        found = [None]
+    if not all(map(is_whole, found)):
+        raise ConfigError(f"stop_ids must be token ids, got {ids!r}")
+    return frozenset(map(int, found))
 
 
 def _pairs(bias: object) -> tuple[tuple[int, float], ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearized.errors import ConfigError
 from linearized.models import attention_modules, check_decoder, extend, new_state, sketch, verify
 from linearized.state import DecodeState
 
@@ -33,8 +34,16 @@ def search(
 ) -> Found:
     """The layers that promise the most tokens a second: one layer after the other is left out,
     always the one whose loss costs the least agreement. `tokens` [B, T] are text of the kind that
-    is to be generated, T at least 2·8."""
+    is to be generated, T at least 2·8.
+
+    Raises:
+        ConfigError: they are too few.
+    """
     check_decoder(model)
+    if len(tokens) == 0 or tokens.shape[1] < 2 * CHAIN:
+        raise ConfigError(
+            f"a search needs texts of at least {2 * CHAIN} tokens, got {list(tokens.shape)}"
+        )
     calibration = _Calibration(model, tokens)
     kept = tuple(range(len(attention_modules(model))))
     best = Found(kept, 1.0, 1.0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearized.config import is_whole
 from linearized.errors import ConfigError, RequestError
 from linearized.speculative.detokenizer import TextStream
 from linearized.speculative.sampling import Sampler, Sampling
@@ -73,6 +74,9 @@ class Text:
         self.num_prompt = len(self.tokens) if num_prompt is None else num_prompt
         self.sampling = sampling
         self.sampler = Sampler(sampling, num_prompt=self.num_prompt)
+        if not is_whole(max_new_tokens):
+            problem = f"max_new_tokens must be a whole number, got {max_new_tokens!r}"
+            raise RequestError(problem, param="max_tokens")
         self.max_new_tokens = max_new_tokens
         self.logprobs = logprobs
         self.finished: str | None = None

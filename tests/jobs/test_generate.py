@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,43 @@ def test_errors_name_the_line(folder, tmp_path):
         GenerateConfig()
     with pytest.raises(ConfigError, match="n must be at least 1, got 0"):
         GenerateConfig(prompt="a", n=0)
+
+
+def test_files_are_checked_before_anything_is_loaded(folder, tmp_path, linear):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the"}\n')
+    with pytest.raises(ConfigError, match="would replace the prompts"):
+        generate.main(GenerateConfig(model=tmp_path, prompts=prompts, out=prompts))
+    assert prompts.read_text()
+    with pytest.raises(ConfigError, match="cannot write to out="):
+        generate.main(GenerateConfig(model=tmp_path, prompts=prompts, out=prompts / "out.jsonl"))
+    linear(vocab=320, dtype=torch.float32).save_pretrained(tmp_path / "bare")
+    with pytest.raises(DataError, match=r"cannot load a tokenizer from .*bare"):
+        generate.main(GenerateConfig(model=tmp_path / "bare", prompt="the"))
+    out = tmp_path / "new" / "out.jsonl"
+    generate.main(GenerateConfig(model=folder, prompts=prompts, out=out, max_new_tokens=3))
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_a_draft_with_another_tokenizer_is_refused(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("endoftext", "theend"))
+    with pytest.raises(ConfigError, match=r"other has another tokenizer than"):
+        generate.main(GenerateConfig(model=folder, prompt="the", drafter=(str(other),)))
+
+
+def test_the_end_of_text_and_the_first_choice(folder, tmp_path):
+    model = linearized.load(folder)
+    said = run(folder, tmp_path, LINES)[0]["new_tokens"]
+    model.generation_config.eos_token_id = said[3]
+    ends = tmp_path / "ends"
+    model.save_pretrained(ends)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(ends)
+    end = said.index(said[3]) + 1
+    assert run(ends, tmp_path, LINES)[0]["new_tokens"] == said[:end]
+    assert run(ends, tmp_path, LINES, ignore_eos=True)[0]["new_tokens"] == said
+    sampling = Sampling(temperature=0.9, seed=4)
+    both = run(folder, tmp_path, LINES, n=2, sampling=sampling)
+    later = run(folder, tmp_path, LINES, sampling=replace(sampling, choice=1))
+    assert later == [line for line in both if line["choice"] == 1]

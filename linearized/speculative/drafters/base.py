@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from linearized.config import is_whole
+from linearized.errors import ConfigError
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
@@ -21,6 +23,13 @@ Trust = Callable[[float, int], float]
 def as_said(step: float, rank: int) -> float:
     """As probable as the drafter says."""
     return step
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ConfigError for one that is no number of guesses."""
+    for name, size in sizes.items():
+        if not is_whole(size) or size < 1:
+            raise ConfigError(f"a drafter's {name} must be at least 1, and whole, got {size!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linearized.errors import ModelError
 from linearized.models import shortened, sketch
-from linearized.speculative.drafters.base import Ask, Drafter
+from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.drafters.growth import Growth, grow
 from linearized.speculative.tree import TokenTree
 
@@ -32,6 +32,7 @@ class LayersDrafter(Drafter):
         self, layers: Sequence[int], *, depth: int = 4, width: int = 3, floor: float = 0.02
     ) -> None:
         """`layers`: those that are kept, counted from 0."""
+        check_sizes(depth=depth, width=width)
         self.layers = tuple(sorted(set(layers)))
         self.depth = depth
         self.width = width

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError
 from linearized.models import commit, decoder, extend, verify
-from linearized.speculative.drafters.base import Ask, Drafter
+from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.drafters.growth import Growth, grow
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
@@ -36,6 +36,7 @@ class ModelDrafter(Drafter):
         self, model: PreTrainedModel, *, depth: int = 8, width: int = 4, floor: float = 0.02
     ) -> None:
         """`model`, linearized or not. `width`: guesses that are followed on each level."""
+        check_sizes(depth=depth, width=width)
         self.model = decoder(model)
         self.depth = depth
         self.width = width

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-from linearized.speculative.drafters.base import Ask, Drafter
+from linearized.errors import ConfigError
+from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
@@ -15,6 +16,9 @@ class NgramDrafter(Drafter):
     Decoding", 2023)."""
 
     def __init__(self, *, depth: int = 8, longest: int = 4, shortest: int = 2) -> None:
+        check_sizes(depth=depth, shortest=shortest, longest=longest)
+        if longest < shortest:
+            raise ConfigError(f"longest must be at least shortest={shortest}, got {longest}")
         self.depth = depth
         self.sizes = range(longest, shortest - 1, -1)
         self._indices: WeakKeyDictionary[Text, _Index] = WeakKeyDictionary()

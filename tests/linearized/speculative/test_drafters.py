@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import linearized
-from linearized.errors import ModelError
+from linearized.errors import ConfigError, ModelError
 from linearized.medusa import MedusaHeads, output_matrix
 from linearized.models import shortened, sketch
 from linearized.speculative import (
@@ -18,6 +18,7 @@ from linearized.speculative import (
     LayersDrafter,
     MedusaDrafter,
     ModelDrafter,
+    NgramDrafter,
     Sampling,
     Text,
 )
@@ -276,3 +277,21 @@ def test_a_text_that_ends_takes_nothing_from_the_others(linear):
         engine.step()
     for text in texts[1:]:
         assert drafter._read[text] >= len(text.tokens) - 2
+
+
+def test_a_drafter_that_can_guess_nothing_is_refused(linear):
+    model = linear()
+    for make, words in (
+        (lambda: ModelDrafter(model, depth=0), "depth must be at least 1, and whole, got 0"),
+        (lambda: ModelDrafter(model, width=1.5), "width must be .* got 1.5"),
+        (lambda: LayersDrafter([0], width=0), "width must be .* got 0"),
+        (lambda: NgramDrafter(shortest=0), "shortest must be .* got 0"),
+        (lambda: NgramDrafter(longest=1, shortest=2), "longest must be at least shortest=2, got 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make()
+
+
+def test_the_search_needs_texts_of_some_length(linear):
+    with pytest.raises(ConfigError, match=r"at least 16 tokens, got \[4, 15\]"):
+        search(linear(), torch.ones(4, 15, dtype=torch.int64))

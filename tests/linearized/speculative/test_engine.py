@@ -432,8 +432,13 @@ def test_bad_requests_are_refused_before_anything_runs(linear):
         biased = Sampling(logit_bias=((99, 1.0),))
         engine.add(Text([1], sampling=biased, max_new_tokens=1))
     assert not engine.busy
+    for length in (None, 2.5, True):
+        with pytest.raises(RequestError, match=f"max_new_tokens must be a whole.*{length}"):
+            Text([1], sampling=greedy, max_new_tokens=length)
     for name in ("rows", "max_nodes", "chunk"):
-        with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1, and whole, got 1.5"):
+            Engine(linear(), **{name: 1.5})
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1, and whole, got 0"):
             Engine(linear(), **{name: 0})
     engine.add(Text([1], sampling=greedy, max_new_tokens=3))
     with pytest.raises(ConfigError, match="measure needs an engine without texts, there are 1"):

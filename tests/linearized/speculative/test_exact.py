@@ -4,6 +4,7 @@ offsets in the group, evictions, and ends of text. In float32; where that shows 
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -113,7 +114,9 @@ def said(model, prompts, stops) -> list[list[int]]:
     return found
 
 
-def compare(seed: int, llama, dtype: torch.dtype) -> bool:
+def compare(seed: int, llama, dtype: torch.dtype) -> list[float]:
+    """Of each text that is not the plain one: how far apart the model's two best tokens lie where
+    they part, in standard deviations of its logits."""
     draw = random.Random(seed)
     model = a_model(draw, seed, llama).to(dtype)
     lengths = [1, *draw.sample(range(1, 20), 3)]
@@ -143,7 +146,18 @@ def compare(seed: int, llama, dtype: torch.dtype) -> bool:
         if away and (draw.random() < 0.3 or not engine.busy):
             engine.add(*away.pop())
         engine.step()
-    return [text.new_tokens for text in texts] == want
+    found = zip(texts, want, strict=True)
+    return [margin(model, text, plain) for text, plain in found if text.new_tokens != plain]
+
+
+@torch.no_grad()
+def margin(model, text: Text, plain: list[int]) -> float:
+    pairs = itertools.zip_longest(text.new_tokens, plain)
+    parted = next(i for i, (mine, its) in enumerate(pairs) if mine != its)
+    before = torch.tensor([text.tokens[: text.num_prompt + parted]])
+    logits = model(input_ids=before, use_cache=False).logits[0, -1]
+    best = logits.topk(2).values
+    return float((best[0] - best[1]) / logits.std())
 
 
 def cut(tokens: list[int], stops: frozenset[int]) -> list[int]:
@@ -153,6 +167,12 @@ def cut(tokens: list[int], stops: frozenset[int]) -> list[int]:
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_greedy_texts_are_the_plain_ones(llama, share):
+    """But for ties within rounding, which are few, and none in float64."""
+    ties = 0
     for seed in range(share, MODELS, SHARES):
-        if not compare(seed, llama, torch.float32):
-            assert compare(seed, llama, torch.float64), seed
+        margins = compare(seed, llama, torch.float32)
+        if margins:
+            assert max(margins) < 1e-4, seed
+            assert not compare(seed, llama, torch.float64), seed
+        ties += len(margins)
+    assert ties <= 4

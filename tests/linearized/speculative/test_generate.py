@@ -10,7 +10,15 @@ import torch
 
 import linearized
 from linearized.errors import ConfigError, ModelError, RequestError
-from linearized.speculative import Drafter, ModelDrafter, NgramDrafter, Sampling, Text, TokenTree
+from linearized.speculative import (
+    Drafter,
+    Engine,
+    ModelDrafter,
+    NgramDrafter,
+    Sampling,
+    Text,
+    TokenTree,
+)
 from linearized.speculative.drafters import Ask
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
@@ -246,3 +254,18 @@ def test_errors_name_the_value(linear, llama):
         generate(model, [1], max_new_tokens=3, stop="a")
     with pytest.raises(ModelError, match="not linearized"):
         generate(llama(), [1], max_new_tokens=3)
+
+
+def test_times_are_measured_once(linear, monkeypatch):
+    model = linear(dtype=torch.float32)
+    measured = []
+    measure = Engine.measure
+    monkeypatch.setattr(Engine, "measure", lambda it: (measured.append(it), measure(it))[1])
+    for prompts in ([[1, 2]], [[3]], [[1], [2], [3]], [[4], [5], [6]]):
+        linearized.generate(model, prompts, max_new_tokens=3, drafter="ngram")
+    assert [engine.pool.num_rows for engine in measured] == [1, 3]
+    linearized.pack(model)  # other times
+    linearized.generate(model, [1], max_new_tokens=3, drafter="ngram")
+    assert len(measured) == 3
+    linearized.generate(model, [1, 2, 3, 4], max_new_tokens=3, drafter=[])
+    assert len(measured) == 3  # nobody drafts

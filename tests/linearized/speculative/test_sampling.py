@@ -257,6 +257,15 @@ def test_noise_depends_on_seed_choice_and_position_alone():
         ({"logit_bias": 5}, "logit_bias.*5"),
         ({"typical": 1.5}, "typical.*1.5"),
         ({"typical": 0.1}, "needs a temperature"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": True}, "temperature must be a number, got True"),
+        ({"top_p": None}, "top_p must be a number, got None"),
+        ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"min_tokens": 2.5}, "min_tokens must be a whole number, got 2.5"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"presence_penalty": "a"}, "presence_penalty must be a number, got 'a'"),
+        ({"stop_ids": 5}, "stop_ids must be token ids, got 5"),
+        ({"stop_ids": ["a"]}, "stop_ids must be token ids, got \\['a'\\]"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, words):
