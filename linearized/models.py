@@ -51,6 +51,7 @@ __all__ = [
     "encode",
     "extend",
     "fingerprint",
+    "forward_tree",
     "linear_config",
     "linear_modules",
     "linearize",
@@ -164,7 +165,7 @@ def extend(
     step = Pass(state=state, mask=mask)
     if mask is None and num_tokens <= SMALL:
         chain = torch.arange(-1, num_tokens - 1, device=tokens.device).expand(rows, -1)
-        logits = _forward_tree(model, tokens, chain, step, logits_to_keep)
+        logits = forward_tree(model, tokens, chain, step, logits_to_keep)
     else:
         valid = torch.ones_like(tokens) if mask is None else mask.long()
         positions = (state.length[:, None] + valid.cumsum(1) - 1).clamp(min=0)
@@ -189,7 +190,7 @@ def verify(
     _check(model, tokens, state)
     ops.check_parents(parents, *tokens.shape)
     step = Pass(state=state, keeps_hidden=hidden)
-    logits = _forward_tree(model, tokens, parents, step)
+    logits = forward_tree(model, tokens, parents, step)
     return logits, step.pending(parents.tolist())
 
 
@@ -207,7 +208,7 @@ def sketch(
     _check(model, tokens, state)
     ops.check_parents(parents, *tokens.shape)
     part = shortened(model, layers)
-    return _forward_tree(part, tokens, parents, Pass(state=state))
+    return forward_tree(part, tokens, parents, Pass(state=state))
 
 
 def shortened(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -295,9 +296,10 @@ def _fold(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) -
     fold(state, (keys, values), history, mask, shift)
 
 
-def _forward_tree(
+def forward_tree(
     model: PreTrainedModel, tokens: Tensor, parents: Tensor, step: Pass, logits_to_keep: int = 0
 ) -> Tensor:
+    """What `verify` does, without looking at its arguments; `step` keeps what may be committed."""
     if compiled.is_compiled(model):
         return compiled.forward(model, tokens, parents, step)[:, -logits_to_keep:]
     layers, length = step.state.layers, step.state.length

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,12 @@ def search(
         if progress is not None:
             progress(found)
     return best
+
+
+def agreement(model: PreTrainedModel, tokens: Tensor, layers: Sequence[int]) -> float:
+    """How often the best token of the model with these layers only is the whole model's, in short
+    chains on the whole model's state, on text [B, T]."""
+    return _Calibration(model, tokens).agreement(tuple(layers))
 
 
 def speed(agreement: float, cost: float, *, longest: int = CHAIN) -> float:

@@ -169,7 +169,12 @@ def test_every_drafter_is_compared_with_plain_decoding(pair, tmp_path):
         "plain", "model", "ngram", "model, then ngram", "useless model", "pruned", "softmax model",
         "medusa", "layers",
     }  # fmt: skip
-    assert all(case["same_text"] for case in cases)
+    assert not any(case["other_texts"] for case in cases)
+    assert set(results["agreement"]) == {
+        "the text itself", "model", "pruned", "softmax model", "medusa", "layers",
+    }  # fmt: skip
+    for twin in results["twins"].values():
+        assert set(twin) == {"transformers", "transformers, assisted", "ours", "ours, drafted"}
     assert all(0 <= case["repeated"] <= 1 and case["tokens_per_round"] >= 1 for case in cases)
     assert set(results["twins"]) == {"0.0", "0.8"}
 
@@ -179,6 +184,9 @@ def test_bad_options_are_refused():
         ("jobs.bench_ops", ("--lengths", "many")),
         ("jobs.bench_ops", ("--dtype", "int3")),
         ("jobs.bench_models", ("--hidden", "100")),
+        ("jobs.bench_decode", ("--batches", "1,0")),
+        ("jobs.bench_decode", ("--groups", "0")),
+        ("jobs.bench_decode", ("--run", "nowhere")),
     ):
         done = subprocess.run(
             [sys.executable, "-m", module, *option], capture_output=True, text=True, timeout=100

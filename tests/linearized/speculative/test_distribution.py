@@ -1,11 +1,12 @@
 """Sampled speculative texts have the target's distribution, and are the plain ones token by token.
 
-Twenty thousand texts of two tokens, drafted for by another model, against the probabilities that
-the target's logits and the words of each filter give.
+Twenty thousand texts of three tokens, drafted for by another model with branching trees, against
+the probabilities that the target's logits and the words of each filter give.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from linearized.speculative import Engine, ModelDrafter, Sampling, Text
 
 DRAWS = 20_000
+LENGTH = 3
 VOCAB = 7
 PROMPT = [3]
 FILTERS = [
@@ -23,7 +25,8 @@ FILTERS = [
     {"temperature": 1.0, "top_p": 0.8},
     {"temperature": 1.0, "min_p": 0.15},
     {"temperature": 1.0, "repetition_penalty": 1.7},
-    {"temperature": 1.0, "presence_penalty": 0.8, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "presence_penalty": 1.2},
+    {"temperature": 1.0, "frequency_penalty": 0.9},
     {"temperature": 1.0, "logit_bias": {0: 1.5, 4: -2.0}},
     {"temperature": 1.0, "min_tokens": 1, "stop_ids": frozenset({2, 5})},
 ]
@@ -61,39 +64,47 @@ def probabilities(logits: torch.Tensor, text: list[int], settings: dict) -> torc
     return result / result.sum()
 
 
-def pairs(model, settings: dict) -> torch.Tensor:
-    """[V, V], of the first two tokens."""
-
-    def logits(tokens: list[int]) -> torch.Tensor:
-        return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
-
-    first = probabilities(logits(PROMPT), [], settings)
-    then = [probabilities(logits([*PROMPT, t]), [t], settings) for t in range(VOCAB)]
-    return first[:, None] * torch.stack(then)
+def every(model, settings: dict) -> torch.Tensor:
+    """[V, V, V], of the first three tokens."""
+    found = torch.ones((VOCAB,) * LENGTH, dtype=torch.float64)
+    for length in range(LENGTH):
+        for text in itertools.product(range(VOCAB), repeat=length):
+            ids = torch.tensor([[*PROMPT, *text]])
+            logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+            after = probabilities(logits, list(text), settings)
+            found[text] *= after.view(-1, *[1] * (LENGTH - length - 1))
+    return found
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_texts_are_distributed_as_the_targets(linear, settings):
     model, draft = linear(vocab=VOCAB, layers=1), linear(vocab=VOCAB, layers=1, seed=2)
-    engine = Engine(model, drafters=[ModelDrafter(draft, depth=1, width=1, floor=0.0)], rows=128)
+    engine = Engine(model, drafters=[ModelDrafter(draft, depth=2, width=2, floor=0.0)], rows=128)
     texts = []
     for seed in range(DRAWS):
         sampling = Sampling(**settings, seed=seed // 4, choice=seed % 4)
-        texts.append(Text(PROMPT, sampling=sampling, max_new_tokens=2))
+        texts.append(Text(PROMPT, sampling=sampling, max_new_tokens=LENGTH))
         engine.add(texts[-1])
     while engine.busy:
         engine.step()
-    counts = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
+    stops = settings.get("stop_ids", frozenset())
+    counts = torch.zeros((VOCAB,) * LENGTH, dtype=torch.float64)
     for text in texts:
-        counts[tuple(text.new_tokens)] += 1
-    want = pairs(model, settings).double()
+        said = text.new_tokens
+        assert len(said) == LENGTH or said[-1] in stops
+        counts[tuple(said + [0] * (LENGTH - len(said)))] += 1
+    want = every(model, settings)
+    for stop in stops:  # such a text is over, whatever might have followed
+        total = want[:, stop].sum(1)
+        want[:, stop] = 0
+        want[:, stop, 0] = total
     assert counts[want == 0].sum() == 0
     check(counts.flatten(), want.flatten())
     accepted = sum(text.accepted.total() for text in texts)
-    assert 0.05 * DRAWS < accepted < 0.95 * DRAWS  # both ways to a second token were gone
+    assert 0.1 * DRAWS < accepted < 1.9 * DRAWS  # both ways to a further token were gone
     for text in texts[:: DRAWS // 200]:
-        plain = Text(PROMPT, sampling=text.sampling, max_new_tokens=2)
+        plain = Text(PROMPT, sampling=text.sampling, max_new_tokens=LENGTH)
         alone = Engine(model)
         alone.add(plain)
         while alone.busy:
