@@ -1,28 +1,37 @@
-"""Make what jobs.bench_decode measures: a target, its draft, and their softmax twins.
+"""Make what jobs.bench_decode measures: a target, its drafts, and their softmax twins.
 
-Runs jobs.data, jobs.pretrain, jobs.finetune and jobs.draft one after the other, each by its recipe
-`bench`. What has finished is reused; what was interrupted goes on from its last checkpoint.
+Runs jobs.data, jobs.pretrain, jobs.finetune, jobs.draft, jobs.medusa, jobs.layers and jobs.prune
+one after the other, each by its recipe `bench`. What has finished is reused; what was interrupted
+goes on from its last checkpoint. How long each stage took is written to runs/bench/pair.json.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cluster.progress import note
 from cluster.session import session
-from jobs import cli, data, draft, finetune, pretrain
+from jobs import cli, data, draft, finetune, layers, medusa, pretrain, prune
 from linearized.errors import ConfigError
+
+TIMES = Path("runs/bench/pair.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig:
     cpus: int = 2
     """Of the one worker that trains, and of the local cluster, if there is none to join."""
-    autocast: bool = True
-    """Multiply in bfloat16; processors without AVX512-BF16 or AMX are faster without."""
+    gpu: bool | None = None
+    """Train on a GPU; null: if there is one."""
+    autocast: bool | None = None
+    """Multiply in bfloat16 on a CPU; null: if it has instructions for it (AVX512-BF16, AMX)."""
+    drafters: bool = True
+    """Also Medusa's heads, layers to leave out, and a pruned target."""
 
     def __post_init__(self) -> None:
         if self.cpus < 1:
@@ -38,10 +47,10 @@ RECIPES = {"bench": bench}
 
 
 def main(config: PairConfig) -> None:
+    workers = _workers(config)
 
     def here(recipe: Any) -> Any:
-        workers = replace(recipe.workers, cpus=config.cpus, autocast=config.autocast)
-        return replace(recipe, workers=workers)
+        return replace(recipe, workers=replace(recipe.workers, **workers))
 
     stages: dict[str, Callable[[], object]] = {
         "data": lambda: data.main(data.bench()),
@@ -50,11 +59,37 @@ def main(config: PairConfig) -> None:
         "draft": lambda: draft.main(here(draft.bench())),
         "softmax draft": lambda: draft.main(here(draft.bench_softmax())),
     }
+    if config.drafters:
+        stages |= {
+            "medusa": lambda: medusa.main(here(medusa.bench())),
+            "layers": lambda: layers.main(replace(layers.bench(), threads=config.cpus)),
+            "pruned": lambda: prune.main(here(prune.bench())),
+        }
+    known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     with session(num_cpus=config.cpus):
         for name, stage in stages.items():
             began = time.perf_counter()
             stage()
-            note(f"{name}: {time.perf_counter() - began:.0f} s")
+            seconds = round(time.perf_counter() - began, 1)
+            note(f"{name}: {seconds:.0f} s")
+            known[name] = max(seconds, known.get(name, 0.0))  # a stage that is reused takes none
+            TIMES.parent.mkdir(parents=True, exist_ok=True)
+            TIMES.write_text(json.dumps(known, indent=2) + "\n")
+    note(f"pair: {sum(known[name] for name in stages) / 60:.0f} minutes")
+
+
+def _workers(config: PairConfig) -> dict[str, Any]:
+    """What of jobs.run.Workers depends on the machine."""
+    import torch
+
+    gpu = torch.cuda.is_available() if config.gpu is None else config.gpu
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("this machine has no CUDA device; use gpu=false")
+    autocast = config.autocast
+    if autocast is None:
+        fast = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+        autocast = not gpu and any(has() for has in fast)
+    return {"cpus": config.cpus, "gpu": gpu, "autocast": autocast}
 
 
 if __name__ == "__main__":

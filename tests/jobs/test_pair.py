@@ -3,22 +3,67 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import time
 
 import pytest
+import torch
 
-from jobs import data, draft, finetune, pair, pretrain
+from jobs import data, draft, finetune, layers, medusa, pair, pretrain, prune
 from linearized.errors import ConfigError
 
+JOBS = (data, pretrain, finetune, draft, medusa, layers, prune)
 
-def test_all_recipes_train_on_the_same_processors(monkeypatch):
-    seen = []
-    for job in (data, pretrain, finetune, draft):
-        monkeypatch.setattr(job, "main", seen.append)
+
+@pytest.fixture
+def seen(monkeypatch, tmp_path):
+    """What each job is given."""
+    given = []
+    for job in JOBS:
+        monkeypatch.setattr(job, "main", given.append)
     monkeypatch.setattr(pair, "session", lambda **_: contextlib.nullcontext())
-    pair.main(pair.PairConfig(cpus=3, autocast=False))
-    workers = [config.workers for config in seen if not isinstance(config, data.DataConfig)]
-    assert len(seen) == 5 and len(workers) == 4
-    assert {(one.count, one.cpus, one.autocast) for one in workers} == {(1, 3, False)}
+    monkeypatch.setattr(pair, "TIMES", tmp_path / "bench" / "pair.json")
+    return given
+
+
+def test_all_recipes_train_on_the_same_processors(seen):
+    pair.main(pair.PairConfig(cpus=3, gpu=False, autocast=False))
+    trained = [config.workers for config in seen if hasattr(config, "workers")]
+    assert len(seen) == 8 and len(trained) == 6
+    assert {(one.count, one.cpus, one.gpu, one.autocast) for one in trained} == {
+        (1, 3, False, False)
+    }
+    assert next(one for one in seen if isinstance(one, layers.LayersConfig)).threads == 3
+
+
+def test_the_machine_says_how_to_train(seen, monkeypatch):
+    for has, found in (((True, False), True), ((False, True), True), ((False, False), False)):
+        for name, there in zip(
+            ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), has, strict=False
+        ):
+            monkeypatch.setattr(torch.cpu, name, lambda there=there: there)
+        seen.clear()
+        pair.main(pair.PairConfig(gpu=False, drafters=False))
+        assert len(seen) == 5 and seen[1].workers.autocast is found
+
+
+def test_times_are_kept_when_a_stage_is_reused(seen, monkeypatch):
+    monkeypatch.setattr(data, "main", lambda config: time.sleep(0.3))
+    pair.main(pair.PairConfig())
+    monkeypatch.setattr(data, "main", seen.append)
+    pair.main(pair.PairConfig())
+    times = json.loads(pair.TIMES.read_text())
+    assert list(times) == [
+        "data", "teacher", "target", "draft", "softmax draft", "medusa", "layers", "pruned",
+    ]  # fmt: skip
+    assert times["data"] >= 0.3
+
+
+def test_a_gpu_that_is_not_there(seen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device; use gpu=false"):
+        pair.main(pair.PairConfig(gpu=True))
+    assert not seen
 
 
 def test_without_a_processor_nothing_starts():
