@@ -17,7 +17,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from transformers import PreTrainedModel
 from linearized.config import is_whole
 from linearized.errors import ConfigError, RequestError, StateError
 from linearized.models import check_decoder, check_state, commit, extend, new_state, verify
-from linearized.speculative.drafters.base import Ask, Drafter
-from linearized.speculative.planner import Clock, Costs, Planner
+from linearized.speculative.costs import Clock, Costs
+from linearized.speculative.drafters.base import Drafter
+from linearized.speculative.drafting import Draft, Drafting
 from linearized.speculative.pool import Pool
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Piece, Text
@@ -52,8 +52,9 @@ class Engine:
         chunk: int = CHUNK,
     ) -> None:
         """`drafters` are asked in this order, each for the texts that those before it had nothing
-        for. `rows`: texts at a time, fewer if their states would take more than `memory` bytes;
-        further texts wait. `max_nodes`: of a tree. `chunk`: tokens of prompts read in a round.
+        for. `rows`: texts at a time, fewer if their states would take more than `memory` bytes (of
+        the target; drafters have their own); further texts wait. `max_nodes`: of a tree. `chunk`:
+        tokens of prompts read in a round.
 
         Raises:
             ConfigError: not one state fits the memory. ModelError: the model decodes no text.
@@ -67,7 +68,7 @@ class Engine:
         self._memory = memory
         self.pool: Pool[Text] = Pool(model, _rows(model, rows, memory))
         self._clock: Clock | None = None
-        self._drafting = [_Drafting(drafter, max_nodes) for drafter in drafters]
+        self._drafting = [Drafting(drafter, max_nodes) for drafter in drafters]
         self._chunk = chunk
         self._waiting: dict[Text, DecodeState | None] = {}
         self._reading: deque[Text] = deque()
@@ -256,10 +257,10 @@ class Engine:
             if done + len(tokens) == goal:
                 self._decoding.append(self._reading.popleft())
 
-    def _draft(self, texts: list[Text]) -> dict[Text, list[_Draft]]:
+    def _draft(self, texts: list[Text]) -> dict[Text, list[Draft]]:
         """What the drafters had for each text, up to the first who had something."""
         vocabulary = range(self.model.config.vocab_size)
-        drafts = {text: [_Draft()] for text in texts}
+        drafts = {text: [Draft()] for text in texts}
         for drafting in self._drafting:
             free = [text for text, known in drafts.items() if not known[-1].tree]
             found = drafting.draft(free, len(texts))
@@ -306,76 +307,6 @@ class Engine:
         began = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - began
-
-
-class _Draft:
-    """A tree, the larger one that it was cut out of, and who is to hear what became of them."""
-
-    def __init__(
-        self,
-        tree: TokenTree = TokenTree.empty,
-        whole: TokenTree = TokenTree.empty,
-        planner: Planner | None = None,
-        depth: int = 0,
-    ) -> None:
-        self.tree = tree
-        self._whole = whole
-        self._planner = planner
-        self.depth = depth
-
-    def observe(self, text: Text, new: Sequence[int]) -> None:
-        if self._planner is not None and self.depth:
-            self._planner.observe(text, self._whole, new, self.depth)
-
-
-class _Drafting:
-    """A drafter, and what is known of it."""
-
-    def __init__(self, drafter: Drafter, max_nodes: int) -> None:
-        self._drafter = drafter
-        self._max_nodes = max_nodes
-        self._planner: Planner | None = None
-
-    def plan(self, clock: Clock) -> None:
-        self._planner = Planner(clock, max_depth=self._drafter.depth, max_nodes=self._max_nodes)
-
-    def draft(self, texts: list[Text], batch: int) -> list[_Draft]:
-        """For these texts, in a round of `batch` of them."""
-        planner, depth = self._planner, self._drafter.depth
-        if not any(_guessable(text) for text in texts):  # a try without a text would tell nothing
-            return [_Draft() for _ in texts]
-        if planner is not None:
-            depth = planner.depth(texts, batch)
-        ends = ((text, min(depth, _guessable(text))) for text in texts)
-        asks = [Ask(text, end, self._max_nodes) for text, end in ends if end]
-        if not asks:
-            return [_Draft() for _ in texts]
-        if planner is not None:
-            follow = planner.follow(len(asks))
-            asks = [replace(ask, follow=follow, trust=planner.trust(ask.text)) for ask in asks]
-        began = time.perf_counter()
-        wholes = trees = self._drafter.propose(asks)
-        if planner is not None:
-            seconds = time.perf_counter() - began
-            levels = max(max(tree.depths, default=1) for tree in trees)
-            trees = planner.trim([ask.text for ask in asks], trees, batch, seconds)
-            nodes = sum(map(len, trees)) / len(trees)
-            planner.took(len(asks), depth, seconds, levels=levels, nodes=nodes)
-        found = {
-            ask.text: _Draft(tree.best(ask.nodes), whole, planner, ask.depth)
-            for ask, tree, whole in zip(asks, trees, wholes, strict=True)
-        }
-        return [found.get(text) or _Draft() for text in texts]
-
-    def forget(self, text: Text) -> None:
-        self._drafter.forget(text)
-        if self._planner is not None:
-            self._planner.forget(text)
-
-
-def _guessable(text: Text) -> int:
-    """Tokens that a tree can still give: every round adds one by itself."""
-    return text.num_left - 1
 
 
 def _rows(model: PreTrainedModel, rows: int, memory: int | None) -> int:

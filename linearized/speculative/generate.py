@@ -14,6 +14,7 @@ from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, RequestError
 from linearized.medusa import MedusaHeads
 from linearized.packing import is_packed
+from linearized.speculative.costs import Costs
 from linearized.speculative.drafters import (
     Drafter,
     LayersDrafter,
@@ -22,7 +23,6 @@ from linearized.speculative.drafters import (
     NgramDrafter,
 )
 from linearized.speculative.engine import Engine
-from linearized.speculative.planner import Costs
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Text
 

@@ -20,7 +20,7 @@ from linearized.speculative import (
     Text,
     TokenTree,
 )
-from linearized.speculative.planner import Costs
+from linearized.speculative.costs import Costs
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
 

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from linearized.speculative import Sampling, Text, TokenTree
-from linearized.speculative.planner import Clock, Costs, Planner
+from linearized.speculative.costs import Clock, Costs
+from linearized.speculative.planner import Planner
 
 FLAT = Costs((1, 8), (1, 32), ((1.0, 2.0), (2.0, 6.0)))
 
