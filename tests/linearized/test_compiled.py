@@ -12,8 +12,10 @@ import transformers
 import linearized
 from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, ModelError
+from linearized.medusa import MedusaHeads
 from linearized.models import shortened, sketch
 from linearized.packing import unpack
+from linearized.speculative import LayersDrafter, MedusaDrafter, ModelDrafter, NgramDrafter
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 
@@ -154,3 +156,36 @@ def test_what_cannot_be_compiled_says_why(llama, linear, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
         linearized.compile(linear())
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_texts_of_fast_models_are_the_plain_ones(linear, rows):
+    """What is served: packed, compiled, planned, several drafters, many texts, across groups."""
+    model, draft = linear(dtype=torch.float32), linear(dtype=torch.float32, layers=1, seed=3)
+    prompts = [[7, 3, 5], [1], [*range(2, 40)], [9] * 8]
+    settings = [{}, {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5}]
+    want = [
+        [linearized.generate(model, one, max_new_tokens=60, **given) for one in prompts]
+        for given in settings
+    ]
+    heads = MedusaHeads.on(model, 3, linearized.fingerprint(model))
+    for fast in (model, draft):
+        linearized.pack(fast)
+        linearized.compile(fast)
+    drafters = {
+        "model": lambda: ModelDrafter(draft),
+        "ngram": lambda: NgramDrafter(shortest=1),
+        "medusa": lambda: MedusaDrafter(model, heads),
+        "layers": lambda: LayersDrafter([1]),
+    }
+    for name, make in drafters.items():
+        for adaptive in (False, True):
+            for given, texts in zip(settings, want, strict=True):
+                found = linearized.generate(
+                    model, prompts, max_new_tokens=60, drafter=make(), adaptive=adaptive,
+                    rows=rows, **given,
+                )  # fmt: skip
+                assert found == texts, (name, adaptive, given)
