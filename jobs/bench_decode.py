@@ -18,6 +18,8 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,7 @@ import linearized
 from jobs import measure
 from jobs.decoding import PLAIN, Contestants, Prompts, Ready, compare, generate
 from jobs.measure import Bar, Machine, in_turns, last_line, show, show_bars
+from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, DataError, LinearizedError
 from linearized.interface import Pass
 from linearized.models import forward_tree
@@ -68,7 +71,7 @@ def main(
     try:
         sizes = _sizes(batches)
         _check(tokens=tokens, prompt=prompt, groups=groups, max_nodes=max_nodes)
-        prompts = _prompts(run, texts or [], max(sizes) * groups, prompt)
+        prompts = _prompts(run, texts or [], max(sizes) * (1 + groups), prompt)
         found = Contestants(run, Ready(device=_device(device), compile=compile))
     except (LinearizedError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -85,7 +88,7 @@ def main(
             grouped = [all_[i : i + batch] for i in range(0, len(all_) - batch + 1, batch)]
             for temperature in TEMPERATURES:
                 compared = compare(
-                    found.model, makers, grouped[:groups],
+                    found.model, makers, grouped[: 1 + groups],
                     tokens=tokens, max_nodes=max_nodes, temperature=temperature,
                 )  # fmt: skip
                 about = {"corpus": corpus, "batch": batch, "temperature": temperature}
@@ -96,7 +99,10 @@ def main(
     console.print(f"plain decoding over itself, case by case: {min(alone):.2f}–{max(alone):.2f} ×")
     bars = _bars(results)
     show_bars(bars, console)
-    config = {"tokens": tokens, "prompt": prompt, "groups": groups, "compiled": compile}
+    config = {
+        "batches": sizes, "tokens": tokens, "prompt": prompt, "groups": groups,
+        "max_nodes": max_nodes, "compiled": compile, "texts": [path.name for path in texts or []],
+    }  # fmt: skip
     print(last_line("bench_decode", machine, config=config, results=results, bars=bars))
 
 
@@ -112,8 +118,9 @@ def _sizes(batches: str) -> list[int]:
 
 def _check(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{name.replace('_', '-')} must be at least 1, got {size}")
+        least = 2 if name == "tokens" else 1  # the first comes from reading the prompt
+        if size < least:
+            raise ConfigError(f"{name.replace('_', '-')} must be at least {least}, got {size}")
 
 
 def _device(name: str) -> torch.device:
@@ -197,7 +204,7 @@ def _step(model: PreTrainedModel, console: Console) -> dict[str, Any]:
     for _ in range(20):
         engine.step()
     state = linearized.new_state(model)
-    linearized.extend(model, torch.ones(1, 60, dtype=torch.int64, **where), state)
+    linearized.extend(model, torch.ones(1, 32, dtype=torch.int64, **where), state)
     token, root = torch.ones(1, 1, dtype=torch.int64, **where), torch.full((1, 1), -1, **where)
 
     def forward() -> Tensor:
@@ -221,8 +228,8 @@ def _twins(
 ) -> dict[str, Any]:
     """One text at a time, reading the prompt included: transformers on the softmax models, alone
     and assisted by the draft, and ours. The first prompt is for warming up."""
-    if not (run / "softmax_draft").exists():
-        console.print("no softmax draft: transformers' assisted generation is not measured")
+    if not all((run / name).exists() for name in ("teacher", "softmax_draft")):
+        console.print("no softmax twins: transformers' assisted generation is not measured")
         return {}
     transformers.logging.set_verbosity_error()  # it warns of how it calls itself
     ready = Ready(device=found.model.device, compile=False)
@@ -236,14 +243,17 @@ def _twins(
     prompts = [prompts[0], *prompts[:8]]
     results: dict[str, Any] = {}
     for temperature in TEMPERATURES:
+        runs: dict[str, Callable[[list[int]], float]] = {}
+        for name, draft in (("transformers", None), ("transformers, assisted", assistant)):
+            runs[name] = partial(_assisted, teacher, draft, tokens, temperature)
+        for name, engine in (("ours", plain), ("ours, drafted", drafted)):
+            runs[name] = partial(_ours, engine, tokens, temperature)
         speeds: dict[str, list[float]] = defaultdict(list)
         for turn, ids in enumerate(prompts):
-            for name, draft in (("transformers", None), ("transformers, assisted", assistant)):
+            names = list(runs)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 torch.manual_seed(turn)
-                speeds[name].append(_assisted(teacher, draft, ids, tokens, temperature))
-            for name, engine in (("ours", plain), ("ours, drafted", drafted)):
-                speed, _ = generate(engine, [ids], tokens, temperature, reading=True)
-                speeds[name].append(speed)
+                speeds[name].append(runs[name](ids))
         results[str(temperature)] = {
             name: statistics.median(all_[1:]) for name, all_ in speeds.items()
         }
@@ -253,16 +263,23 @@ def _twins(
         for name, speed in by_name.items()
     ]
     columns = ["temperature", "", "tokens/s", "over transformers alone"]
-    show("One text, prompt included; softmax twins in transformers", columns, rows, console)
+    ways = "theirs packed, ours compiled, too" if is_compiled(found.model) else "all packed"
+    title = f"One text, prompt included; softmax twins in transformers ({ways})"
+    show(title, columns, rows, console)
     return results
+
+
+def _ours(engine: Engine, tokens: int, temperature: float, prompt: list[int]) -> float:
+    """Tokens a second."""
+    return generate(engine, [prompt], tokens, temperature, reading=True)[0]
 
 
 def _assisted(
     model: PreTrainedModel,
     assistant: PreTrainedModel | None,
-    prompt: list[int],
     tokens: int,
     temperature: float,
+    prompt: list[int],
 ) -> float:
     """Tokens a second."""
     settings: dict[str, Any] = {"do_sample": False}

@@ -209,15 +209,18 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """All contestants, in turns, on the same groups of prompts, with plain decoding before, after
     and between them: what else the machine does changes by the second. They keep what they have
-    learnt of how well they draft, as a server would; one group before the first is for that."""
+    learnt of how well they draft, as a server would; the first group is for that, and does not
+    count."""
     cases: dict[str, Contest] = {}
     costs = None
     for name, make in {PLAIN: list, **makers}.items():
-        engine = Engine(model, drafters=make(), rows=len(groups[0]), max_nodes=max_nodes)
-        costs = costs or engine.measure()
+        drafters = make()
+        engine = Engine(model, drafters=drafters, rows=len(groups[0]), max_nodes=max_nodes)
+        if costs is None or any(drafter.needs_hidden for drafter in drafters):
+            costs = engine.measure()
         engine.plan(costs)
         cases[name] = Contest(engine)
-    for turn, group in enumerate([groups[0], *groups]):
+    for turn, group in enumerate(groups):
         names = list(makers)
         names = names[turn % len(names) :] + names[: turn % len(names)]
         found: list[tuple[str, float, list[Text]]] = []
@@ -251,8 +254,9 @@ def _with_plain_between(names: list[str]) -> list[str]:
 def generate(
     engine: Engine, prompts: Prompts, tokens: int, temperature: float, *, reading: bool = False
 ) -> tuple[float, list[Text]]:
-    """Tokens a second from when all prompts are read, or with `reading` from when they are given,
-    and the texts. No text ends early."""
+    """Tokens a second from when all prompts are read (by the target; a draft reads them when it
+    is first asked), or with `reading` from when they are given, and the texts. No text ends
+    early."""
     texts = [
         Text(prompt, sampling=Sampling(temperature=temperature, seed=i), max_new_tokens=tokens)
         for i, prompt in enumerate(prompts)

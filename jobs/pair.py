@@ -2,13 +2,12 @@
 
 Runs jobs.data, jobs.pretrain, jobs.finetune, jobs.draft, jobs.medusa, jobs.layers and jobs.prune
 one after the other, each by its recipe `bench`. What has finished is reused; what was interrupted
-goes on from its last checkpoint. How long each stage took is written to runs/bench/pair.json.
+goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,18 @@ from cluster.session import session
 from jobs import cli, data, draft, finetune, layers, medusa, pretrain, prune
 from linearized.errors import ConfigError
 
-TIMES = Path("runs/bench/pair.json")
+RUN = Path("runs/bench")
+MADE = {
+    "data": "data/data.json",
+    "teacher": "teacher/run.json",
+    "target": "target/run.json",
+    "draft": "draft/run.json",
+    "softmax draft": "softmax_draft/run.json",
+    "medusa": "target/medusa/run.json",
+    "layers": "target/layers.json",
+    "pruned": "pruned/run.json",
+}
+"""Where each stage leaves how long it took, when it ran last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +75,17 @@ def main(config: PairConfig) -> None:
             "layers": lambda: layers.main(replace(layers.bench(), threads=config.cpus)),
             "pruned": lambda: prune.main(here(prune.bench())),
         }
-    known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     with session(num_cpus=config.cpus):
-        for name, stage in stages.items():
-            began = time.perf_counter()
+        for stage in stages.values():
             stage()
-            seconds = round(time.perf_counter() - began, 1)
-            note(f"{name}: {seconds:.0f} s")
-            known[name] = max(seconds, known.get(name, 0.0))  # a stage that is reused takes none
-            TIMES.parent.mkdir(parents=True, exist_ok=True)
-            TIMES.write_text(json.dumps(known, indent=2) + "\n")
-    note(f"pair: {sum(known[name] for name in stages) / 60:.0f} minutes")
+    seconds = {name: _seconds(RUN / MADE[name]) for name in stages}
+    each = ", ".join(f"{name} {spent / 60:.1f}" for name, spent in seconds.items())
+    note(f"pair: {sum(seconds.values()) / 60:.0f} minutes ({each})")
+
+
+def _seconds(made: Path) -> float:
+    seconds = json.loads(made.read_text())["seconds"]
+    return float(seconds["total"] if isinstance(seconds, dict) else seconds)
 
 
 def _workers(config: PairConfig) -> dict[str, Any]:

@@ -62,12 +62,14 @@ class LinearConfig:
             raise ConfigError(f"unknown attention {self.attention!r}; choose from {choices}")
         for name in ("group", "taps", "features", "hashes", "bits", "period"):
             value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, int(value))
         if self.bits > 16:
             raise ConfigError(f"bits must be at most 16, tables of 65,536 buckets, got {self.bits}")
-        if not _is_integer(self.seed) or not 0 <= self.seed < 1 << 63:
+        if not is_whole(self.seed) or not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
 
@@ -91,19 +93,15 @@ class LinearConfig:
         return cls(**values)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: object) -> bool:
+    """An integer, numpy's too; not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _layers(given: Any) -> tuple[int, ...]:
     if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
         raise ConfigError(f"layers must be a list of layer numbers from 0, got {given!r}")
     layers = tuple(given)
-    if not all(_is_integer(layer) and layer >= 0 for layer in layers):
+    if not all(is_whole(layer) and layer >= 0 for layer in layers):
         raise ConfigError(f"layers must be a list of layer numbers from 0, got {list(layers)}")
-    return tuple(sorted(set(layers)))
-
-
-def is_whole(value: object) -> bool:
-    """An integer, numpy's too; not a bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return tuple(sorted({int(layer) for layer in layers}))

@@ -105,8 +105,9 @@ class _Packed:
         if rows >= LEAST:
             out: Tensor = _multiply(x, self._packed, bias, "none", [], "")
             return out
-        out = F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST - rows))
-        return _multiply(out, self._packed, bias, "none", [], "")[:rows].view(*x.shape[:-1], -1)
+        out = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, LEAST - rows))
+        out = _multiply(out, self._packed, bias, "none", [], "")
+        return out[:rows].view(*x.shape[:-1], len(weight))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles lay out their own."""

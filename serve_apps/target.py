@@ -129,7 +129,7 @@ class TargetReplica:
         if self._ready is None:
             self._ready = asyncio.create_task(self._start())
         for task in (self._ready, self._rounds):
-            if task is not None and task.done():
+            if task is not None and task.done() and not task.cancelled():
                 task.result()
         self._forward.check(STUCK_S if self._ready.done() else START_S)
 
@@ -177,6 +177,8 @@ class TargetReplica:
                     session = self._link.session(text.sampling, len(prompt))
                 # The draft reads the prompt while the target does.
                 self._speculator.open(text, session, ngrams=mode != "none")
+                if self._rounds is None or self._rounds.done():
+                    raise LinearizedError("this replica no longer goes on with its texts")
                 await self._forward.run(self._engine.add, text)
                 self._wake.set()
             done = text.finished is not None
@@ -200,11 +202,18 @@ class TargetReplica:
         )
 
     async def _go_on(self) -> None:
-        """Round after round while there are texts."""
+        """Round after round while there are texts. If that ends, so do they."""
+        try:
+            await self._rounds_of_all()
+        except Exception as error:
+            await self._fail(error)
+            raise
+
+    async def _rounds_of_all(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            decoding: list[Text] = []
+            decoding: list[Text] = []  # a text's first round, in which it is read, has no draft
             while self._pieces:
                 await self._speculator.gather(decoding)
                 try:
@@ -229,9 +238,10 @@ class TargetReplica:
 
     async def _fail(self, error: Exception) -> None:
         """Nobody knows what state the engine is in: all its texts end."""
-        failed = list(self._pieces)
+        failed, self._pieces = self._pieces, {}
+        for pieces in failed.values():
+            pieces.put_nowait(error)
         for text in failed:
-            self._pieces.pop(text).put_nowait(error)
             await self._forward.run(self._engine.drop, text)
 
     def _text(self, job: Generation, prompt: list[int]) -> Text:

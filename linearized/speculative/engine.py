@@ -135,8 +135,7 @@ class Engine:
                 while self.busy:
                     self.step()
             finally:
-                for text in self.texts:
-                    self.drop(text)
+                self._drop(self.texts)
         self.seconds.clear()
 
     def add(self, text: Text, state: DecodeState | None = None) -> None:
@@ -177,14 +176,20 @@ class Engine:
 
     def drop(self, text: Text) -> None:
         """Stop going on with a text, for good."""
-        if text in self.pool:
-            self.pool.remove(text)
-            self._decoding = [one for one in self._decoding if one is not text]
-            self._reading = deque(one for one in self._reading if one is not text)
-        self._waiting.pop(text, None)
-        text.rest()
-        for drafting in self._drafting:
-            drafting.forget(text)
+        self._drop([text])
+
+    def _drop(self, texts: Sequence[Text]) -> None:
+        """All of them, even if a drafter fails to forget one."""
+        for text in texts:
+            if text in self.pool:
+                self.pool.remove(text)
+                self._decoding = [one for one in self._decoding if one is not text]
+                self._reading = deque(one for one in self._reading if one is not text)
+            self._waiting.pop(text, None)
+            text.rest()
+        for text in texts:
+            for drafting in self._drafting:
+                drafting.forget(text)
 
     def step(self) -> list[tuple[Text, Piece]]:
         """One round: what each text gained. Texts that have ended are gone afterwards. A text
@@ -221,9 +226,7 @@ class Engine:
         for text, (_, new) in zip(texts, walks, strict=True):
             for draft in found[text]:
                 draft.observe(text, new)
-        for text in texts:
-            if text.finished is not None:
-                self.drop(text)
+        self._drop([text for text in texts if text.finished is not None])
         if self._clock is not None:
             seconds = time.perf_counter() - began
             drafted = any(draft.depth for drafts in found.values() for draft in drafts)

@@ -118,7 +118,7 @@ def generate(  # type: ignore[misc]
     asked = drafters(drafter, model)
     engine = Engine(model, drafters=asked, rows=min(rows, max(len(texts), 1)))
     if adaptive and asked:
-        engine.plan(_costs(engine))
+        engine.plan(_costs(engine, any(one.needs_hidden for one in asked)))
     for text in texts:
         engine.add(text)
     index = {text: i for i, text in enumerate(texts)}
@@ -135,11 +135,11 @@ def generate(  # type: ignore[misc]
 _known: WeakKeyDictionary[PreTrainedModel, dict[object, Costs]] = WeakKeyDictionary()
 
 
-def _costs(engine: Engine) -> Costs:
+def _costs(engine: Engine, hidden: bool) -> Costs:
     """Measured once for a model as it is."""
     model, rows, nodes = engine.model, engine.pool.num_rows, engine.max_nodes
     fast = is_packed(model), is_compiled(model), torch.get_num_threads()
-    key = rows, nodes, fast, model.device, model.dtype
+    key = rows, nodes, fast, hidden, model.device, model.dtype
     known = _known.setdefault(model, {})
     if key not in known:
         known[key] = engine.measure()

@@ -60,10 +60,11 @@ class Pool(Generic[Key]):
         """A row for this key, behind the others, with a copy of `state` [1 row], or empty."""
         if len(self.keys) == self.num_rows:
             self._grow(2 * self.num_rows)
-        self.keys.append(key)
         if state is not None:
             self.reserve(int(state.length.max()))
-        self.row(key).copy_(self._empty if state is None else state)
+        index = len(self.keys)
+        self._state.rows(index, index + 1).copy_(self._empty if state is None else state)
+        self.keys.append(key)
 
     def remove(self, key: Key) -> None:
         """The last row takes its place."""

@@ -68,6 +68,7 @@ class Sampling:
         for name in ("top_k", "min_tokens", "choice", "seed"):
             if not is_whole(value := getattr(self, name)):
                 raise ConfigError(f"{name} must be a whole number, got {value!r}")
+            object.__setattr__(self, name, int(value))
         for name in ("temperature", "top_p", "min_p", "typical", *_PENALTIES):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):

@@ -77,7 +77,7 @@ class Text:
         if not is_whole(max_new_tokens):
             problem = f"max_new_tokens must be a whole number, got {max_new_tokens!r}"
             raise RequestError(problem, param="max_tokens")
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = int(max_new_tokens)
         self.logprobs = logprobs
         self.finished: str | None = None
         """`stop`: a stop token or string; `length`: as long as it may be; `error`: see there."""
@@ -177,7 +177,7 @@ class Text:
         return Piece(tuple(new), text, self._alternatives(new, path, logits), self.finished)
 
     def rest(self) -> None:
-        """Let go of what only the next round needs, and can work out again."""
+        """Let go of what only the next round needs. It can do without."""
         self.sampler.forget()
         self.hidden = None
 

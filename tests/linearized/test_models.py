@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -354,3 +355,17 @@ def test_errors_name_the_value(linear, llama, tmp_path):
     with torch.no_grad(), pytest.raises(ModelError, match="key/value cache"):
         model(input_ids=tokens_of(model, 1, 5), **{CACHE: cache})
     json.dumps(model.config.to_dict())
+
+
+def test_decoding_by_hand_with_either_name_of_the_cache(linear):
+    """Until 5.40 transformers takes the older one, too."""
+    model = linear()
+    tokens = tokens_of(model, 2, 21)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        whole = model(input_ids=tokens, use_cache=False).logits
+        for name in {CACHE, "past_key_values"}:
+            first = model(input_ids=tokens[:, :20], **{name: transformers.DynamicCache()})
+            second = model(input_ids=tokens[:, 20:], **{name: first[CACHE]})
+            both = torch.cat([first.logits, second.logits], dim=1)
+            assert (both - whole).abs().max() < 1e-10, name

@@ -36,7 +36,8 @@ def test_a_packed_model_is_the_same_model(linear):
 
 def test_shapes_and_biases():
     layer = torch.nn.Linear(24, 40)
-    rows = [torch.randn(24), torch.randn(1, 24), torch.randn(2, 3, 24), torch.randn(24, 5).t()]
+    shapes = [(24,), (1, 24), (2, 24), (1, 3, 24), (4, 24), (2, 3, 24), (2, 0, 24)]
+    rows = [*map(torch.randn, shapes), torch.randn(24, 5).t()]
     with torch.no_grad():
         want = [layer(x) for x in rows]
         pack(layer)

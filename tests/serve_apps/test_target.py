@@ -11,6 +11,7 @@ import pytest
 
 import linearized
 from linearized.compiled import is_compiled
+from linearized.errors import LinearizedError
 from linearized.speculative import Engine, Sampling
 from serve_apps import link
 from serve_apps.draft import DraftConfig, DraftReplica
@@ -272,7 +273,9 @@ async def test_nothing_runs_while_an_ended_text_is_not_read(folders, monkeypatch
         events = target.complete(job(max_tokens=4, speculate="none"))
         for _ in range(2):
             await anext(events)
-        await asyncio.sleep(0.2)
+        while target._engine.busy:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         before = next(steps)
         await asyncio.sleep(0.2)
         assert next(steps) == before + 1
@@ -304,11 +307,12 @@ async def test_a_replica_that_no_longer_goes_on_is_not_healthy(folders, monkeypa
         await target.ready()
         await target.check_health()
         monkeypatch.setattr(Speculator, "advance", broken)
-        reading = asyncio.create_task(read(target, job()))
+        with pytest.raises(LinearizedError, match="in the middle"):
+            await read(target, job())
+        async with asyncio.timeout(20):
+            while not target._rounds.done():
+                await asyncio.sleep(0.01)
         with pytest.raises(RuntimeError, match="nobody expects"):
-            while True:
-                await asyncio.sleep(0.05)
-                await target.check_health()
-        reading.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reading
+            await target.check_health()
+        with pytest.raises(LinearizedError, match="no longer goes on"):
+            await read(target, job())

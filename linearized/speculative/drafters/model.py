@@ -97,9 +97,11 @@ class ModelDrafter(Drafter):
         for text, tree in trees:
             paths.append(tree.follow(text.tokens[self._read[text] : -1]))  # the last: the next root
         self._pool.ahead(max(map(len, paths)))
-        commit(self._pool.first(len(trees)), pending, paths)
-        for (text, _), path in zip(trees, paths, strict=True):
-            self._read[text] += len(path)
+        state = self._pool.first(len(trees))
+        try:
+            commit(state, pending, paths)
+        finally:  # as far as it came
+            self._read.update(zip((text for text, _ in trees), state.length.tolist(), strict=True))
 
     def _catch_up(self, text: Text) -> None:
         """Read all but the last few tokens."""
