@@ -40,7 +40,7 @@ def bench() -> MedusaConfig:
     return MedusaConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),
-        train=Stage(objective="medusa", steps=200, batch=8, optim=Optim(lr=1e-3)),
+        train=Stage(objective="medusa", steps=150, batch=8, optim=Optim(lr=1e-3)),
         workers=BENCH,
     )
 

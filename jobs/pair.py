@@ -92,14 +92,13 @@ def _workers(config: PairConfig) -> dict[str, Any]:
     """What of jobs.run.Workers depends on the machine."""
     import torch
 
-    from linearized.packing import has_bfloat16
-
     gpu = torch.cuda.is_available() if config.gpu is None else config.gpu
     if gpu and not torch.cuda.is_available():
         raise ConfigError("this machine has no CUDA device; use gpu=false")
     autocast = config.autocast
     if autocast is None:
-        autocast = not gpu and has_bfloat16()
+        fast = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+        autocast = not gpu and any(has() for has in fast)
     return {"cpus": config.cpus, "gpu": gpu, "autocast": autocast}
 
 

@@ -56,7 +56,7 @@ def bench() -> PruneConfig:
         cut=Cut(layers=2, kv_heads=2, channels=432),
         train=Stage(
             objective="imitation",
-            steps=300,
+            steps=200,
             batch=8,
             optim=Optim(lr=2e-3),
             checkpoint_every=100,

@@ -2,8 +2,8 @@
 
 Eager torch multiplies weights as they lie. oneDNN multiplies them in blocks that fit the processor,
 if it may lay them out so once; `python -m jobs.bench_models` shows how much faster that is. It is
-for decoding and evaluation, in float32, and in bfloat16 on processors that multiply it; what needs
-a gradient, or another type, goes the ordinary way.
+for decoding and evaluation, in float32; what needs a gradient, or another type, goes the ordinary
+way.
 """
 
 from __future__ import annotations
@@ -24,11 +24,6 @@ LEAST = 4
 """Fewer rows are filled up with zeros: oneDNN reads weights more slowly for one or two of them."""
 
 
-def has_bfloat16() -> bool:
-    """Does the processor multiply bfloat16 (AVX512-BF16, AMX)? Others only imitate it, slowly."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def can_pack(model: nn.Module) -> bool:
     """Is there anything that `pack` would lay out, and can this build of torch?"""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -36,9 +31,9 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def pack(model: nn.Module) -> int:
-    """Lay out the weights of every linear layer on the CPU a second time. Returns the bytes that
-    this takes. The model's parameters stay what they are; whoever writes them afterwards is
-    noticed, and they are laid out anew.
+    """Lay out the weights of every linear layer on the CPU in float32 a second time. Returns the
+    bytes that this takes. The model's parameters stay what they are; whoever writes them afterwards
+    is noticed, and they are laid out anew.
 
     Raises:
         ConfigError: this build of torch cannot.
@@ -48,7 +43,7 @@ def pack(model: nn.Module) -> int:
     size = 0
     for linear in _linears(model):
         if _fits(linear.weight):
-            linear.forward = _Packed(linear, linear.weight.dtype)  # type: ignore[method-assign,assignment]
+            linear.forward = _Packed(linear)  # type: ignore[method-assign,assignment]
             size += linear.weight.nbytes
     return size
 
@@ -68,18 +63,15 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def _fits(x: Tensor) -> bool:
-    if x.device.type != "cpu":
-        return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_bfloat16())
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class _Packed:
     """The forward of a linear layer. Lays its weight out when it is called."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
         self.handle = next(_handles)
-        self._dtype = dtype
         self._packed: Tensor | None = None
         self._stamp: tuple[int, int] | None = None
         _by_handle[self.handle] = self
@@ -87,8 +79,7 @@ class _Packed:
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.linear.weight, self.linear.bias
         learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        fits = x.device.type == "cpu" and x.dtype == weight.dtype == self._dtype
-        if learns or not fits:
+        if learns or not _fits(x) or not _fits(weight):
             return F.linear(x, weight, bias)
         out: Tensor = torch.ops.linearized.packed_linear(x, self.handle, len(weight))
         return out
@@ -111,7 +102,7 @@ class _Packed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles lay out their own."""
-        return _Packed, (self.linear, self._dtype)
+        return _Packed, (self.linear,)
 
 
 _multiply: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
-import pytest
 import torch
 
 import linearized
-from linearized import packing
-from linearized.packing import has_bfloat16, pack, unpack
+from linearized.packing import pack, unpack
 
 
 def logits(model, tokens):
@@ -89,22 +87,3 @@ def test_copies_and_files_of_a_packed_model(linear, tmp_path):
     twin.save_pretrained(tmp_path)
     loaded = linearized.load(tmp_path)
     assert torch.allclose(logits(loaded, tokens), want, atol=1e-4)
-
-
-@pytest.mark.skipif(not has_bfloat16(), reason="this processor only imitates bfloat16")
-def test_bfloat16_where_the_processor_has_it(linear):
-    model = linear(dtype=torch.bfloat16)
-    tokens = torch.randint(1, 50, (2, 9))
-    want = logits(model, tokens)
-    assert pack(model) == sum(
-        m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear)
-    )
-    got = logits(model, tokens)
-    assert got.dtype == torch.bfloat16
-    assert (got - want).norm() < 0.02 * want.norm()
-    assert all(m.forward._packed is not None for m in model.modules() if type(m) is torch.nn.Linear)
-
-
-def test_bfloat16_is_left_alone_where_it_is_slow(linear, monkeypatch):
-    monkeypatch.setattr(packing, "has_bfloat16", lambda: False)
-    assert pack(linear(dtype=torch.bfloat16)) == 0
