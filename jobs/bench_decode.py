@@ -1,9 +1,8 @@
 """Speculative decoding against plain decoding of the same target, drafter by drafter.
 
     python -m jobs.pair bench            # once: trains what is measured
-    python -m jobs.bench_decode          # a quarter of an hour on two CPU cores; as long again for
-                                         # each of --texts
-    python -m jobs.bench_decode --quick  # a minute or two; for a look, not for figures
+    python -m jobs.bench_decode          # on a machine that does nothing else; compiling is slow
+    python -m jobs.bench_decode --quick  # for a look, not for figures
 
 On held-out prompts, greedy and sampled, from one text at a time to eight: tokens per second, what
 was drafted and accepted, where the time went; and, so that a target that repeats itself cannot
@@ -57,13 +56,13 @@ def main(
     max_nodes: Annotated[int, typer.Option(help="Of a tree.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Compile the steps of target and drafts.")] = True,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's own choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's own choice.")] = 0,
     quick: Annotated[
         bool, typer.Option(help="One or two short texts, one group, not compiled.")
     ] = False,
 ) -> None:
     """Tokens per second of the engine with each drafter."""
-    if threads > 0:
+    if threads:
         torch.set_num_threads(threads)
     if quick:
         batches, tokens, groups, compile = "1,2", 24, 1, False
@@ -93,7 +92,7 @@ def main(
                 )  # fmt: skip
                 about = {"corpus": corpus, "batch": batch, "temperature": temperature}
                 cases += [{**about, "drafter": name, **case} for name, case in compared.items()]
-        _show_cases(corpus, cases, console)
+            _show_cases(corpus, [case for case in cases if case["batch"] == batch], console)
     results["twins"] = _twins(run, found, prompts[STDLIB], tokens, console)
     alone = [case["over_plain"] for case in cases if case["drafter"] == PLAIN]
     console.print(f"plain decoding over itself, case by case: {min(alone):.2f}–{max(alone):.2f} ×")
