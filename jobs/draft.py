@@ -49,7 +49,7 @@ def bench() -> DraftConfig:
         linear=LinearConfig(attention="grouped", augment=True),
         train=Stage(
             objective="imitation",
-            steps=800,
+            steps=600,
             batch=8,
             optim=Optim(lr=4e-3),
             checkpoint_every=100,

@@ -92,7 +92,7 @@ class Workers:
     gpu: bool = False
     """On GPUs weights are bfloat16, with a copy in float32 that learns."""
     autocast: bool = False
-    """Multiply in bfloat16 on CPUs, too, with weights in float32: several times as fast on
+    """Multiply in bfloat16 on CPUs, too, with weights in float32: several times as fast on some
     processors that have instructions for it (AVX512-BF16, AMX), slower on others."""
     zero: int = 2
     """ZeRO stage, 0 to 3."""
@@ -108,8 +108,8 @@ class Workers:
             raise ConfigError("autocast is for CPUs; with gpu=true weights are bfloat16 anyway")
 
 
-BENCH = Workers(count=1, cpus=2, autocast=True)
-"""Of the recipes `bench`: two cores, nothing to exchange."""
+BENCH = Workers(count=1, cpus=2, autocast=True, zero=0)
+"""Of the recipes `bench`: two cores; one worker has nothing to share out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,7 @@ def _engine(objective: Any, run: Run, stage: Stage) -> Any:
     import torch
 
     groups = stage.optim.groups(objective)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     scale = functools.partial(stage.optim.scale, steps=stage.steps)
     engine, *_ = deepspeed.initialize(
         model=objective,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 
@@ -13,10 +14,24 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import linearized
 
+# One thread each, also of what tests start: they run side by side, and threads that wait for each
+# other on processors that others use take many times as long.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 # A shell starts background jobs with SIGINT ignored, and children would inherit that; tests of
 # Ctrl-C need what a terminal gives.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests that start Ray take turns in one process; the others run beside them."""
+    if item.get_closest_marker("ray"):
+        item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray's, which take longest, come first."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 def tiny_llama(

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import typer
+from typer.testing import CliRunner
 
 import linearized
-from jobs import baselines
+from jobs import baselines, bench_decode, bench_models, bench_ops
 from jobs.measure import Bar, Timing, in_turns, peak_bytes
 from linearized import ops
+from linearized.errors import DataError
 from linearized.medusa import MedusaHeads
 from linearized.training.blocks import ShardInfo, pack, write_shard
 from linearized.training.tokenizer import fingerprint
@@ -96,7 +99,7 @@ def numbers(value: object) -> list[float]:
 )
 def test_the_last_line_is_all_of_it(module, parts):
     done = subprocess.run(
-        [sys.executable, "-m", module, "--quick"], capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", module, "--quick"], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -144,17 +147,10 @@ def pair(tokenizer, tmp_path_factory) -> Path:
     return run
 
 
-def test_every_drafter_is_compared_with_plain_decoding(pair, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    chat = tmp_path / "chat.jsonl"
-    chat.write_text(
-        "".join(json.dumps({"turns": [f"{i} lazy dogs", "?"]}) + "\n" for i in range(4))
-    )
-    options = ["--run", str(pair), "--texts", str(text), "--texts", str(chat)]
+def test_every_drafter_is_compared_with_plain_decoding(pair):
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.bench_decode", "--quick", *options],
-        capture_output=True, text=True, timeout=100,
+        [sys.executable, "-m", "jobs.bench_decode", "--quick", "--run", str(pair)],
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -162,7 +158,7 @@ def test_every_drafter_is_compared_with_plain_decoding(pair, tmp_path):
     results = record["results"]
     assert all(math.isfinite(x) and x >= 0 for x in numbers(results))
     cases = results["cases"]
-    assert {case["corpus"] for case in cases} == {"standard library", "text", "chat"}
+    assert {case["corpus"] for case in cases} == {"standard library"}
     assert {case["batch"] for case in cases} == {1, 2}
     assert {case["temperature"] for case in cases} == {0.0, 0.8}
     assert {case["drafter"] for case in cases} == {
@@ -179,18 +175,38 @@ def test_every_drafter_is_compared_with_plain_decoding(pair, tmp_path):
     assert set(results["twins"]) == {"0.0", "0.8"}
 
 
-def test_bad_options_are_refused():
-    for module, option in (
-        ("jobs.bench_ops", ("--lengths", "many")),
-        ("jobs.bench_ops", ("--dtype", "int3")),
-        ("jobs.bench_models", ("--hidden", "100")),
-        ("jobs.bench_decode", ("--batches", "1,0")),
-        ("jobs.bench_decode", ("--groups", "0")),
-        ("jobs.bench_decode", ("--run", "nowhere")),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", module, *option], capture_output=True, text=True, timeout=100
-        )
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        assert option[1] in done.stderr
+def test_prompts_come_from_all_that_is_given(pair, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    chat = tmp_path / "chat.jsonl"
+    lines = [json.dumps({"turns": [f"{i} lazy dogs", "?"]}) + "\n" for i in range(4)]
+    chat.write_text("".join(lines))
+    found = bench_decode._prompts(pair, [text, chat], 4, 20)
+    assert list(found) == ["standard library", "text", "chat"]
+    assert all(len(prompts) == 4 for prompts in found.values())
+    assert {len(prompt) for name in ("standard library", "text") for prompt in found[name]} == {20}
+    assert all(0 < len(prompt) <= 20 for prompt in found["chat"])
+    with pytest.raises(DataError, match="4 prompts, 5 are asked for"):
+        bench_decode._prompts(pair, [chat], 5, 20)
+    chat.write_text("{}\n")
+    with pytest.raises(DataError, match="needs `turns`"):
+        bench_decode._prompts(pair, [chat], 1, 20)
+
+
+@pytest.mark.parametrize(
+    "bench,option,value",
+    [
+        (bench_ops, "--lengths", "many"),
+        (bench_ops, "--dtype", "int3"),
+        (bench_models, "--hidden", "100"),
+        (bench_decode, "--batches", "1,0"),
+        (bench_decode, "--groups", "0"),
+        (bench_decode, "--run", "nowhere"),
+    ],
+)
+def test_bad_options_are_refused(bench, option, value):
+    app = typer.Typer()
+    app.command()(bench.main)
+    done = CliRunner().invoke(app, [option, value])
+    assert done.exit_code == 2
+    assert value in done.output

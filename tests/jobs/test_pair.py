@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jobs import data, draft, finetune, layers, medusa, pair, pretrain, prune
+from jobs.measure import Timing
 from linearized.errors import ConfigError
 
 JOBS = (data, pretrain, finetune, draft, medusa, layers, prune)
@@ -39,19 +40,24 @@ def test_all_recipes_train_on_the_same_processors(seen):
     assert next(one for one in seen if isinstance(one, layers.LayersConfig)).threads == 3
 
 
-def test_the_machine_says_how_to_train(seen, monkeypatch):
-    for has, found in (((True, False), True), ((False, True), True), ((False, False), False)):
-        for name, there in zip(
-            ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), has, strict=False
-        ):
-            monkeypatch.setattr(torch.cpu, name, lambda there=there: there)
-        seen.clear()
-        pair.main(pair.PairConfig(gpu=False, drafters=False))
-        assert len(seen) == 5 and seen[1].workers.autocast is found
+@pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
+def test_the_machine_says_how_to_train(seen, monkeypatch, faster):
+    def in_turns(contestants, **_):
+        assert {run().dtype for run in contestants.values()} == {torch.float32, torch.bfloat16}
+        assert torch.get_num_threads() == 2
+        return {
+            name: Timing.of([1.0 if run().dtype is faster else 2.0])
+            for name, run in contestants.items()
+        }
+
+    monkeypatch.setattr(pair.measure, "in_turns", in_turns)
+    pair.main(pair.PairConfig(gpu=False, drafters=False))
+    assert torch.get_num_threads() == 1
+    assert len(seen) == 5 and seen[1].workers.autocast is (faster is torch.bfloat16)
 
 
 def test_it_says_how_long_everything_took(seen, capsys):
-    pair.main(pair.PairConfig(drafters=False))
+    pair.main(pair.PairConfig(gpu=False, autocast=False, drafters=False))
     assert "pair: 10 minutes (data 0.5, teacher 1.0, target 2.0" in capsys.readouterr().out
 
 

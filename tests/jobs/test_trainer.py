@@ -103,7 +103,7 @@ def target(cluster, data, teacher, tmp_path_factory) -> Run:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_a_linearized_model_comes_out(target):
     run, folder = target, target.out.parent
     done = json.loads((run.out / "run.json").read_text())
@@ -117,13 +117,13 @@ def test_a_linearized_model_comes_out(target):
     assert not list(folder.glob("*.part"))
     assert not list((folder / "checkpoints").glob("*"))
 
-    started = time.perf_counter()
+    before = (run.out / "model.safetensors").stat().st_mtime_ns
     assert fit(run) == done, "a finished run is reused"
-    assert time.perf_counter() - started < 2
+    assert (run.out / "model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_heads_are_trained_and_the_target_is_not(cluster, data, target):
     before = {file.name: file.read_bytes() for file in target.out.glob("*.safetensors")}
     settings = [f"target={target.out}", f"data={data}", "heads.count=2", "eval_blocks=16"]
@@ -144,7 +144,7 @@ def test_heads_are_trained_and_the_target_is_not(cluster, data, target):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_a_target_is_pruned_to_its_draft(cluster, data, target, tmp_path):
     out = tmp_path / "pruned"
     settings = [f"target={target.out}", f"data={data}", f"out={out}"]
@@ -177,7 +177,6 @@ def test_what_is_cut_out_and_by_what_tells_prunings_apart(data, target, tmp_path
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(120)
 def test_layers_are_searched_and_kept(data, target):
     layers.main(layers.LayersConfig(target=target.out, data=data, blocks=4))
     found = json.loads((target.out / "layers.json").read_text())
@@ -207,7 +206,7 @@ def test_every_zero_stage_trains_the_same_model(cluster, data, teacher, tmp_path
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_autocast_changes_the_products_and_not_the_weights_type(cluster, data, target, tmp_path):
     """In bfloat16 the losses are other ones, and close: within 5 %, on every kind of processor."""
     run = replace(target, out=tmp_path / "autocast", workers=Workers(autocast=True))

@@ -94,7 +94,7 @@ def stream(client, on_chunk=lambda: None, **values):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_the_text_is_the_same_with_every_drafter(client):
     for settings in ({}, {"temperature": 0.8, "seed": 5}):
         answers = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from dataclasses import replace
 
@@ -37,6 +38,17 @@ class Counting(Drafter):
 
 class Slow(Counting):
     delay = 0.15
+
+
+class Held(Counting):
+    """Drafts when it may."""
+
+    def __init__(self, may):
+        self.may = may
+
+    def propose(self, asks):
+        assert self.may.wait(30)
+        return super().propose(asks)
 
 
 @contextlib.asynccontextmanager
@@ -89,21 +101,15 @@ async def test_drafts_follow_the_text():
         session.close()
 
 
-async def test_a_round_trip_is_short():
+async def test_many_rounds():
     async with serving() as (_, endpoint), linked(finder(endpoint)) as it:
         await it.wait_connected(2)
         session = it.session(GREEDY, 1)
         tokens = [1]
-        times = []
         for _ in range(200):
-            began = time.perf_counter()
             session.advance(tokens)
-            assert await session.tree(2) is not None
-            times.append(time.perf_counter() - began)
+            assert (await session.tree(5)).tokens == (tokens[-1] + 1, tokens[-1] + 2)
             tokens.append(tokens[-1] % 900 + 1)
-        median = sorted(times)[100]
-        print(f"link round trip: median {1e3 * median:.2f} ms")
-        assert median < 0.02
 
 
 async def test_sessions_do_not_mix():
@@ -121,16 +127,16 @@ async def test_sessions_do_not_mix():
 
 
 async def test_a_late_draft_is_not_waited_for_and_not_taken():
-    async with serving(Slow) as (_, endpoint), linked(finder(endpoint)) as it:
+    may = threading.Event()
+    async with serving(lambda: Held(may)) as (_, endpoint), linked(finder(endpoint)) as it:
         await it.wait_connected(2)
         session = it.session(GREEDY, 1)
         session.advance([5])
-        began = time.perf_counter()
         assert await session.tree(0.03) is None
-        assert time.perf_counter() - began < 0.12
+        may.set()
         session.advance([5, 7])
-        await asyncio.sleep(0.2)  # the draft of [5] would be here by now
-        assert (await session.tree(1)).tokens == (8, 9)
+        await asyncio.sleep(0.2)  # the draft of [5] is here by now
+        assert (await session.tree(5)).tokens == (8, 9)
 
 
 async def test_no_link_no_waiting():
@@ -140,9 +146,7 @@ async def test_no_link_no_waiting():
     async with linked(nobody) as it:
         session = it.session(GREEDY, 1)
         session.advance([5])
-        began = time.perf_counter()
-        assert await session.tree(5) is None
-        assert time.perf_counter() - began < 0.5
+        assert await asyncio.wait_for(session.tree(600), 30) is None
         assert not await it.wait_connected(0.05)
 
 
