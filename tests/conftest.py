@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 import tokenizers
 import torch
@@ -18,6 +19,8 @@ import linearized
 # other on processors that others use take many times as long.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 # A shell starts background jobs with SIGINT ignored, and children would inherit that; tests of
 # Ctrl-C need what a terminal gives.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -64,7 +64,7 @@ shapes = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     **shapes, causal=st.booleans(), documents=st.booleans(), masked=st.booleans(),
     size=st.sampled_from([1, 300, 1 << 14]),
@@ -103,7 +103,7 @@ def empty(given_: tuple[Tensor, ...], form: Form, taps: Tensor | None) -> GroupS
     return reference.empty_state(given_[1], given_[2], form=form, taps=taps)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(**shapes, size=st.integers(1, 40), num_nodes=st.integers(1, 20))
 def test_states_and_trees(
     inside, tokens, group, taps, features, kv_heads, split, seed, size, num_nodes
@@ -143,7 +143,7 @@ def test_states_and_trees(
     assert other["form"] == made["form"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     length=st.integers(0, 20), tokens=st.integers(1, 30), group=st.integers(1, 9),
     taps=st.integers(1, 12), extra=st.integers(0, 2), features=st.integers(0, 3),

@@ -143,7 +143,7 @@ def test_the_future_leaves_the_past_alone(backend):
     assert not torch.allclose(before[:, :, 70:], after[:, :, 70:])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_padding_anywhere_changes_nothing(data):
     """Each row of a padded batch, with and without a state, is what it is alone."""
@@ -220,7 +220,7 @@ def test_a_tree_is_sequential_along_every_path(backend, offset):
     assert crossed > 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     length=st.integers(0, 40),
     num_nodes=st.integers(1, 12),
