@@ -42,7 +42,7 @@ def test_what_generation_and_serving_need(opened):
     assert batch.input_ids[0][-1] == 1 and batch.attention_mask[0][-1] == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @example("")
 @example("  leading, trailing  ")
