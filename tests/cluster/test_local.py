@@ -46,7 +46,7 @@ def traces(temp: Path) -> list[str]:
     return found
 
 
-def _wait(condition, seconds: float = 30.0) -> None:
+def _wait(condition, seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
