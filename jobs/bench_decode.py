@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 import linearized
 from jobs import measure
-from jobs.decoding import PLAIN, Contestants, Prompts, Ready, compare, generate
+from jobs.decoding import PLAIN, Contestants, Makers, Prompts, Ready, compare, generate
 from jobs.measure import Bar, Machine, in_turns, last_line, show, show_bars
 from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, DataError, LinearizedError
@@ -48,6 +48,9 @@ def main(
     run: Annotated[Path, typer.Option(help="What jobs.pair made.")] = Path("runs/bench"),
     texts: Annotated[
         list[Path] | None, typer.Option(help="More prompts: text, or MT-Bench's JSON Lines.")
+    ] = None,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="Only this one; may be given again. Default: all.")
     ] = None,
     batches: Annotated[str, typer.Option(help="Texts at a time, with commas between.")] = "1,2,4,8",
     tokens: Annotated[int, typer.Option(help="New tokens of a text.")] = 128,
@@ -72,6 +75,7 @@ def main(
         _check(tokens=tokens, prompt=prompt, groups=groups, max_nodes=max_nodes)
         prompts = _prompts(run, texts or [], max(sizes) * (1 + groups), prompt)
         found = Contestants(run, Ready(device=_device(device), compile=compile))
+        makers = _chosen(found.makers(), drafter or [])
     except (LinearizedError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if found.missing:
@@ -81,7 +85,6 @@ def main(
     results: dict[str, Any] = {"agreement": _agreement(run, found, console)}
     results["step"] = _step(found.model, console)
     results["cases"] = cases = []
-    makers = found.makers()
     for corpus, all_ in prompts.items():
         for batch in sizes:
             grouped = [all_[i : i + batch] for i in range(0, len(all_) - batch + 1, batch)]
@@ -113,6 +116,12 @@ def _sizes(batches: str) -> list[int]:
     if min(sizes) < 1:
         raise ConfigError(f"batches must be numbers from 1 on, like 1,2,4,8, got {batches!r}")
     return sizes
+
+
+def _chosen(makers: Makers, names: list[str]) -> Makers:
+    if unknown := [name for name in names if name not in makers]:
+        raise ConfigError(f"no drafter {unknown[0]!r} here; choose among: {'; '.join(makers)}")
+    return {name: makers[name] for name in names or makers}
 
 
 def _check(**sizes: int) -> None:

@@ -198,7 +198,7 @@ class Bar:
 def console() -> Console:
     """Wide enough for the tables where there is no terminal."""
     made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=140)
+    return made if made.is_terminal else Console(highlight=False, width=180)
 
 
 def show(title: str, columns: list[str], rows: list[list[str]], console: Console) -> None:

@@ -123,8 +123,10 @@ class Engine:
 
     def _rehearse(self) -> None:
         """A few rounds of texts that are not asked for: drafters set up on their first calls what
-        they need, which would look like the price of drafting."""
-        for batch in sorted({1, self.pool.num_rows}):
+        they need, which would look like the price of drafting. Of all rows, of some of them, whose
+        states lie apart, and of one: compiled steps are other ones."""
+        rows = self.pool.num_rows
+        for batch in sorted({rows, max(1, rows - 1), 1}, reverse=True):
             prompt = [token % self.model.config.vocab_size for token in range(8)]
             texts = [
                 Text(prompt, sampling=Sampling(), max_new_tokens=REHEARSED) for _ in range(batch)

@@ -19,7 +19,7 @@ import linearized
 from jobs import baselines, bench_decode, bench_models, bench_ops
 from jobs.measure import Bar, Timing, in_turns, peak_bytes
 from linearized import ops
-from linearized.errors import DataError
+from linearized.errors import ConfigError, DataError
 from linearized.medusa import MedusaHeads
 from linearized.training.blocks import ShardInfo, pack, write_shard
 from linearized.training.tokenizer import fingerprint
@@ -191,6 +191,14 @@ def test_prompts_come_from_all_that_is_given(pair, tmp_path):
     chat.write_text("{}\n")
     with pytest.raises(DataError, match="needs `turns`"):
         bench_decode._prompts(pair, [chat], 1, 20)
+
+
+def test_drafters_are_chosen_by_name():
+    makers = {"ngram": list, "model, then ngram": list}
+    assert bench_decode._chosen(makers, []) == makers
+    assert list(bench_decode._chosen(makers, ["model, then ngram"])) == ["model, then ngram"]
+    with pytest.raises(ConfigError, match="no drafter 'parrot' here; choose among: ngram; model,"):
+        bench_decode._chosen(makers, ["parrot"])
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,23 @@ def test_memory_limits_rows_and_texts(linear, llama):
     assert short.new_tokens == alone(hybrid, [1], Sampling(), 8)
 
 
+@pytest.mark.parametrize("rows, batches", [(1, [1]), (2, [2, 1]), (8, [8, 7, 1])])
+def test_drafters_rehearse_with_all_rows_with_some_and_with_one(linear, rows, batches):
+    """A view of some rows is another layout of memory, and so another program, where steps are
+    compiled."""
+    seen = []
+
+    class Looks(Drafter):
+        depth = 1
+
+        def propose(self, asks):
+            seen.append(len(asks))
+            return [TokenTree.empty for _ in asks]
+
+    Engine(linear(), drafters=[Looks()], rows=rows).plan(Costs((1,), (1,), ((1.0,),)))
+    assert [*dict.fromkeys(seen)] == batches
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 def test_models_that_keep_softmax(llama, softmax):
     """As a draft, whole; as a target, in some layers."""
