@@ -123,10 +123,10 @@ class Engine:
 
     def _rehearse(self) -> None:
         """A few rounds of texts that are not asked for: drafters set up on their first calls what
-        they need, which would look like the price of drafting. Of all rows, of some of them, whose
-        states lie apart, and of one: compiled steps are other ones."""
+        they need, which would look like the price of drafting. Of all rows, of two, whose states
+        lie apart in memory, and of one: where steps are compiled, each has programs of its own."""
         rows = self.pool.num_rows
-        for batch in sorted({rows, max(1, rows - 1), 1}, reverse=True):
+        for batch in sorted({rows, min(rows, 2), 1}, reverse=True):
             prompt = [token % self.model.config.vocab_size for token in range(8)]
             texts = [
                 Text(prompt, sampling=Sampling(), max_new_tokens=REHEARSED) for _ in range(batch)

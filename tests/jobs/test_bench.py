@@ -19,7 +19,7 @@ import linearized
 from jobs import baselines, bench_decode, bench_models, bench_ops
 from jobs.measure import Bar, Timing, in_turns, peak_bytes
 from linearized import ops
-from linearized.errors import ConfigError, DataError
+from linearized.errors import DataError
 from linearized.medusa import MedusaHeads
 from linearized.training.blocks import ShardInfo, pack, write_shard
 from linearized.training.tokenizer import fingerprint
@@ -193,12 +193,23 @@ def test_prompts_come_from_all_that_is_given(pair, tmp_path):
         bench_decode._prompts(pair, [chat], 1, 20)
 
 
-def test_drafters_are_chosen_by_name():
-    makers = {"ngram": list, "model, then ngram": list}
-    assert bench_decode._chosen(makers, []) == makers
-    assert list(bench_decode._chosen(makers, ["model, then ngram"])) == ["model, then ngram"]
-    with pytest.raises(ConfigError, match="no drafter 'parrot' here; choose among: ngram; model,"):
-        bench_decode._chosen(makers, ["parrot"])
+def invoke(bench, *options: str):
+    app = typer.Typer()
+    app.command()(bench.main)
+    return CliRunner().invoke(app, list(options))
+
+
+def test_drafters_and_texts_that_are_asked_for(pair, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    options = ["--run", str(pair), "--quick", "--texts", str(text)]
+    done = invoke(bench_decode, *options, "--drafter", "ngram", "--drafter", "layers")
+    assert done.exit_code == 0, done.output
+    cases = json.loads(done.stdout.splitlines()[-1])["results"]["cases"]
+    assert {case["drafter"] for case in cases} == {"plain", "ngram", "layers"}
+    assert {case["corpus"] for case in cases} == {"standard library", "text"}
+    done = invoke(bench_decode, *options, "--drafter", "parrot")
+    assert done.exit_code == 2 and "parrot" in done.output
 
 
 @pytest.mark.parametrize(
@@ -213,8 +224,6 @@ def test_drafters_are_chosen_by_name():
     ],
 )
 def test_bad_options_are_refused(bench, option, value):
-    app = typer.Typer()
-    app.command()(bench.main)
-    done = CliRunner().invoke(app, [option, value])
+    done = invoke(bench, option, value)
     assert done.exit_code == 2
     assert value in done.output
