@@ -9,7 +9,7 @@ linearized/interface.py
 linearized/attention/
 linearized/ops/
 linearized/state.py
-linearized/config.py  linearized/errors.py
+linearized/tree.py  linearized/config.py  linearized/errors.py
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.ops": 3,
     "linearized.state": 2,
     "linearized.config": 1,
+    "linearized.tree": 1,
     "linearized.errors": 0,
 }
 DOORS = {

@@ -21,9 +21,10 @@ from linearized.errors import ConfigError, StateError
 from linearized.ops import cpu, reference
 from linearized.ops.form import CONVOLUTION, Form
 from linearized.ops.grid import Grid
-from linearized.ops.nodes import Nodes, ancestors, check_parents
+from linearized.ops.nodes import Nodes
 from linearized.ops.reference import unit
 from linearized.state import GroupState
+from linearized.tree import ancestors, check_parents
 
 __all__ = [
     "BACKENDS",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearized.errors import ConfigError
+from linearized.tree import ancestors
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,46 +77,3 @@ class Nodes:
             return torch.cat([F.pad(slots, (0, num_slots - trimmed)), nodes], dim=2)
 
         return replace(self, same=wider(self.same), earlier=wider(self.earlier))
-
-
-def ancestors(parents: Tensor) -> Tensor:
-    """[B, N] parents to [B, N, N]: is m an ancestor of n, or n itself?"""
-    num_nodes = parents.shape[1]
-    if num_nodes == 1:
-        return torch.ones(len(parents), 1, 1, dtype=torch.bool, device=parents.device)
-    nodes = torch.arange(num_nodes, device=parents.device)
-    if num_nodes < 63 and parents.device.type == "cpu":
-        return (_bits(parents.tolist())[:, :, None] >> nodes) % 2 > 0
-    reach = (parents[:, :, None] == nodes) | (nodes[:, None] == nodes)
-    for _ in range(max(num_nodes - 1, 1).bit_length()):  # paths of length 1, 2, 4, …
-        reach = (reach.float() @ reach.float()) > 0
-    return reach
-
-
-def _bits(parents: list[list[int]]) -> Tensor:
-    """[B, N], ancestors as the bits of an integer: quicker than matrices where trees are small."""
-    rows = []
-    for row in parents:
-        bits: list[int] = []
-        for node, parent in enumerate(row):
-            bits.append(1 << node | (bits[parent] if parent >= 0 else 0))
-        rows.append(bits)
-    return torch.tensor(rows)
-
-
-def check_parents(parents: Tensor, batch: int, num_nodes: int) -> None:
-    """Raises ConfigError unless every parent stands before its child."""
-    if parents.shape != (batch, num_nodes):
-        raise ConfigError(
-            f"parents must be [batch, nodes] = {[batch, num_nodes]}, got {list(parents.shape)}"
-        )
-    if parents.is_cuda:
-        nodes = torch.arange(num_nodes, device=parents.device)
-        right = not bool(((parents >= nodes) | (parents < -1)).any())
-    else:  # quicker one by one
-        right = all(-1 <= parent < i for row in parents.tolist() for i, parent in enumerate(row))
-    if not right:
-        raise ConfigError(
-            "every tree node needs a parent that stands before it, or -1 for a child of the last "
-            f"token, got parents {parents.tolist()}"
-        )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from linearized.ops.form import Form
-from linearized.ops.nodes import ancestors
 from linearized.state import GroupState
+from linearized.tree import ancestors
 
 
 def linear_attention(
