@@ -35,10 +35,10 @@ from jobs.decoding import PLAIN, Contestants, Makers, Prompts, Ready, compare, g
 from jobs.measure import Bar, Machine, in_turns, last_line, show, show_bars
 from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, DataError, LinearizedError
-from linearized.interface import Pass
-from linearized.models import forward_tree
 from linearized.speculative import Engine, ModelDrafter, Sampling, Text
+from linearized.step import step
 from linearized.training.blocks import Blocks
+from linearized.tree import Tree
 
 STDLIB = "standard library"
 TEMPERATURES = (0.0, 0.8)
@@ -213,21 +213,21 @@ def _step(model: PreTrainedModel, console: Console) -> dict[str, Any]:
         engine.step()
     state = linearized.new_state(model)
     linearized.extend(model, torch.ones(1, 32, dtype=torch.int64, **where), state)
-    token, root = torch.ones(1, 1, dtype=torch.int64, **where), torch.full((1, 1), -1, **where)
+    tree = Tree.chain(torch.ones(1, 1, dtype=torch.int64, **where))
 
     def forward() -> Tensor:
-        return forward_tree(model, token, root, Pass(state=state))
+        return step(model, tree, state).logits
 
     times = in_turns(
         {"a step": engine.step, "its forward": forward, "its matrix products": products},
         turns=100, budget=20, device=model.device,
     )  # fmt: skip
-    step, inner, least = (times[name].median for name in times)
+    whole, inner, least = (times[name].median for name in times)
     rows = [[name, str(timing)] for name, timing in times.items()]
-    rows += [["step / products", f"{step / least:.2f}"]]
-    rows += [["outside of the forward", f"{1 - inner / step:.1%}"]]
+    rows += [["step / products", f"{whole / least:.2f}"]]
+    rows += [["outside of the forward", f"{1 - inner / whole:.1%}"]]
     show("One text, no draft", ["", "time (quartiles)"], rows, console)
-    return {"time": times, "ratio": step / least, "outside": 1 - inner / step}
+    return {"time": times, "ratio": whole / least, "outside": 1 - inner / whole}
 
 
 @torch.no_grad()

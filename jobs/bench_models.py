@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 import linearized
 from jobs import measure
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, show, show_bars
-from linearized.interface import CACHE
+from linearized.cache import CACHE
 from linearized.models import new_parameters
 
 OURS, DYNAMIC, STATIC = "ours", "softmax, dynamic cache", "softmax, static cache"

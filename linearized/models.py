@@ -1,6 +1,6 @@
 """Hugging Face models in and out, and the three verbs of decoding: extend, verify, commit.
 
-Knows what users call; `linearized.interface` knows what transformers calls.
+Knows what users call; `callbacks.py` and `cache.py` know what transformers calls.
 """
 
 from __future__ import annotations
@@ -15,32 +15,30 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from linearized import compiled, ops
+from linearized.allocation import check_state, new_state
+from linearized.attach import attach
 from linearized.attention import LinearAttention
 from linearized.config import FLASH, LinearConfig
+from linearized.context import Context
 from linearized.errors import ModelError, StateError
-from linearized.interface import (
+from linearized.fold import accept, fold
+from linearized.identity import fingerprint
+from linearized.slots import (
     NAME,
-    Pass,
-    attach,
     attention_modules,
-    check_state,
-    fingerprint,
-    fold,
     layer_number,
     linear_config,
     linear_modules,
     named_attention_modules,
     new_parameters,
-    new_state,
-    order,
-    set_order,
 )
 from linearized.state import DecodeState, Pending
+from linearized.step import mark_part, read, set_stepper, step
+from linearized.tree import Tree
 
 __all__ = [
     "attention_modules",
@@ -51,7 +49,6 @@ __all__ = [
     "encode",
     "extend",
     "fingerprint",
-    "forward_tree",
     "linear_config",
     "linear_modules",
     "linearize",
@@ -161,17 +158,13 @@ def extend(
     `logits_to_keep` columns only if that is above 0. `mask` [B, T] is False where a row has no
     token."""
     _check(model, tokens, state)
-    rows, num_tokens = tokens.shape
-    step = Pass(state=state, mask=mask)
-    if mask is None and num_tokens <= SMALL:
-        chain = torch.arange(-1, num_tokens - 1, device=tokens.device).expand(rows, -1)
-        logits = forward_tree(model, tokens, chain, step, logits_to_keep)
+    if mask is None and tokens.shape[1] <= SMALL:
+        found = step(model, Tree.chain(tokens), state)
     else:
-        valid = torch.ones_like(tokens) if mask is None else mask.long()
-        positions = (state.length[:, None] + valid.cumsum(1) - 1).clamp(min=0)
-        logits = _forward(model, tokens, positions, step, logits_to_keep)
-    step.fold()
-    return logits
+        found = read(model, tokens, state, mask=mask, logits_to_keep=logits_to_keep)
+    assert found.fresh is not None
+    fold(state, found.fresh, mask)
+    return found.logits[:, -logits_to_keep:]
 
 
 @torch.no_grad()
@@ -188,10 +181,9 @@ def verify(
     The state is untouched; hand `Pending` to `commit`. With `hidden` it holds what the last layer
     gave, too."""
     _check(model, tokens, state)
-    ops.check_parents(parents, *tokens.shape)
-    step = Pass(state=state, keeps_hidden=hidden)
-    logits = forward_tree(model, tokens, parents, step)
-    return logits, step.pending(parents.tolist())
+    found = step(model, Tree.of(tokens, parents), state, hidden=hidden)
+    assert found.fresh is not None
+    return found.logits, Pending.of(found.fresh, parents, state, found.hidden)
 
 
 @torch.no_grad()
@@ -206,9 +198,7 @@ def sketch(
     """Logits [B, N, V] as `verify` has them, of the model with these layers only, on top of the
     whole model's state: a guess at what `verify` would say, which needs no state of its own."""
     _check(model, tokens, state)
-    ops.check_parents(parents, *tokens.shape)
-    part = shortened(model, layers)
-    return forward_tree(part, tokens, parents, Pass(state=state))
+    return step(shortened(model, layers), Tree.of(tokens, parents), state).logits
 
 
 def shortened(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -224,6 +214,9 @@ def shortened(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     return parts[wanted]
 
 
+_PARTS = "_linearized_parts"
+
+
 @torch.no_grad()
 def encode(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -> DecodeState:
     """Let the encoder of an encoder-decoder model read `tokens` [B, T] (those that `mask` keeps):
@@ -236,16 +229,16 @@ def encode(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -
         raise ModelError(f"{type(model).__name__} has no encoder: use new_state and extend")
     state = new_state(model, len(tokens))
     encoded = model.get_encoder()(input_ids=tokens, attention_mask=mask)
-    step = Pass(state=state, encoding=True)
+    context = Context(state=state, encoding=True)
     begin = torch.full((len(tokens), 1), model.config.decoder_start_token_id, device=tokens.device)
     model.get_decoder()(
         input_ids=begin,
         encoder_hidden_states=encoded.last_hidden_state,
         encoder_attention_mask=mask,
         use_cache=False,
-        linear_pass=step,
+        linear_context=context,
     )
-    step.remember()
+    context.remember()
     return state
 
 
@@ -258,89 +251,7 @@ def commit(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) 
         StateError: not a path of that tree, or the state has moved on since.
     """
     pending.check(path, state)
-    if state.length.is_cuda or state.history is not None or len({*map(len, path)}) == 1:
-        _fold(state, pending, path)
-        return
-    for row, nodes in enumerate(path):  # on a CPU shorter than masks and indices for all of them
-        _fold(state.rows(row, row + 1), pending.row(row), [nodes])
-
-
-def _fold(state: DecodeState, pending: Pending, path: Sequence[Sequence[int]]) -> None:
-    longest = max(map(len, path))
-    if longest == 0:
-        return
-    device = state.length.device
-    mask = None
-    if min(map(len, path)) < longest:
-        counts = torch.tensor([len(p) for p in path], device=device)
-        mask = torch.arange(longest, device=device) < counts[:, None]
-    if all(list(p) == list(range(longest)) for p in path):
-        index = None  # they stand there as they are to be taken
-    else:
-        index = torch.tensor([[*p, *[0] * (longest - len(p))] for p in path], device=device)
-
-    def accepted(nodes: Tensor) -> Tensor:  # [L, B, K, N, ·]
-        if index is None:
-            return nodes[:, :, :, :longest]
-        if len(path) == 1 and len(nodes):  # there are layers
-            return nodes.index_select(3, index[0])
-        along = index[None, :, None, :, None].expand(*nodes.shape[:3], -1, nodes.shape[4])
-        return nodes.gather(3, along)
-
-    keys, values = map(accepted, pending.layers)
-    history = shift = None
-    if pending.history is not None:
-        history = (accepted(pending.history[0]), accepted(pending.history[1]))
-    if pending.shift is not None:
-        shift = accepted(pending.shift[:, :, None])[:, :, 0]
-    fold(state, (keys, values), history, mask, shift)
-
-
-def forward_tree(
-    model: PreTrainedModel, tokens: Tensor, parents: Tensor, step: Pass, logits_to_keep: int = 0
-) -> Tensor:
-    """What `verify` does, without looking at its arguments; `step` keeps what may be committed."""
-    if compiled.is_compiled(model):
-        return compiled.forward(model, tokens, parents, step)[:, -logits_to_keep:]
-    layers, length = step.state.layers, step.state.length
-    trim = parents.device.type == "cpu"  # on a GPU, looking would wait
-    step.nodes = ops.Nodes.of(parents, length, group=layers.group, taps=layers.taps, trim=trim)
-    return _forward(model, tokens, step.nodes.positions, step, logits_to_keep)
-
-
-def _forward(
-    model: PreTrainedModel, tokens: Tensor, positions: Tensor, step: Pass, logits_to_keep: int
-) -> Tensor:
-    step.order = order(model)
-    if getattr(model.config, "is_encoder_decoder", False):
-        # The memory of the encoder's text is in the state: all that is asked of it is a shape.
-        nothing = torch.zeros(len(tokens), 1, model.config.hidden_size, device=tokens.device)
-        encoded = BaseModelOutput(last_hidden_state=nothing.to(model.dtype))
-        output = model(
-            encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False, linear_pass=step
-        )
-        output.logits = output.logits[:, -logits_to_keep:]
-    else:
-        output = model(
-            input_ids=tokens,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=logits_to_keep,
-            linear_pass=step,
-            output_hidden_states=step.keeps_hidden,
-        )
-        if step.keeps_hidden:
-            step.hidden = output.hidden_states[-1]
-    num_layers = step.state.num_layers if step.order is None else len(step.order[0])
-    if len(step.layers) != num_layers:
-        raise ModelError(
-            f"{len(step.layers)} of {num_layers} layers of {type(model).__name__} "
-            "reached linear attention; was its attention implementation changed after linearizing?"
-        )
-    return output.logits
-
-
-_PARTS = "_linearized_parts"
+    accept(state, pending.fresh, path)
 
 
 def _shortened(model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
@@ -353,36 +264,35 @@ def _shortened(model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedMod
         raise ModelError(f"{name} has more than one list of layers; none can be left out")
     if not layers or not all(0 <= layer < len(found) for layer in layers):
         raise ModelError(f"{name} has layers 0 to {len(found) - 1}, got {list(layers)}")
-    around = {id(model.get_submodule(stack[:i])) for i, c in enumerate(stack) if c == "."}
-    shared: dict[int, Any] = {
-        id(module): module for module in model.modules() if id(module) not in around | {id(model)}
-    }
-    parts = model.__dict__.pop(_PARTS)
-    try:
-        part = copy.deepcopy(model, shared)
-    finally:
-        model.__dict__[_PARTS] = parts
-    parent, _, last = stack.rpartition(".")
-    setattr(part.get_submodule(parent), last, torch.nn.ModuleList(found[layer] for layer in layers))
+    part = _shell(model)
+    above = part
+    for child in stack.split(".")[:-1]:
+        below = _shell(above.get_submodule(child))
+        setattr(above, child, below)
+        above = below
+    setattr(above, stack.rpartition(".")[2],
+            torch.nn.ModuleList(found[layer] for layer in layers))  # fmt: skip
     kinds = getattr(model.config, "layer_types", None)
-    for config in (part.config, cast(PreTrainedModel, part.base_model).config):
-        config.num_hidden_layers = len(layers)
-        if kinds:
-            config.layer_types = [kinds[layer] for layer in layers]
-    set_order(part, *_order(model, layers))
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    if kinds:
+        config.layer_types = [kinds[layer] for layer in layers]
+    for owner in {id(part): part, id(part.base_model): part.base_model}.values():
+        owner.config = config
+    set_stepper(part, None)
+    mark_part(part)
     if compiled.is_compiled(model):
-        compiled.compile(part)  # anew: the program knows the order
-    return cast(PreTrainedModel, part)
+        compiled.compile(part)  # its program has fewer layers
+    return part
 
 
-def _order(model: PreTrainedModel, layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Where in the state the linear ones of these layers are, and those that keep softmax."""
-    linear = [layer_number(name) for name in linear_modules(model)]
-    every = [layer_number(name) for name, _ in named_attention_modules(model)]
-    softmax = [number for number in every if number not in linear]
-    return tuple(
-        tuple(kind.index(layer) for layer in layers if layer in kind) for kind in (linear, softmax)
-    )
+def _shell(module: Any) -> Any:
+    """The same module with the same weights and children, of which some may be replaced."""
+    shell = copy.copy(module)
+    shell._modules = dict(module._modules)
+    for name in [name for name in shell.__dict__ if name.startswith("_linearized_")]:
+        del shell.__dict__[name]
+    return shell
 
 
 def check_decoder(model: PreTrainedModel) -> None:

@@ -8,9 +8,11 @@ the same bytes whatever its length, unless some layers keep softmax.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import safetensors
 import safetensors.torch
@@ -21,6 +23,11 @@ from torch.nn import functional as F
 from linearized.errors import StateError
 
 FORMAT = "linearized-state/2"
+FILLED, STAMP = "history.filled", "stamp"
+NOTES = (FILLED, STAMP)
+"""Tensors that always lie on the CPU, and are not saved: they can be made again."""
+BY_ROW = ("length", *NOTES)
+"""Tensors of a state whose first dimension is the rows; of the others it is the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,47 +104,127 @@ class GroupState:
         return GroupState(**{name: tensor.clone() for name, tensor in self.tensors().items()})
 
 
+PAGE = 256
+"""Tokens by which the room of a history grows."""
+GROWTH = 16 * PAGE
+"""Tokens at most that room is made for before they are there."""
+
+
 @dataclass(slots=True)
 class History:
     """Keys and values of the layers that keep softmax: the part of a hybrid's state that grows.
-    Row b holds `DecodeState.length[b]` tokens; what lies beyond them means nothing."""
+    Row b holds `DecodeState.length[b]` tokens; what lies beyond them means nothing. Its room is
+    some whole pages, and whoever reads it masks by length."""
 
     keys: Tensor
     """[S, B, K, C, D], for S softmax layers, with room for C tokens."""
     values: Tensor
     """[S, B, K, C, E]."""
+    filled: Tensor | None = None
+    """[B], int64, on the CPU: at least as many tokens as each row holds, known without asking a
+    GPU. None: all of the room is looked at."""
+
+    @classmethod
+    def empty(
+        cls,
+        layers: int,
+        rows: int,
+        heads: int,
+        key_width: int,
+        value_width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> History:
+        """Without any room."""
+        shape = (layers, rows, heads, 0)
+        return cls(
+            torch.zeros(*shape, key_width, dtype=dtype, device=device),
+            torch.zeros(*shape, value_width, dtype=dtype, device=device),
+            torch.zeros(rows, dtype=torch.int64),
+        )
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def copy_(self, other: History, size: int) -> None:
-        """The first `size` tokens."""
-        self.reserve(size)
-        self.keys[:, :, :, :size].copy_(other.keys[:, :, :, :size])
-        self.values[:, :, :, :size].copy_(other.values[:, :, :, :size])
+    def bytes_at(self, num_tokens: int) -> int:
+        """What it takes when the longest row has so many tokens."""
+        layers, rows, heads, _, width = self.keys.shape
+        each = layers * rows * heads * (width + self.values.shape[4]) * self.keys.itemsize
+        return _pages(num_tokens) * each
 
-    def append(self, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None) -> None:
-        """Add [S, B, K, T, ·] after each row's `length` [B], those that `mask` [B, T] keeps."""
+    @property
+    def room(self) -> int:
+        """C."""
+        return self.keys.shape[3]
+
+    @property
+    def size(self) -> int:
+        """Tokens that have to be looked at: those of the longest row, rounded up to pages."""
+        if self.filled is None:
+            return self.room
+        longest = int(self.filled.max()) if len(self.filled) else 0
+        return min(_pages(longest), self.room)
+
+    def layer(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Keys [B, K, C', D] and values [B, K, C', E] of one layer, as far as any row has some."""
+        size = self.size
+        return self.keys[slot, :, :, :size], self.values[slot, :, :, :size]
+
+    def view(self) -> History:
+        """The same, without the pages that no row has reached."""
+        size = self.size
+        return History(self.keys[:, :, :, :size], self.values[:, :, :, :size], self.filled)
+
+    def copy_(self, other: History) -> None:
+        """What another of as many rows holds."""
+        assert self.filled is not None and other.filled is not None
+        size, before = other.size, self.size
+        self.reserve(size)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, :, :, :size].copy_(theirs[:, :, :, :size])
+            mine[:, :, :, size:before].zero_()  # a number that is none would still be one
+        self.filled.copy_(other.filled)
+
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor,
+        mask: Tensor | None,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        """Add [S, B, K, T, ·] after each row's `length` [B], those that `mask` [B, T] keeps.
+        `counts` [B] says how many these are, where it is known."""
+        assert self.filled is not None
         num_tokens = keys.shape[3]
-        if mask is None:
-            ranks = torch.arange(num_tokens, device=length.device).expand(len(length), -1)
-        else:
+        if counts is None and mask is not None and not mask.is_cuda:
+            counts = mask.sum(1).tolist()
+        added = torch.tensor(counts) if counts is not None else num_tokens
+        needed = int(self.filled.max()) + num_tokens + (mask is not None)
+        if needed > self.room:  # and some more, so that a growing text is not copied page by page
+            self.reserve(max(needed, min(2 * self.room, self.room + GROWTH)))
+        ranks = torch.arange(num_tokens, device=length.device).expand(len(length), -1)
+        if mask is not None:
             ranks = mask.long().cumsum(1) - 1
         slots = length[:, None] + ranks  # B T
-        size = int(slots.max()) + 1
-        if size > self.keys.shape[3]:
-            self.reserve(max(size, 2 * self.keys.shape[3], 64))
+        if mask is not None:  # what is left out goes to the last place, which no row has reached
+            slots = torch.where(mask.bool(), slots, self.room - 1)
         for whole, new in ((self.keys, keys), (self.values, values)):
-            for row in range(len(length)):
-                kept = slice(None) if mask is None else mask[row].bool()
-                whole[:, row, :, slots[row, kept]] = new[:, row, :, kept].to(whole.dtype)
+            index = slots[None, :, None, :, None].expand_as(new)
+            whole.scatter_(3, index, new.to(whole.dtype))
+        self.filled += added
 
     def reserve(self, size: int) -> None:
-        """Make room for this many tokens."""
-        more = size - self.keys.shape[3]
+        """Make room for this many tokens, in whole pages."""
+        more = _pages(size) - self.room
         if more > 0:
             self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+
+
+def _pages(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE) * PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +243,9 @@ class DecodeState:
     shift: Tensor | None = None
     """[L, B, C], what the last token hands to the next one where a model shifts channels by a
     token."""
+    stamp: Tensor | None = None
+    """[B], int64, on the CPU: another number after every write, the same in every copy. So equal
+    stamps tell equal rows without looking at them."""
 
     @property
     def length(self) -> Tensor:
@@ -174,7 +264,12 @@ class DecodeState:
     @property
     def nbytes(self) -> int:
         """Constant, but for a hybrid's: there it grows with the text."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(x.nbytes for name, x in self._tensors().items() if name not in NOTES)
+
+    def written(self) -> None:
+        """Tell that rows have been written."""
+        if self.stamp is not None:
+            self.stamp.copy_(new_stamps(self.batch_size))
 
     def layer(self, index: int) -> GroupState:
         """Views of one linearized layer's tensors, [B, …]."""
@@ -185,16 +280,12 @@ class DecodeState:
     def rows(self, start: int, stop: int) -> DecodeState:
         """Views of some neighbouring rows: who writes them writes this state. (Not so where a
         hybrid's history grows: make room for it first.)"""
-        return self._map(lambda name, t: t[start:stop] if name == "length" else t[:, start:stop])
+        return self._map(lambda name, t: t[start:stop] if name in BY_ROW else t[:, start:stop])
 
     def clone(self) -> DecodeState:
         """A copy, without a history's room for further tokens."""
-        size = int(self.length.max()) if self.history is not None else 0
-
-        def copy(name: str, tensor: Tensor) -> Tensor:
-            return (tensor[:, :, :, :size] if name.startswith("history") else tensor).clone()
-
-        return self._map(copy)
+        viewed = self if self.history is None else replace(self, history=self.history.view())
+        return viewed._map(lambda name, tensor: tensor.clone())
 
     def copy_(self, other: DecodeState) -> None:
         """Overwrite this state with another of the same model and batch size."""
@@ -206,17 +297,23 @@ class DecodeState:
         mine, theirs = self.layers.tensors(), other.layers.tensors()
         for name, target in mine.items():
             target.copy_(theirs[name])
+        if self.stamp is not None and other.stamp is not None:
+            self.stamp.copy_(other.stamp)
         if self.cross is not None and other.cross is not None:
             self.cross.copy_(other.cross)
         if self.shift is not None and other.shift is not None:
             self.shift.copy_(other.shift)
         if self.history is not None and other.history is not None:
-            self.history.copy_(other.history, int(other.length.max()))
+            self.history.copy_(other.history)
 
     def select(self, rows: Sequence[int]) -> DecodeState:
         """A new state with copies of these rows, in this order."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.length.device)
-        return self._map(lambda name, t: t.index_select(0 if name == "length" else 1, index))
+        index = torch.tensor(list(rows), dtype=torch.int64)
+
+        def picked(name: str, tensor: Tensor) -> Tensor:
+            return tensor.index_select(0 if name in BY_ROW else 1, index.to(tensor.device))
+
+        return self._map(picked)
 
     def check(self, fingerprint: str) -> None:
         if fingerprint != self.fingerprint:
@@ -233,13 +330,15 @@ class DecodeState:
         for name, tensor in self._tensors().items():
             grows = 3 if name.startswith("history") else None
             kept = (size for dim, size in enumerate(tensor.shape) if dim not in (1, grows))
-            if name != "length":
+            if name not in BY_ROW:
                 found[name] = tuple(kept)
         return found
 
     def to_bytes(self) -> bytes:
         """As safetensors; read back by `from_bytes`, on any machine."""
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        for name in NOTES:
+            tensors.pop(name, None)
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint}
         return safetensors.torch.save(tensors, metadata=metadata)
 
@@ -267,17 +366,25 @@ class DecodeState:
         if not known or halved or "fingerprint" not in metadata:
             raise StateError(f"damaged decode state: it holds {', '.join(sorted(tensors))}")
         _check_shapes(tensors)
-        return cls._of({n: t.to(device) for n, t in tensors.items()}, metadata["fingerprint"])
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        if "history.keys" in tensors:
+            tensors[FILLED] = tensors["length"].cpu().clone()
+        tensors[STAMP] = new_stamps(len(tensors["length"]))
+        return cls._of(tensors, metadata["fingerprint"])
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self.layers.tensors()
         if self.history is not None:
             tensors["history.keys"] = self.history.keys
             tensors["history.values"] = self.history.values
+            if self.history.filled is not None:
+                tensors[FILLED] = self.history.filled
         if self.cross is not None:
             tensors["cross"] = self.cross
         if self.shift is not None:
             tensors["shift"] = self.shift
+        if self.stamp is not None:
+            tensors[STAMP] = self.stamp
         return tensors
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> DecodeState:
@@ -286,49 +393,98 @@ class DecodeState:
 
     @classmethod
     def _of(cls, tensors: dict[str, Tensor], fingerprint: str) -> DecodeState:
-        keys, values = tensors.pop("history.keys", None), tensors.pop("history.values", None)
         cross, shift = tensors.pop("cross", None), tensors.pop("shift", None)
-        history = None if keys is None or values is None else History(keys, values)
-        return cls(GroupState(**tensors), fingerprint, history, cross, shift)
+        stamp = tensors.pop(STAMP, None)
+        names = ("history.keys", "history.values", FILLED)
+        parts = [tensors.pop(name) for name in names if name in tensors]
+        history = History(*parts) if parts else None
+        return cls(GroupState(**tensors), fingerprint, history, cross, shift, stamp)
+
+
+_stamps = itertools.count(1)
+
+
+def new_stamps(rows: int) -> Tensor:
+    """[B], numbers that no row has had so far in this process."""
+    return torch.tensor([next(_stamps) for _ in range(rows)], dtype=torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Keys and values of new tokens, or of tree nodes: what a forward leaves and a state takes
+    in."""
+
+    layers: tuple[Tensor, Tensor]
+    """Keys [L, B, K, T, X] and values [L, B, K, T, U] of the linearized layers."""
+    history: tuple[Tensor, Tensor] | None = None
+    """[S, B, K, T, D] and [S, B, K, T, E] of the layers that keep softmax, where there are any."""
+    shift: Tensor | None = None
+    """[L, B, T, C], where a model shifts channels by a token."""
+    backend: str | None = None
+    """Who folds them in; None: the library chooses."""
+
+    def rows(self, start: int, stop: int) -> Fresh:
+        """Views of some neighbouring rows."""
+        return self._map(lambda tensor: tensor[:, start:stop])
+
+    def first(self, count: int) -> Fresh:
+        """Views of the first tokens."""
+        return self._map(lambda tensor: tensor[:, :, :, :count])
+
+    def at(self, index: Tensor) -> Fresh:
+        """Tokens `index` [B, J] of each row."""
+        if len(index) == 1 and self.layers[0].numel():
+            return self._map(lambda tensor: tensor.index_select(3, index[0]))
+
+        def picked(tensor: Tensor) -> Tensor:
+            along = index[None, :, None, :, None]
+            return tensor.gather(3, along.expand(*tensor.shape[:3], -1, tensor.shape[4]))
+
+        return self._map(picked)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Fresh:
+        """Of tensors [L, B, K, T, ·]."""
+        keys, values = map(change, self.layers)
+        history, shift = self.history, self.shift
+        if history is not None:
+            history = (change(history[0]), change(history[1]))
+        if shift is not None:
+            shift = change(shift[:, :, None])[:, :, 0]
+        return Fresh((keys, values), history, shift, self.backend)
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What verified tree nodes would add to the state of length `length`: nothing yet."""
+    """What verified tree nodes would add to the state that they were verified against: nothing
+    yet."""
 
-    layers: tuple[Tensor, Tensor]
-    """Keys [L, B, K, N, X] and values [L, B, K, N, U] of the linearized layers."""
-    history: tuple[Tensor, Tensor] | None
-    """The same of the layers that keep softmax, where there are any."""
-    parents: list[list[int]]
-    """[B][N], -1: child of the last committed token."""
-    length: Tensor
-    """[B], the state's when the nodes were verified."""
-    shift: Tensor | None = None
-    """[L, B, N, C], where a model shifts channels by a token."""
+    fresh: Fresh
+    parents: Tensor
+    """[B, N], -1: child of the last committed token."""
+    stamp: Tensor | None
+    """[B], of the state that the nodes were verified against."""
     hidden: Tensor | None = None
     """[B, N, C], of the last layer, where it was asked for."""
 
-    def row(self, row: int) -> Pending:
-        """Views of what one row would add, where no layer keeps softmax."""
-        assert self.history is None
-        one = slice(row, row + 1)
-        keys, values = self.layers
-        shift = None if self.shift is None else self.shift[:, one]
-        layers = keys[:, one], values[:, one]
-        return Pending(layers, None, self.parents[one], self.length[one], shift)
+    @classmethod
+    def of(
+        cls, fresh: Fresh, parents: Tensor, state: DecodeState, hidden: Tensor | None = None
+    ) -> Pending:
+        stamp = None if state.stamp is None else state.stamp.clone()
+        return cls(fresh, parents, stamp, hidden)
 
     def check(self, path: Sequence[Sequence[int]], state: DecodeState) -> None:
         """Raises StateError unless `path` walks down each row's tree from the last committed
-        token and the state is still the one that was verified against."""
+        token and the state is what was verified against, or a copy of it."""
         if len(path) != state.batch_size:
             raise StateError(f"one path a row: {state.batch_size} rows, got {len(path)} paths")
-        if not torch.equal(self.length, state.length):
+        known = self.stamp is not None and state.stamp is not None
+        if known and not torch.equal(cast(Tensor, self.stamp), cast(Tensor, state.stamp)):
             raise StateError(
-                f"these nodes were verified at lengths {self.length.tolist()}, the state is now at "
-                f"{state.length.tolist()}: verify again before committing"
+                "these nodes were verified against another state, or this one has moved on since: "
+                "verify again before committing"
             )
-        for row, (nodes, parents) in enumerate(zip(path, self.parents, strict=True)):
+        for row, (nodes, parents) in enumerate(zip(path, self.parents.tolist(), strict=True)):
             last = -1
             for node in nodes:
                 if not 0 <= node < len(parents) or parents[node] != last:

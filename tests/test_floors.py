@@ -3,13 +3,20 @@
 jobs/  serve_apps/
 cluster/
 linearized/speculative  linearized/training  linearized/evaluation
-linearized/models.py  linearized/flash/
+linearized/models.py
+linearized/flash/
 linearized/compiled.py
-linearized/interface.py
+linearized/step.py
+linearized/attach.py
+linearized/cache.py
+linearized/callbacks.py  linearized/fold.py
+linearized/context.py  linearized/allocation.py
+linearized/slots.py  linearized/identity.py
 linearized/attention/
 linearized/ops/
 linearized/state.py
-linearized/tree.py  linearized/config.py  linearized/errors.py
+linearized/tree.py  linearized/config.py
+linearized/errors.py
 """
 
 from __future__ import annotations
@@ -23,24 +30,32 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {  # room: floor; a longer name is the closer match
-    "jobs": 10,
-    "serve_apps": 10,
-    "cluster": 9,
-    "linearized": 9,
-    "linearized.speculative": 8,
-    "linearized.training": 8,
-    "linearized.evaluation": 8,
-    "linearized.models": 7,
-    "linearized.flash": 7,
-    "linearized.compiled": 6,
-    "linearized.interface": 5,
-    "linearized.medusa": 1,
-    "linearized.packing": 1,
-    "linearized.attention": 4,
-    "linearized.ops": 3,
+    "jobs": 20,
+    "serve_apps": 20,
+    "cluster": 19,
+    "linearized": 18,
+    "linearized.speculative": 17,
+    "linearized.training": 17,
+    "linearized.evaluation": 17,
+    "linearized.models": 16,
+    "linearized.flash": 15,
+    "linearized.compiled": 14,
+    "linearized.step": 13,
+    "linearized.attach": 12,
+    "linearized.cache": 11,
+    "linearized.callbacks": 10,
+    "linearized.fold": 9,
+    "linearized.context": 8,
+    "linearized.allocation": 8,
+    "linearized.slots": 7,
+    "linearized.identity": 6,
+    "linearized.attention": 5,
+    "linearized.ops": 4,
     "linearized.state": 2,
-    "linearized.config": 1,
+    "linearized.medusa": 2,
+    "linearized.packing": 2,
     "linearized.tree": 1,
+    "linearized.config": 1,
     "linearized.errors": 0,
 }
 DOORS = {

@@ -6,11 +6,17 @@ B batch, H query heads, K key/value heads, T tokens or tree nodes, C room of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from linearized.ops import Nodes
+
+FEW = 64
+"""Up to so many new tokens a history is read where it lies; beyond, joining it with them costs
+less than what torch's product of all saves."""
 
 
 def softmax_attention(
@@ -43,21 +49,46 @@ def softmax_attention(
         other = torch.cat([_columns(history[0]).expand(len(k), -1), other + length[:, None]], 1)
         before = _columns(history[0])[:, None] < length[:, None, None]
         seen = torch.cat([before.expand(-1, k.shape[2], -1), seen.expand(len(k), -1, -1)], 2)
-        k, v = torch.cat([history[0], k], 2), torch.cat([history[1], v], 2)
     if window is not None:
         seen = seen & ((own[:, :, None] - other[:, None, :]).abs() < window)
     seen = seen | ~seen.any(-1, keepdim=True)  # a row without a token would be a division by zero
-    repeats = q.shape[1] // k.shape[1]
-    if softcap is None:
+    scaling = q.shape[3] ** -0.5 if scaling is None else scaling
+    if softcap is None and (history is None or k.shape[2] > FEW):
+        if history is not None:
+            k, v = torch.cat([history[0], k], 2), torch.cat([history[1], v], 2)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen[:, None], scale=scaling, enable_gqa=repeats > 1
+            q, k, v, attn_mask=seen[:, None], scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
     else:
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * (q.shape[3] ** -0.5 if scaling is None else scaling)
-        scores = softcap * torch.tanh(scores / softcap)
-        out = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ v
+        parts = [(k, v)] if history is None else [history, (k, v)]
+        out = _attend_parts(q, parts, seen, scaling, softcap)
     return out if mask is None else out * mask.bool()[:, None, :, None]
+
+
+def _attend_parts(
+    q: Tensor,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    seen: Tensor,  # [B, T, J], J tokens in all parts
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention to keys and values that lie apart, [B, K, J', ·] each, one softmax over all: what
+    is long is read where it lies."""
+    batch, heads, num_tokens, width = q.shape
+    kv_heads = parts[0][0].shape[1]
+    rows = (q * scaling).reshape(batch, kv_heads, -1, width)  # B K R·T D
+    scores = torch.cat([rows @ keys.transpose(-1, -2) for keys, _ in parts], dim=-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(batch, heads, num_tokens, -1).masked_fill(~seen[:, None], -torch.inf)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide).to(q.dtype).view(*rows.shape[:3], -1)
+    sizes = [keys.shape[2] for keys, _ in parts]
+    out = sum(
+        part @ values for part, (_, values) in zip(weights.split(sizes, dim=-1), parts, strict=True)
+    )
+    assert isinstance(out, Tensor)
+    return out.view(batch, heads, num_tokens, -1)
 
 
 def _seen(

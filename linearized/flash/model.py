@@ -15,10 +15,12 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from linearized.attention.base import positions_of, widen
+from linearized.cache import CACHE, let_generate
+from linearized.context import Context
 from linearized.errors import ModelError
 from linearized.flash.config import FlashConfig
 from linearized.flash.unit import GatedAttention, MixedChunkAttention, ScaleNorm
-from linearized.interface import CACHE, Pass, let_generate
+from linearized.slots import assign_slots
 
 
 class FlashPreTrainedModel(PreTrainedModel):
@@ -53,6 +55,7 @@ class FlashModel(FlashPreTrainedModel):
         self.layers = nn.ModuleList([GatedAttention(config, layer) for layer in layers])
         self.norm = ScaleNorm(config.norm_eps)
         self.gradient_checkpointing = False
+        assign_slots(self)
         let_generate(self)
         self.post_init()
 
@@ -64,7 +67,7 @@ class FlashModel(FlashPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        linear_pass: Pass | None = None,
+        linear_context: Context | None = None,
         past_key_values: Cache | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
@@ -76,8 +79,12 @@ class FlashModel(FlashPreTrainedModel):
             raise ModelError("give FLASH either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = state = nodes = None
-        if linear_pass is not None:
-            mask, nodes, state = linear_pass.mask, linear_pass.nodes, linear_pass.state.layers
+        if linear_context is not None:
+            mask, nodes, state = (
+                linear_context.mask,
+                linear_context.nodes,
+                linear_context.state.layers,
+            )
         elif cache is not None and cache.get_seq_length() > 0:
             raise ModelError("decoding from a state has no gradient: use torch.no_grad()")
         elif attention_mask is not None and not bool(attention_mask.all()):
@@ -85,7 +92,7 @@ class FlashModel(FlashPreTrainedModel):
         positions = positions_of(hidden[:, None], state, mask, segment_ids, nodes)
         rotary = self._rotary(positions, widen(hidden).dtype)
         for layer in self.layers:
-            hidden = layer(hidden, positions, rotary, mask, segment_ids, linear_pass)
+            hidden = layer(hidden, positions, rotary, mask, segment_ids, linear_context)
         named: Any = {CACHE: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **named)
 

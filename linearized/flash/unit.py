@@ -14,8 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from linearized import ops
 from linearized.attention.base import LinearAttention, Place, widen
 from linearized.config import LinearConfig
+from linearized.context import Context
 from linearized.flash.config import FlashConfig
-from linearized.interface import Pass
+from linearized.slots import slot_of
 
 
 class GatedAttention(GradientCheckpointingLayer):
@@ -46,27 +47,27 @@ class GatedAttention(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         segments: Tensor | None = None,
-        step: Pass | None = None,
+        context: Context | None = None,
     ) -> Tensor:
-        x = self._shift(self.norm(hidden), mask, segments, step)
+        x = self._shift(self.norm(hidden), mask, segments, context)
         gate, values, base = F.silu(self.in_proj(x)).split(self.widths, dim=-1)
         q, k = self._heads(base, positions, rotary)
         v = values[:, None]
-        if step is not None:
-            out = step.attend(self.linear_attention, q, k, v, None)
+        slot = slot_of(self)
+        if context is not None and slot is not None:
+            out = context.attend(slot.index, self.linear_attention, q, k, v, None)
         else:
             out, _, _ = self.linear_attention(q, k, v, mask=mask, segments=segments)
         return hidden + self.out_proj(gate * out[:, 0])
 
     def _shift(
-        self, x: Tensor, mask: Tensor | None, segments: Tensor | None, step: Pass | None
+        self, x: Tensor, mask: Tensor | None, segments: Tensor | None, context: Context | None
     ) -> Tensor:
         own, kept = x.split([self.shifted, x.shape[-1] - self.shifted], dim=-1)
         last = nodes = None
-        if step is not None:
-            assert step.state.shift is not None
-            last, nodes = step.state.shift[len(step.shifts)], step.nodes
-            step.shifts.append(own)
+        slot = slot_of(self)
+        if context is not None and slot is not None:
+            last, nodes = context.shift(slot.index, own), context.nodes
         before = previous(own, last, mask=mask, segments=segments, nodes=nodes)
         return torch.cat([before, kept], dim=-1)
 

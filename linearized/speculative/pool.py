@@ -43,9 +43,7 @@ class Pool(Generic[Key]):
         state, history = self._state, self._state.history
         if history is None:
             return state.nbytes
-        _, rows, heads, _, width = history.keys.shape
-        token = len(history.keys) * rows * heads * (width + history.values.shape[4])
-        return state.nbytes - history.nbytes + token * num_tokens * history.keys.itemsize
+        return state.nbytes - history.nbytes + history.bytes_at(num_tokens)
 
     def first(self, count: int) -> DecodeState:
         """Views of the first rows."""
@@ -92,7 +90,8 @@ class Pool(Generic[Key]):
         """Make room for texts that get longer by so many tokens, and some more."""
         history = self._state.history
         if history is not None and self.keys:
-            size = int(self._state.length[: len(self)].max()) + num_tokens
+            assert history.filled is not None
+            size = int(history.filled[: len(self)].max()) + num_tokens + 1
             if size > history.keys.shape[3]:
                 history.reserve(2 * size)
 

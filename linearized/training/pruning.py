@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, ModelError
-from linearized.interface import NAME, SUBMODULE, forget
+from linearized.identity import forget
 from linearized.models import check_decoder
+from linearized.slots import NAME, SUBMODULE, assign_slots
 from linearized.training.objective import cross_entropy
 
 QKV, OUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
@@ -63,6 +64,7 @@ def prune(model: PreTrainedModel, batches: Iterable[Tensor], cut: Cut) -> PreTra
     base.layers = nn.ModuleList(stack[number] for number in kept)
     for config in {id(part.config): part.config for part in (smaller, base)}.values():
         _describe(config, cut, kept)
+    assign_slots(smaller)
     return smaller.requires_grad_(True)
 
 

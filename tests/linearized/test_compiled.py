@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -162,11 +163,39 @@ def test_with_some_layers_only(linear):
     torch.testing.assert_close(sketch(model, *tree, layers=[0, 2]), want, atol=1e-4, rtol=1e-4)
 
 
-def test_what_cannot_be_compiled_says_why(llama, linear, monkeypatch):
-    config = linearized.LinearConfig(attention="grouped", layers=(0,))
-    hybrid = linearized.linearize(llama(), config)
-    with pytest.raises(ModelError, match="keeps softmax in some layers"):
-        linearized.compile(hybrid)
+@needs_compiler
+def test_a_hybrid(llama, programs):
+    """Its history grows by pages; a program holds for all of them."""
+    config = linearized.LinearConfig(attention="grouped", group=8, taps=5, layers=(0,))
+    model = linearized.linearize(llama(), config)
+    tokens = torch.randint(1, 50, (2, 45))
+    few, trees, state = decoded(model, 2, tokens)
+    linearized.compile(model)
+    got = decoded(model, 2, tokens)
+    torch.testing.assert_close(got[0], few, atol=1e-4, rtol=1e-4)
+    for tree, expected in zip(got[1], trees, strict=True):
+        torch.testing.assert_close(tree, expected, atol=1e-4, rtol=1e-4)
+    history = state.history.view()
+    torch.testing.assert_close(got[2].history.view().keys, history.keys, atol=1e-4, rtol=1e-4)
+    count = len(programs)
+    longer = torch.randint(1, 50, (2, 600))
+    decoded(model, 2, longer)
+    assert len(programs) == count
+
+
+def test_what_cannot_be_compiled_says_why(linear, monkeypatch):
+    config = transformers.T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of T5's position bias
+        t5 = linearized.linearize(
+            transformers.T5ForConditionalGeneration(config).eval(),
+            linearized.LinearConfig(attention="grouped"),
+        )
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        linearized.compile(t5)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
         linearized.compile(linear())

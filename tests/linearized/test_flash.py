@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import linearized
 from linearized import FlashConfig, FlashForCausalLM
+from linearized.cache import CACHE
 from linearized.errors import ConfigError, ModelError, StateError
 from linearized.flash.unit import previous
-from linearized.interface import CACHE
 from linearized.models import linear_config
 
 BOTH = pytest.mark.parametrize("augment", [True, False])

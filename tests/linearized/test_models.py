@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import linearized
+from linearized.cache import CACHE
 from linearized.errors import ConfigError, ModelError, StateError
-from linearized.interface import CACHE
 from linearized.models import attention_modules, new_parameters
 
 LENGTHS = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
