@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, ModelError
-from linearized.identity import forget
 from linearized.models import check_decoder
 from linearized.slots import NAME, SUBMODULE, assign_slots
 from linearized.training.objective import cross_entropy
@@ -51,7 +50,6 @@ def prune(model: PreTrainedModel, batches: Iterable[Tensor], cut: Cut) -> PreTra
     _check(model, cut)
     importances = _importances(model, layers, batches)
     smaller = copy.deepcopy(model).requires_grad_(False)
-    forget(smaller)
     middle = torch.stack([one.layer for one in importances[1:-1]] or [torch.zeros(())])
     best = middle.topk(max(cut.layers - 2, 0)).indices + 1
     kept = sorted({0, len(layers) - 1, *best.tolist()})[: cut.layers]
