@@ -26,6 +26,7 @@ from linearized.config import FLASH, LinearConfig
 from linearized.context import Context
 from linearized.errors import ModelError, StateError
 from linearized.fold import accept, fold
+from linearized.head import widen_head
 from linearized.identity import fingerprint
 from linearized.slots import (
     NAME,
@@ -79,6 +80,7 @@ def linearize(model: PreTrainedModel | str | Path, config: LinearConfig) -> PreT
     if config.layers != ():
         _warn_of_losses(model)
     attach(cast(PreTrainedModel, model.base_model), config)
+    widen_head(model)
     model.set_attn_implementation(NAME)
     return model
 

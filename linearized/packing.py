@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearized.errors import ConfigError
+from linearized.head import OutputLinear
 
 ROWS = 64
 """What the layout is chosen for. It is good for few rows, too, and for hundreds."""
@@ -59,7 +60,7 @@ def unpack(model: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if type(module) is nn.Linear]
+    return [module for module in model.modules() if type(module) in (nn.Linear, OutputLinear)]
 
 
 def _fits(x: Tensor) -> bool:

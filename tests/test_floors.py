@@ -15,7 +15,7 @@ linearized/slots.py  linearized/identity.py
 linearized/attention/
 linearized/ops/
 linearized/state.py
-linearized/tree.py  linearized/config.py
+linearized/tree.py  linearized/head.py  linearized/config.py
 linearized/errors.py
 """
 
@@ -55,6 +55,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.medusa": 2,
     "linearized.packing": 2,
     "linearized.tree": 1,
+    "linearized.head": 1,
     "linearized.config": 1,
     "linearized.errors": 0,
 }
