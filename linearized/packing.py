@@ -9,7 +9,7 @@ way.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -60,7 +60,9 @@ def unpack(model: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if type(module) in (nn.Linear, OutputLinear)]
+    kinds = (nn.Linear, OutputLinear)
+    modules = (module for module in model.modules() if type(module) in kinds)
+    return cast(list[nn.Linear], list(modules))
 
 
 def _fits(x: Tensor) -> bool:
