@@ -1,5 +1,5 @@
-"""Where tokens go on the grid of groups. Knows positions, padding and documents; knows nothing of
-what keys and values mean.
+"""Where tokens go on the grid of groups, and the walk over a sequence on it. Knows positions,
+padding and documents; what pairs weigh is its caller's.
 
 A token's slot is its position less that of the open group's first token, so that slot // G is its
 group; a document begins on a group's first slot. Slots without a token hold zeros, which weigh
@@ -8,11 +8,63 @@ nothing. B batch, T tokens, C groups, G group size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from linearized import documents
+from linearized.ops.form import Form
+from linearized.ops.reference import unit
+from linearized.state import GroupState
+
+
+def over_grid(
+    scan: Callable[..., Tensor],
+    chunk: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: GroupState | None,
+    *,
+    form: Form,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    unit_norm: bool,
+    mask: Tensor | None,
+    segments: Tensor | None,
+) -> Tensor:
+    """`backends.Backend.attend_sequence` by way of `scan` (see `cpu/scan.py`), which walks over
+    slots: chunks are groups, or of the size `chunk` where groups make no difference."""
+    if unit_norm and state is not None:  # its keys have norm 1 already
+        q, k, unit_norm = unit(q), unit(k), False
+    length = state.length if state is not None and form.grouped else None
+    size = form.group if form.grouped else chunk
+    grid = Grid.of(q.shape[2], size, length=length, mask=mask, segments=segments)
+    memory = before = valid = None
+    keys, values = grid.place(k), grid.place(v)
+    if state is not None:
+        keys, values = grid.prepend(keys, state.keys), grid.prepend(values, state.values)
+        memory = state.memory
+        before = grid.before(state.tail) if taps is not None else None
+    if form.inside == "softmax" and not form.causal and grid.slots is not None:
+        valid = grid.valid(q.shape[0], q.device)
+    out = scan(
+        grid.place(q),
+        keys,
+        values,
+        form=form,
+        unit_norm=unit_norm,
+        alpha=alpha,
+        taps=taps,
+        memory=memory,
+        before=before,
+        start=grid.start,
+        valid=valid,
+    )
+    return grid.take(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +89,15 @@ class Grid:
         length: Tensor | None = None,  # [B], tokens before these
         mask: Tensor | None = None,  # [B, T]
         segments: Tensor | None = None,  # [B, T]
+        look: bool = True,
     ) -> Grid:
-        """A token where `mask` is not False; a new document where `segments` changes."""
+        """A token where `mask` is not False; a new document where `segments` changes. With `look`
+        it is looked whether any group is open, which spares work where none is, and waits for a
+        GPU."""
         if segments is not None:
             return _documents(group, segments, mask)
         offset = None
-        if length is not None and group > 1 and bool((length % group).any()):
+        if length is not None and group > 1 and not (look and not bool((length % group).any())):
             offset = length % group
         if mask is None and offset is None:
             return cls(num_tokens, num_tokens)
@@ -103,8 +158,7 @@ def _documents(group: int, segments: Tensor, mask: Tensor | None) -> Grid:
     """Each document on groups of its own."""
     rows, num_tokens = segments.shape
     kept = torch.ones_like(segments, dtype=torch.bool) if mask is None else mask.bool()
-    changes = segments[:, 1:] != segments[:, :-1]
-    document = F.pad(changes.long().cumsum(1), (1, 0))  # B T
+    document = documents.numbers(segments)  # B T
     lengths = torch.zeros_like(segments, dtype=torch.int64)  # B T, of documents
     lengths = lengths.scatter_add(1, document, kept.long())
     groups = (lengths + group - 1) // group

@@ -14,6 +14,7 @@ from linearized.attention.base import LinearAttention
 from linearized.attention.yoso import _slope
 from linearized.config import ATTENTIONS, LinearConfig
 from linearized.errors import ConfigError
+from linearized.tree import ancestors
 
 GROUP, TAPS, WIDTH, VALUES = 8, 5, 6, 4
 
@@ -176,10 +177,10 @@ def test_prefill_is_chunks_is_a_chain_of_nodes(name, backend):
             args = q[:, :, part], k[:, :, part], v[:, :, part]
             out, keys, values = made(*args, state=state)
             assert_close(out, whole[:, :, part])
-            if backend == "cpu":
-                chain = torch.arange(-1, out.shape[2] - 1).expand(2, -1)
-                nodes = ops.Nodes.of(chain, state.length, group=state.group, taps=state.taps)
-                assert_close(made(*args, state=state, nodes=nodes)[0], whole[:, :, part])
+            chain = torch.arange(-1, out.shape[2] - 1).expand(2, -1)
+            visible = ancestors(chain)
+            layout = ops.Layout.of(visible, state.length, group=state.group, taps=state.taps)
+            assert_close(made(*args, state=state, layout=layout)[0], whole[:, :, part])
             ops.fold_(state, keys, values, backend=backend)
 
 
