@@ -59,7 +59,9 @@ class _Scan(torch.autograd.Function):
         before: Tensor,
     ) -> Tensor:
         memories = [memory]
-        out = v.new_empty(*q.shape[:3], _out_width(walk.form, q, v))
+        batch, heads, num_slots, _ = q.shape
+        # Heads beside each other in memory, where models want them.
+        out = v.new_empty(batch, num_slots, heads, _out_width(walk.form, q, v)).transpose(1, 2)
         for first, last in walk.segments():
             part = slice(first * walk.chunk, last * walk.chunk)
             past = _past(v, before, part.start, walk.num_tail)

@@ -1,5 +1,5 @@
-"""Tokens that follow each other: over the grid in chunks, or where a few stand on a state, as a tree
-that is a chain."""
+"""Tokens that follow each other. Many go over the grid in chunks; a few that stand on a state go as
+a tree that is a chain."""
 
 from __future__ import annotations
 
