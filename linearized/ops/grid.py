@@ -172,16 +172,19 @@ class _Move(torch.autograd.Function):
         ctx.save_for_backward(there, back)
         ctx.whole, ctx.whole_back = whole, whole_back
         batch, heads, num_rows, width = x.shape
+        num_found = there.shape[1]
         index = there.clamp(min=0)
         missing = None if whole else there < 0
         if x.transpose(1, 2).is_contiguous():  # as models have them: all heads of a token at once
             index = index + num_rows * torch.arange(batch, device=x.device)[:, None]
-            rows = _rows(x.transpose(1, 2).view(-1, heads * width), index, missing)
-            return rows.view(batch, -1, heads, width).transpose(1, 2)
+            rows = x.transpose(1, 2).view(batch * num_rows, heads * width)
+            found = _rows(rows, index, missing).view(batch, num_found, heads, width)
+            return found.transpose(1, 2)
         first = num_rows * torch.arange(batch * heads, device=x.device)
         index = index[:, None] + first.view(batch, heads, 1)
         missing = None if missing is None else missing[:, None].expand(-1, heads, -1)
-        return _rows(x.reshape(-1, width), index, missing).view(batch, heads, -1, width)
+        rows = x.reshape(batch * heads * num_rows, width)
+        return _rows(rows, index, missing).view(batch, heads, num_found, width)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -17,7 +17,8 @@ def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -
     each other."""
     layers = state.stacked
     k, v = (x if x.ndim == 5 else x[None] for x in (k, v))
-    k, v = k.to(state.keys.dtype), v.to(state.values.dtype)
+    if k.dtype != state.keys.dtype or v.dtype != state.values.dtype:  # inside autocast
+        k, v = k.to(state.keys.dtype), v.to(state.values.dtype)
     num_tokens = k.shape[3]
     if state.length.device.type != "cpu":  # to look who closes a group would wait for a GPU
         _close(layers, k, v, mask, look=False)

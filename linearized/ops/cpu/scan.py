@@ -90,7 +90,7 @@ class _Scan(torch.autograd.Function):
             inputs |= {"past": _past(v, before, part.start, walk.num_tail)}
             inputs |= {"q": q[:, :, part], "k": k[:, :, part], "v": v[:, :, part]}
             leaves = {n: x.detach().requires_grad_() for n, x in inputs.items() if x is not None}
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
                 ends = attend_segment(**{**inputs, **leaves}, walk=walk, first=first)
             grads = torch.autograd.grad(
                 ends, list(leaves.values()), (grad[:, :, part], to_memory), materialize_grads=True

@@ -36,6 +36,8 @@ def attend_tree(
         dtype != wide or q.dtype != wide
     ):  # sums of half precision, each rounded, drift apart from a sequence's
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if taps is not None and taps.dtype != wide:
+        taps = taps.to(wide)
     num_slots = layout.same.shape[2] - num_nodes
     keys = _joined(state.keys[:, :, :num_slots], k)
     values = _joined(state.values[:, :, :num_slots], v)
@@ -46,7 +48,7 @@ def attend_tree(
         return out.view(batch, heads, num_nodes, -1).to(dtype)
     features = queries[..., width - num_features :]
     if alpha is not None and num_features:
-        scaled = q[..., width - num_features :] * alpha.to(wide)[:, None, None]
+        scaled = q[..., width - num_features :] * alpha[:, None, None]
         features = scaled.reshape(batch * kv_heads, rows, num_features)
     inside = width - num_features or width
     shape = (batch, heads, num_nodes, keys.shape[1])
@@ -54,7 +56,7 @@ def attend_tree(
     across = None
     if num_features and (form.inside == "linear" or layout.crosses):
         if inside == width:  # the same scores
-            across = local if alpha is None else local * alpha.to(wide)[:, None, None]
+            across = local if alpha is None else local * alpha[:, None, None]
         else:
             far = keys[..., width - num_features :].transpose(1, 2)
             across = torch.bmm(features, far).view(shape)
@@ -63,15 +65,16 @@ def attend_tree(
     if num_features:
         out.baddbmm_(features, memory)
     if taps is not None:
-        reach = F.pad(taps.to(wide), (0, 1))[:, layout.lags].transpose(0, 1)  # B H N M-1+N
+        reach = F.pad(taps, (0, 1))[:, layout.lags].transpose(0, 1)  # B H N M-1+N
         reach = reach.reshape(batch * kv_heads, rows, -1)
         out.baddbmm_(reach, _joined(state.tail, v))
-    return out.view(batch, heads, num_nodes, -1).to(dtype)
+    out = out.view(batch, heads, num_nodes, -1)
+    return out if dtype == wide else out.to(dtype)
 
 
 def _joined(old: Tensor, new: Tensor) -> Tensor:
-    """[B, K, S or M-1, X] of the state and [B, K, N, X] of the nodes, in the nodes' type."""
-    return torch.cat([old.to(new.dtype), new], dim=2).flatten(0, 1)
+    """[B, K, S or M-1, X] of the state and [B, K, N, X] of the nodes, in the wider type."""
+    return torch.cat([old, new], dim=2).flatten(0, 1)
 
 
 def _weights(form: Form, local: Tensor, across: Tensor | None, layout: Layout) -> Tensor:
