@@ -22,6 +22,7 @@ from jobs import baselines, measure
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, peak_bytes, show, show_bars
 from linearized import ops
 from linearized.errors import ConfigError
+from linearized.tree import ancestors
 
 SDPA, EINSUM = "softmax (SDPA)", "einsum"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -191,8 +192,8 @@ def _steps(setting: Setting, context: int) -> dict[str, Any]:
         parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]])
         tree = parents.to(setting.device)
         x, y, z = (setting.draw(nodes) for _ in range(3))
-        path = ops.nodes.ancestors(tree)[0]
-        seen = torch.cat([path.new_ones(nodes, context), path], dim=1) if nodes > 1 else None
+        visible = ancestors(tree)[0]
+        seen = torch.cat([visible.new_ones(nodes, context), visible], dim=1) if nodes > 1 else None
         for fill, past in states.items():
             for name, backend in setting.ours().items():
                 runs[f"{name}{fill}, {nodes}"] = partial(

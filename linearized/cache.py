@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from linearized import documents
 from linearized.allocation import new_state
 from linearized.callbacks import last, make_mask
 from linearized.context import Context
@@ -65,7 +65,7 @@ def _before_forward(
     segments = kwargs.get("segment_ids")
     if segments is not None:
         if kwargs.get("position_ids") is None and _takes_positions(module):
-            return args, {**kwargs, "position_ids": _document_positions(segments)}
+            return args, {**kwargs, "position_ids": documents.positions(segments, None)}
         return None
     name, cache = _cache(kwargs)
     if torch.is_grad_enabled() or cache is None or "linear_context" in kwargs:
@@ -113,10 +113,3 @@ def _cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
 
 def _takes_positions(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
-
-
-def _document_positions(segments: Tensor) -> Tensor:
-    """[B, T], from 0 in each document."""
-    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    return columns - torch.where(new, columns, 0).cummax(1).values

@@ -91,6 +91,14 @@ class GroupState:
     def taps(self) -> int:
         return self.tail.shape[-2] + 1
 
+    @property
+    def stacked(self) -> GroupState:
+        """This state as [L, B, …], views of the same tensors: of one layer, if it is one's."""
+        if self.memory.ndim == 5:
+            return self
+        memory, keys, values, tail = self.memory, self.keys, self.values, self.tail
+        return GroupState(memory[None], keys[None], values[None], tail[None], self.length)
+
     def tensors(self) -> dict[str, Tensor]:
         return {
             "memory": self.memory,

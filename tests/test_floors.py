@@ -15,7 +15,7 @@ linearized/slots.py  linearized/identity.py
 linearized/attention/
 linearized/ops/
 linearized/state.py
-linearized/tree.py  linearized/head.py  linearized/config.py
+linearized/documents.py  linearized/tree.py  linearized/head.py  linearized/config.py
 linearized/errors.py
 """
 
@@ -54,6 +54,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.state": 2,
     "linearized.medusa": 2,
     "linearized.packing": 2,
+    "linearized.documents": 1,
     "linearized.tree": 1,
     "linearized.head": 1,
     "linearized.config": 1,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearized.ops import Nodes
+from linearized.ops import Layout
 
 FEW = 64
 """Up to so many new tokens a history is read where it lies; beyond, joining it with them costs
@@ -30,20 +30,20 @@ def softmax_attention(
     window: int | None = None,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
-    nodes: Nodes | None = None,
+    layout: Layout | None = None,
     history: tuple[Tensor, Tensor] | None = None,
     length: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] to [B, H, T, E]. `history` holds keys and
-    values [B, K, C, ·] of the tokens before, `length` [B] of them; `mask`, `segments`, `nodes` are
+    values [B, K, C, ·] of the tokens before, `length` [B] of them; `mask`, `segments`, `layout` are
     those of the linear layers. `window` is the number of tokens seen back, the own one included;
     `softcap` c turns a score s into c·tanh(s/c)."""
-    plain = mask is None and segments is None and nodes is None and history is None
+    plain = mask is None and segments is None and layout is None and history is None
     if plain and window is None and softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-    seen, own, other = _seen(k, causal, mask, segments, nodes)
+    seen, own, other = _seen(k, causal, mask, segments, layout)
     if history is not None and length is not None:
         own = own + length[:, None]
         other = torch.cat([_columns(history[0]).expand(len(k), -1), other + length[:, None]], 1)
@@ -92,13 +92,13 @@ def _attend_parts(
 
 
 def _seen(
-    k: Tensor, causal: bool, mask: Tensor | None, segments: Tensor | None, nodes: Nodes | None
+    k: Tensor, causal: bool, mask: Tensor | None, segments: Tensor | None, layout: Layout | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which new tokens each sees [B or 1, T, T], and positions from the first new one [B or 1, T],
     of queries and of keys."""
     columns = _columns(k)
-    if nodes is not None:
-        visible = (nodes.same | nodes.earlier)[:, :, -k.shape[2] :]
+    if layout is not None:
+        visible = layout.visible
         depths = visible.sum(-1) - 1
         return visible, depths, depths
     seen = columns[:, None, :] <= columns[:, :, None]
