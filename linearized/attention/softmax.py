@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearized import documents
 from linearized.ops import Layout
 
 FEW = 64
@@ -96,20 +97,13 @@ def _seen(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which new tokens each sees [B or 1, T, T], and positions from the first new one [B or 1, T],
     of queries and of keys."""
-    columns = _columns(k)
     if layout is not None:
-        visible = layout.visible
-        depths = visible.sum(-1) - 1
-        return visible, depths, depths
-    seen = columns[:, None, :] <= columns[:, :, None]
-    seen = seen if causal else torch.ones_like(seen)
-    positions = columns
-    if mask is not None:
-        seen = seen & mask.bool()[:, None, :]
-        positions = mask.long().cumsum(1) - 1
-    if segments is not None:
-        documents = F.pad((segments[:, 1:] != segments[:, :-1]).long().cumsum(1), (1, 0))
-        seen = seen & (documents[:, :, None] == documents[:, None, :])
+        depths = layout.visible.sum(-1) - 1
+        return layout.visible, depths, depths
+    columns = _columns(k)
+    seen = documents.visible(columns[0], causal=causal, mask=mask, segments=segments)
+    apart = mask is not None or segments is not None
+    positions = documents.positions(segments, mask) if apart else columns
     return seen, positions, positions
 
 

@@ -92,7 +92,7 @@ class _Expectation(torch.autograd.Function):
         to_q, to_k = torch.empty_like(q), torch.zeros_like(keys)
         columns = torch.arange(k.shape[2], device=k.device)
         for start in range(0, q.shape[2], BLOCK):
-            rows = slice(start, start + BLOCK)
+            rows = slice(start, min(start + BLOCK, q.shape[2]))
             seen = documents.visible(
                 columns, causal=ctx.causal, mask=mask, segments=segments, rows=rows
             )
