@@ -42,16 +42,22 @@ PIECES = ["é", " ", "日本", "👨‍👩‍👧", "e\u0301", "the", " qu", "�
 BYTE_LEVEL = [
     *(LETTERS[byte] for byte in range(256)),
     *("".join(LETTERS[byte] for byte in piece.encode()) for piece in PIECES),
-    *("".join(LETTERS[byte] for byte in " 🙂🚀".encode()[a:b]) for a, b in [(0, 3), (2, 6), (3, 8)]),
+    *(
+        "".join(LETTERS[byte] for byte in " 🙂🚀".encode()[a:b])
+        for a, b in [(0, 3), (2, 6), (3, 8)]
+    ),
 ]
 FALLBACK = [
     *(f"<0x{byte:02X}>" for byte in range(256)),
-    *"▁ ▁▁ ▁the quick A ▁A \ufffd 日 e\u0301 \u200d 🙂 .".split(" "),
+    *["▁", "▁▁", "▁the", "quick", "A", "▁A", "\ufffd", "日", "e\u0301", "\u200d", "🙂", "."],
 ]
-WORDS = "the ##ing play ##s . , n't ' do not [UNK] 日 ##本 e\u0301 \u200d 🙂 ##a a".split(" ")
-SUFFIXED = "th e</w> a a</w> </w> 日</w> 🙂 e\u0301</w> , .</w>".split(" ")
-SPOKEN = "<pad> | h e l o 日 🙂 h| n't .".split(" ")
-SPACED = "▁ ▁▁ ▁a a ▁the quick 日本 ▁🙂 \u200d e\u0301 . \ufffd".split(" ")
+WORDS = [
+    *["the", "##ing", "play", "##s", ".", ",", "n't", "'", "do", "not", "[UNK]", "日", "##本"],
+    *["e\u0301", "\u200d", "🙂", "##a", "a"],
+]
+SUFFIXED = ["th", "e</w>", "a", "a</w>", "</w>", "日</w>", "🙂", "e\u0301</w>", ",", ".</w>"]
+SPOKEN = ["<pad>", "|", "h", "e", "l", "o", "日", "🙂", "h|", "n't", "."]
+SPACED = ["▁", "▁▁", "▁a", "a", "▁the", "quick", "日本", "▁🙂", "\u200d", "e\u0301", ".", "\ufffd"]
 
 replace, fallback, fuse = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
 DECODERS: dict[str, tuple[decoders.Decoder | None, list[str]]] = {
@@ -89,6 +95,7 @@ DECODERS: dict[str, tuple[decoders.Decoder | None, list[str]]] = {
     "suffix": (decoders.BPEDecoder(), SUFFIXED),
     "ctc": (decoders.CTC(), SPOKEN),
     "ctc, as it is": (decoders.CTC(cleanup=False), SPOKEN),
+    "replace": (replace, SPACED),
     "strip": (decoders.Strip("▁", 1, 0), SPACED),
     "strip on the right": (decoders.Strip("▁", 0, 1), SPACED),
     "fuse": (fuse, SPACED),
@@ -137,6 +144,20 @@ def test_streamed_is_decoded_at_once(name, data):
     cut = data.draw(st.integers(0, len(tokens)))
     prompt, new = tokens[:cut], tokens[cut:]
     assert "".join(streamed(decode, prompt, new)) == added(decode, prompt, new)
+
+
+@pytest.mark.parametrize("name", ["byte level", "llama", "word pieces", "ctc", "metaspace"])
+@given(st.data())
+def test_nothing_is_held_back_without_need(name, data):
+    decode, names = known(name), DECODERS[name][1]
+    tokens = data.draw(tokens_of(names))
+    stream, out = Detokenizer(decode), ""
+    for size, token in enumerate(tokens, start=1):
+        out += stream.push(token)
+        text = decode(tokens[:size])
+        if names is not FALLBACK or token >= 256:
+            assert out.rstrip(REPLACEMENT) == text.rstrip(REPLACEMENT)
+            assert len(text) - len(out) <= 3 * text.endswith(REPLACEMENT)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "byte level"])
@@ -322,7 +343,8 @@ def test_special_tokens_in_stop_strings():
     names = [*"abc|", "<end>", "<e>", "x<end>", "<", "end", ">"]
     hidden = {4: "<end>", 5: "<e>", 6: "x<end>"}
     decode = Decoder(
-        lambda tokens: "".join(names[token] for token in tokens if token not in hidden), hidden=hidden
+        lambda tokens: "".join(names[token] for token in tokens if token not in hidden),
+        hidden=hidden,
     )
     for stop, tokens, shown, stopped in (
         (["<end>"], [0, 1, 4, 2], "ab", True),
