@@ -135,10 +135,16 @@ class Sampling:
 
 
 def pick(scores: Tensor) -> Tensor:
-    """The token with the best score in each row of [..., V], the first of several; NO_TOKEN where
-    that score is NaN or infinite. All stays on the device: reading the result is one transfer."""
+    """The token with the best score in each row of [..., V], the first of equal ones; NO_TOKEN
+    where there is none. All stays on the device: reading the result is one transfer."""
     best = scores.argmax(-1, keepdim=True)  # a NaN counts as the best
-    return best.masked_fill(~scores.gather(-1, best).isfinite(), NO_TOKEN).squeeze(-1)
+    return checked(best, scores.gather(-1, best)).squeeze(-1)
+
+
+def checked(tokens: Tensor, scores: Tensor) -> Tensor:
+    """The best tokens, given their scores; NO_TOKEN where that is NaN or infinite. A model whose
+    best logit is infinite has overflown, so what it prefers is no choice either."""
+    return tokens.masked_fill(~scores.isfinite(), NO_TOKEN)
 
 
 class Sampler:

@@ -171,8 +171,7 @@ class Text:
         try:
             said, text = self._say(chosen, ends=len(chosen) < len(new))
         except Exception as error:
-            self.finished, self.error = "error", error
-            return Piece((), finished="error")
+            return self.fail(error)
         if self.finished == "error":
             behind = [0, *(1 + node for node in path)][len(said)]
             self.error = _no_token(logits[behind], len(self.tokens) + len(said))
@@ -181,6 +180,11 @@ class Text:
         self.drafted.update(tree.depths)
         self.accepted.update(range(1, min(len(path), len(said)) + 1))
         return Piece(tuple(said), text, self._alternatives(said, path, logits), self.finished)
+
+    def fail(self, error: Exception) -> Piece:
+        """End here, because of this."""
+        self.finished, self.error = "error", error
+        return Piece((), finished="error")
 
     def rest(self) -> None:
         """Let go of what only the next round needs. It can do without."""
