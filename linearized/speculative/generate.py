@@ -226,8 +226,8 @@ def decoding(tokenizer: PreTrainedTokenizerBase) -> Decoder:
     added = tokenizer.added_tokens_decoder.items()
     hidden = {token: one.content for token, one in added if one.special and not decode([token])}
     names = ["<0xC3>", "<0xA9>"]  # é, where the vocabulary has a token for each byte
-    run = tokenizer.convert_tokens_to_ids(names)
-    known = None not in run and tokenizer.convert_ids_to_tokens(run) == names
+    run = [one for one in map(tokenizer.convert_tokens_to_ids, names) if isinstance(one, int)]
+    known = tokenizer.convert_ids_to_tokens(run) == names
     return Decoder(decode, run=run if known else (), hidden=hidden)
 
 
