@@ -9,14 +9,24 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from linearized.speculative import Sampling
 from serve_apps.generation import Finished, Generation
 
 MAX_STOP = 4
+MAX_STOP_IDS = 128
 MAX_PROMPTS = 32
 _SEED = 2**63
 
@@ -84,7 +94,8 @@ class CompletionRequest(BaseModel):
 
     model: str
     prompt: Prompt
-    """A text, token ids, or a list of either: each prompt makes one choice."""
+    """A text, token ids, or a list of either: each prompt makes one choice. Prompt i gets the
+    choice number i of the seed, so equal prompts get different texts."""
     max_tokens: int = Field(default=16, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -96,7 +107,10 @@ class CompletionRequest(BaseModel):
     """The same request with the same seed gives the same text. Without one, one is drawn; the
     answer names it."""
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] = []
-    """The text ends before the first of these."""
+    """The text ends before the first of these. They may name special tokens, which no text
+    shows."""
+    stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_IDS)] = []
+    """The text ends with one of these tokens, or with the model's own end of text. Not OpenAI's."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     echo: bool = False
@@ -120,18 +134,19 @@ class CompletionRequest(BaseModel):
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            stop_ids=frozenset(self.stop_token_ids),
             seed=seed,
         )
         return [
             Generation(
                 prompt=prompt,
                 max_tokens=self.max_tokens,
-                sampling=sampling,
+                sampling=replace(sampling, choice=i),
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
                 echo=self.echo,
                 speculate=self.speculate,
             )
-            for prompt in self.prompts
+            for i, prompt in enumerate(self.prompts)
         ]
 
 
@@ -198,6 +213,8 @@ def _api_error(error: ValidationError, values: dict[str, Any]) -> ApiError:
         message = _about_prompt(values["prompt"])
     elif field == "stop":
         message = f"stop must be a string that is not empty, or at most {MAX_STOP} of them"
+    elif field == "stop_token_ids":
+        message = f"stop_token_ids must be a list of at most {MAX_STOP_IDS} token ids, from 0 on"
     else:
         place = "".join(f"[{part}]" for part in inner)
         message = f"{param}{place}: {first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -273,6 +273,10 @@ class TargetReplica:
         if wrong is not None:
             outside = f"token id {wrong} is outside the vocabulary of {self._vocab_size}"
             return invalid(outside, "prompt")
+        unknown = [token for token in job.sampling.stop_ids if not 0 <= token < self._vocab_size]
+        if unknown:
+            outside = f"token id {min(unknown)} is outside the vocabulary of {self._vocab_size}"
+            return invalid(f"stop_token_ids: {outside}", "stop_token_ids")
         limit = self._config.max_context
         if len(prompt) + job.max_tokens > limit:
             return invalid(

@@ -30,6 +30,8 @@ AHEAD = 4
 PREFIXES = (512, 4096)
 """Most probable tokens among which the nucleus of top_p is looked for first, one after the other;
 sorting all tokens takes far longer."""
+NO_TOKEN = -1
+"""Stands for the token that cannot be chosen, because the best score is no finite number."""
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -58,7 +60,8 @@ class Sampling:
     """The text ends with one of them."""
     seed: int = 0
     choice: int = 0
-    """Which of several texts for the same prompt and seed."""
+    """Which of several texts with the same seed. Texts that are asked for together are numbered
+    through, so that equal prompts get different texts."""
     typical: float = 0.0
     """Above 0, **lossy**: a drafted token is also taken if its probability is above the smaller of
     this and √this · e^(-entropy), Medusa's typical acceptance (Cai et al., ICML 2024, 2.3.1; their
@@ -129,6 +132,19 @@ class Sampling:
             best = logits.amax(1, keepdim=True)
             logits = logits.masked_fill(logits < best + math.log(self.min_p), -math.inf)
         return logits
+
+
+def pick(scores: Tensor) -> Tensor:
+    """The token with the best score in each row of [..., V], the first of equal ones; NO_TOKEN
+    where there is none. All stays on the device: reading the result is one transfer."""
+    best = scores.argmax(-1, keepdim=True)  # a NaN counts as the best
+    return checked(best, scores.gather(-1, best)).squeeze(-1)
+
+
+def checked(tokens: Tensor, scores: Tensor) -> Tensor:
+    """The best tokens, given their scores; NO_TOKEN where that is NaN or infinite. A model whose
+    best logit is infinite has overflown, so what it prefers is no choice either."""
+    return tokens.masked_fill(~scores.isfinite(), NO_TOKEN)
 
 
 class Sampler:

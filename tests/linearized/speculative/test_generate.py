@@ -6,7 +6,10 @@ import random
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
+from tokenizers import decoders, models, normalizers
 
 import linearized
 from linearized.errors import ConfigError, ModelError, RequestError
@@ -19,7 +22,9 @@ from linearized.speculative import (
     Text,
     TokenTree,
 )
+from linearized.speculative.detokenizer import Detokenizer
 from linearized.speculative.drafters import Ask
+from linearized.speculative.generate import decoding
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
 
@@ -207,9 +212,106 @@ def test_stop_strings(linear, tokenizer, drafted):
         assert stop in tokenizer.decode(found) and stop not in tokenizer.decode(found[:-1])
     found = generate(model, prompt, stop=["never there"], **settings)
     assert found == plain
-    stop = text[3:6]
-    found = generate(model, prompt, stop=stop, min_tokens=30, **settings)
-    assert len(found) > 30 or stop not in tokenizer.decode(plain[30:])
+    assert generate(model, prompt, stop=None, **settings) == plain
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_min_tokens_come_before_a_stop_string(linear, tokenizer, drafted):
+    """It is found where it stands behind them, and not before."""
+    model = linear(vocab=len(tokenizer), group=8)
+    prompt = tokenizer("the quick")["input_ids"]
+    settings = {"max_new_tokens": 40, "stop_ids": (), "tokenizer": tokenizer}
+    plain = generate(model, prompt, **settings)
+    settings["drafter"] = Knowing(prompt + plain, right=7) if drafted else None
+    ends = [len(tokenizer.decode(plain[:n])) for n in range(41)]
+    text = tokenizer.decode(plain)
+    stop = next(one for one in text[ends[30] :] if one in text[: ends[30]] and one.isascii())
+    want = next(n for n in range(31, 41) if stop in text[ends[30] : ends[n]])
+    assert len(generate(model, prompt, stop=stop, **settings)) < 30
+    assert generate(model, prompt, stop=stop, min_tokens=30, **settings) == plain[:want]
+
+
+def test_a_stop_string_may_name_a_special_token(linear, tokenizer):
+    model = linear(vocab=len(tokenizer), group=8)
+    prompt = tokenizer("the quick")["input_ids"]
+    (end,) = tokenizer("<|endoftext|>")["input_ids"]
+    settings = {"max_new_tokens": 20, "stop_ids": (), "tokenizer": tokenizer}
+    bias = {"logit_bias": {end: 4.0}, "temperature": 1.0, "seed": 3}
+    plain = generate(model, prompt, **settings, **bias)
+    assert 0 < plain.index(end) < 18
+    for stop in ("<|endoftext|>", [tokenizer.decode(plain[: plain.index(end)]) + "<|endoftext|>"]):
+        found = generate(model, prompt, stop=stop, **settings, **bias)
+        assert found == plain[: plain.index(end) + 1]
+
+
+def test_equal_prompts_get_texts_of_their_own(linear):
+    """Each of which can be had again alone; with any drafter."""
+    model = linear()
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "seed": 5, "stop_ids": ()}
+    texts = generate(model, [PROMPT] * 4, **settings)
+    assert len(set(map(tuple, texts))) == 4
+    for drafter in (None, "ngram", model):
+        again = [generate(model, PROMPT, choice=i, drafter=drafter, **settings) for i in range(4)]
+        assert again == texts
+        assert generate(model, [PROMPT] * 2, choice=2, **settings) == texts[2:]
+    greedy = generate(model, [PROMPT] * 2, max_new_tokens=12)
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram", Random(61, seed=1)])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_gives_no_numbers(linear, tokenizer, drafter, temperature):
+    model = linear(vocab=len(tokenizer))
+    model.model.norm.weight.data[0] = float("nan")
+    settings = {"max_new_tokens": 9, "temperature": temperature, "drafter": drafter}
+    for stop in ((), "never there"):
+        with pytest.raises(
+            ModelError, match="the model gave NaN logits for position 3 of the text"
+        ):
+            linearized.generate(model, [1, 2, 3], stop=stop, tokenizer=tokenizer, **settings)
+
+
+def test_a_draft_that_gives_no_numbers_changes_nothing(linear):
+    model, draft = linear(), linear(layers=1)
+    draft.model.norm.weight.data[0] = float("nan")
+    for temperature in (0.0, 0.8):
+        settings = {"max_new_tokens": 12, "temperature": temperature}
+        want = generate(model, PROMPT, **settings)
+        assert generate(model, PROMPT, drafter=draft, **settings) == want
+
+
+def byte_fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """As Llama-2, Mistral and Gemma have it."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcde."]
+    vocab = {name: token for token, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<unk>", "<s>", "</s>"],
+    )  # fmt: skip
+
+
+def test_what_is_known_of_a_tokenizer(tokenizer):
+    plain, fallback = decoding(tokenizer), decoding(byte_fallback_tokenizer())
+    assert plain.hidden == {0: "<|endoftext|>"} and plain.joint is False
+    assert fallback.hidden == {0: "<unk>", 1: "<s>", 2: "</s>"} and fallback.joint is True
+    text = "a 😀日本.\n b"
+    ids = byte_fallback_tokenizer()(text)["input_ids"]
+    assert fallback(ids) == text
+    stream = Detokenizer(fallback)
+    assert "".join(map(stream.push, ids)) + stream.flush() == text
+    words = tokenizers.Tokenizer(models.WordPiece({"a": 0, "'": 1, "b": 2, "[UNK]": 3}))
+    words.decoder = decoders.WordPiece(cleanup=False)
+    cleaning = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", clean_up_tokenization_spaces=True
+    )
+    assert cleaning.decode([0, 1, 2]) == "a'b" and decoding(cleaning)([0, 1, 2]) == "a ' b"
 
 
 def test_arrays_and_tensors_are_prompts(linear):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from linearized.errors import ConfigError
 from linearized.speculative import Sampler, Sampling, TokenTree
 from linearized.speculative.noise import gumbel
+from linearized.speculative.sampling import NO_TOKEN, pick
 
 
 def test_noise_is_a_pure_function_of_its_key():
@@ -236,6 +237,17 @@ def test_noise_depends_on_seed_choice_and_position_alone():
     assert torch.equal(found[1], longer[0]) and not torch.equal(found[0], found[1])
     other = Sampling(temperature=1.0, seed=5, choice=1)
     assert not torch.isclose(scores(other, logits, paths=[(), ()]), found).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_best_token_or_none(dtype):
+    scores = torch.tensor([[1.0, 3, 3], [math.nan, 1, 2], [2, math.inf, 0], [-math.inf] * 3])
+    for rows, want in (
+        (scores, [1, NO_TOKEN, NO_TOKEN, NO_TOKEN]),
+        (scores[None, :1], [[1]]),
+        (torch.tensor([[-math.inf, -5, -math.inf]]), [1]),
+    ):
+        assert pick(rows.to(dtype)).tolist() == want
 
 
 @pytest.mark.parametrize(
