@@ -33,7 +33,7 @@ class LinearConfig:
 
     attention: str
     """`grouped`: exact inside the open group, a linear state for earlier ones. For the others see
-    `linearized/attention/VARIANTS.md`."""
+    `docs/variants.md`."""
     augment: bool = True
     """Add the masked depthwise convolution over values."""
     group: int = 64
