@@ -30,14 +30,21 @@ if not CUDA:
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 HERE = pytest.mark.skipif(CUDA, reason="kernels are compiled here, not interpreted")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+
+
+def setup(device: str, dtype: torch.dtype, backend: str | None, marks=()):
+    name = f"{device}-{dtype}-{backend or 'chosen'}".replace("torch.", "")
+    return pytest.param(device, dtype, backend, marks=marks, id=name)
+
+
 setups = pytest.mark.parametrize(
     ("device", "dtype", "backend"),
     [
-        pytest.param("cpu", torch.float32, None),
-        pytest.param("cpu", torch.float32, "triton", marks=HERE),
-        pytest.param("cpu", torch.bfloat16, None),
+        setup("cpu", torch.float32, None),
+        setup("cpu", torch.float32, "triton", HERE),
+        setup("cpu", torch.bfloat16, None),
         *(
-            pytest.param("cuda", dtype, backend, marks=GPU)
+            setup("cuda", dtype, backend, GPU)
             for dtype in (torch.float32, torch.bfloat16)
             for backend in (None, "triton")
         ),
