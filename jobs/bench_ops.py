@@ -40,7 +40,8 @@ class Setting:
     device: torch.device
     turns: int
     budget: float
-    """Seconds for one comparison; a contestant that would take longer for one turn is left out."""
+    """Seconds for one comparison. Softmax attention is left out where three turns would take
+    longer."""
 
     def draw(self, tokens: int) -> Tensor:
         shape = (1, self.heads, tokens, self.width)
@@ -52,7 +53,7 @@ class Setting:
         return alpha.to(self.dtype), taps.to(self.dtype)
 
     def ours(self) -> dict[str, str]:
-        """Our backends here, by the name in the table."""
+        """Our backends on this device, by their names in the tables."""
         if self.device.type == "cuda":
             return {"ours (triton)": "triton", "ours (chunks)": "cpu"}
         return {"ours": "cpu"}

@@ -213,7 +213,7 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _name(hint: Any) -> str:
-    """A type as one would write it."""
+    """The name of a type, as it is written in code."""
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint.__name__
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(hint))
