@@ -27,7 +27,7 @@ from jobs import measure
 from jobs.bench_models import twins_of
 from jobs.bench_ops import DTYPES
 from jobs.measure import Machine, Run, Timing, in_turns, last_line, show
-from linearized.interface import CACHE
+from linearized.cache import CACHE
 
 OURS, STATIC = "ours", "softmax, static cache"
 
