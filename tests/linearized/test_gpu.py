@@ -19,9 +19,12 @@ if not CUDA:
 
 import linearized  # noqa: E402
 from linearized.config import ATTENTIONS  # noqa: E402
+from linearized.fold import fold  # noqa: E402
 from linearized.models import new_parameters  # noqa: E402
 from linearized.speculative import Engine, Sampling, Text  # noqa: E402
 from linearized.speculative.noise import gumbel  # noqa: E402
+from linearized.step import step  # noqa: E402
+from linearized.tree import Tree  # noqa: E402
 
 if not CUDA:
     linearized.ops.choose("triton")
@@ -305,30 +308,31 @@ def test_same_bits_twice(linear, device, dtype, backend) -> None:
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-@pytest.mark.parametrize("backend", [None, "triton"])
-@pytest.mark.xfail(
-    raises=RuntimeError, strict=False, reason="paths and parents cross as Python lists"
-)
-def test_a_step_never_waits_for_the_device(linear, device, backend) -> None:
-    """Verifying a token and folding it in, after a first time that compiles kernels."""
-    model = twin(linear(dtype=torch.float32, group=16), device, torch.bfloat16, backend)
+@setups
+def test_a_step_never_waits_for_the_device(linear, device, dtype, backend) -> None:
+    """Verifying tokens and folding them in, once kernels are compiled; a GPU says if it waits."""
+    model = twin(linear(dtype=torch.float32, group=16), device, dtype, backend)
     state = linearized.new_state(model, batch_size=2)
     linearized.extend(model, tokens_of(2, 50).to(device), state)
-    token = torch.ones(2, 1, dtype=torch.int64, device=device)
-    parents = torch.full_like(token, -1)
+    tree = Tree.chain(torch.ones(2, 3, dtype=torch.int64, device=device))
 
-    def step() -> None:
-        _, pending = linearized.verify(model, token, parents, state)
-        linearized.commit(state, pending, [[0], [0]])
+    @torch.no_grad()
+    def advance() -> None:
+        found = step(model, tree, state)
+        assert found.fresh is not None
+        fold(state, found.fresh)
 
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    advance()
+    if device == "cpu":
+        advance()
+    else:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert state.length.tolist() == [56, 56]
 
 
 @pytest.mark.slow
