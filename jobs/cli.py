@@ -172,7 +172,7 @@ def _reason(error: pydantic.ValidationError) -> str:
 def _recipe(recipes: Mapping[str, Callable[[], Config]], name: str | None) -> Callable[[], Config]:
     choices = ", ".join(recipes)
     if name is None:
-        raise ConfigError(f"which recipe? There are {choices}; --help says more")
+        raise ConfigError(f"name a recipe: {choices}; --help describes them")
     if name not in recipes:
         raise ConfigError(f"unknown recipe {name!r}; choose from {choices}")
     return recipes[name]

@@ -103,7 +103,10 @@ class Workers:
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.cpus < 1:
-            raise ConfigError(f"workers need a count and cpus of at least 1, got {self}")
+            raise ConfigError(
+                "workers.count and workers.cpus must be at least 1, got "
+                f"{self.count} and {self.cpus}"
+            )
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"zero must be 0, 1, 2 or 3, got {self.zero}")
         if self.autocast and self.gpu:
