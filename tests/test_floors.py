@@ -136,6 +136,6 @@ def test_the_top_level_holds_what_it_should():
     top = {name.split("/")[0] for name in done.stdout.split()}
     allowed = {
         "cluster", "linearized", "jobs", "serve_apps", "tests", "pyproject.toml", "cluster.yaml",
-        "README.md", "LICENSE", "CHANGELOG.md", "Makefile", ".ci", ".gitignore",
+        "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "docs", ".ci", ".gitignore",
     }  # fmt: skip
     assert top <= allowed

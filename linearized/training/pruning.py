@@ -26,18 +26,19 @@ from linearized.training.objective import cross_entropy
 QKV, OUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
 UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 PER_HEAD = ("global", "grouped", "local")
-"""Attentions whose parameters have one row a head and nothing else."""
+"""Variants whose parameters have one row per head and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """What is kept."""
+    """How much of a model is kept."""
 
     layers: int
     kv_heads: int
-    """Key/value heads; the query heads that they serve stay with them."""
+    """Number of key/value heads that are kept in each layer, with the query heads that they serve.
+    """
     channels: int
-    """Of each feed-forward layer."""
+    """Number of channels that are kept in each feed-forward layer."""
 
 
 def prune(model: PreTrainedModel, batches: Iterable[Tensor], cut: Cut) -> PreTrainedModel:
