@@ -8,7 +8,7 @@ trying costs is bounded by that, whatever the drafter and however clocks err for
 
 from __future__ import annotations
 
-START = 3.0
+START = 2.0
 """Rounds that may be lost to find out."""
 MOST = 6.0
 """Rounds that a drafter who was good may lose until it is left alone. Chance alone seldom takes
@@ -19,9 +19,9 @@ TRIAL = 3
 """Rounds of a try. The first is an expensive one: a drafter reads what it has missed."""
 FIRST_REST, LAST_REST = 16, 512
 """Rounds without drafts until they are tried again. Each try that shows nothing doubles them."""
-FIRST_TURN, LAST_TURN = 64, 256
+FIRST_TURN, LAST_TURN = 128, 1024
 """Rounds with drafts until there are some without, to know what those take by now. They double."""
-PLAIN = 4
+PLAIN = 3
 """Such rounds. The first finds the processor's caches full of something else."""
 
 

@@ -51,7 +51,8 @@ def choose(logits: Tensor, texts: Sequence[Text], trees: Sequence[TokenTree]) ->
     width = logits.shape[1]
     flat = logits.flatten(0, 1)
     chosen, best = _best(flat)
-    rows, places = [], []
+    rows: list[int] = []
+    places: list[Place] = []
     for number, (text, tree) in enumerate(zip(texts, trees, strict=True)):
         if not text.sampling.is_plain:
             rows += range(number * width, number * width + 1 + len(tree))

@@ -14,6 +14,7 @@ the others, nor on what is drafted.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ class Engine:
         self.pool: Pool[Text] = Pool(model, _rows(model, rows, memory))
         self._clock: Clock | None = None
         self._now = clock_of(model.device)
-        self._longest = longest_text(model)
+        self._longest = longest_text(model) or sys.maxsize
         self._drafting = [Drafting(drafter, max_nodes, now=self._now) for drafter in drafters]
         self._chunk = chunk
         self._waiting: dict[Text, DecodeState | None] = {}
@@ -401,7 +402,7 @@ class Engine:
 
     def _is_too_long(self, text: Text) -> bool:
         """For the model's table of positions."""
-        return self._longest is not None and _length(text) > self._longest
+        return _length(text) > self._longest
 
     def _final(self, text: Text) -> int:
         """Tokens that it may have at the end, and a tree on top."""

@@ -10,7 +10,6 @@ from linearized.speculative.costs import Clock, Costs
 from linearized.speculative.drafters.base import Drafter
 from linearized.speculative.planner import Planner
 
-
 MOST = 64
 """Drafters that are remembered."""
 

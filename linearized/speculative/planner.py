@@ -13,16 +13,14 @@ from weakref import WeakKeyDictionary
 
 from linearized.speculative.account import Account
 from linearized.speculative.costs import Clock, Recent
-from linearized.speculative.record import LONG_MEMORY, Average, Record
+from linearized.speculative.record import Average, Record
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
 FOLLOW = 0.1
 """What a level costs, in tokens of a text, as long as it is not known."""
-KEPT = 30.0
-"""Tokens that promises count as kept for, before there was one."""
 SLOW = 1.5
-"""Times what such a round takes as a rule, beyond which it says nothing about drafts."""
+"""Times what such a round takes as a rule: what takes longer says nothing about drafts."""
 OPTIMISM = 0.7
 """Of one who has drafted nothing yet: is a guess right, given that all before it are?"""
 
@@ -48,12 +46,8 @@ class Planner:
         """Tokens a second, as it was planned last."""
         self._accounts: dict[int, Account] = defaultdict(Account)
         """By texts, halved again and again."""
-        self._kept: dict[int, Average] = defaultdict(Average)
-        """By depth: tokens that rounds gave, for each that was promised for their time."""
-        self._rates: dict[int, float] = {}
-        """By depth: tokens a second that such rounds should give, as it was planned last."""
-        self._spent, self._drafted = 0.0, 0
-        """Seconds of drafting in this round, and how deep."""
+        self._spent, self._usual = 0.0, 0.0
+        """Seconds of drafting in this round, and what it takes as a rule."""
         self._cold = True
 
     def depth(self, texts: Sequence[Text], batch: int) -> int:
@@ -90,8 +84,6 @@ class Planner:
             nodes = max(round(self._sizes[depth].mean(min(2 * depth, self._max_nodes))), 1)
             seconds = self._clock.seconds(batch, nodes, drafted=True)
             rate = expected / (seconds + self._drafting(len(texts), depth))
-            self._rates[depth] = rate
-            rate *= self._kept[depth].mean(1.0, KEPT)
             if rate > self._rate:
                 best, self._rate = depth, rate
         return best
@@ -102,13 +94,9 @@ class Planner:
         right."""
         plain = self._clock.seconds(batch, 0, drafted=False)
         usual = self._clock.seconds(batch, nodes, drafted=True)
-        seconds = min(seconds, SLOW * usual)
-        lost = self._spent + (seconds - plain) * texts / batch
-        self._account(batch).gained(tokens / batch - lost / plain)
-        kept, promised = self._kept[self._drafted], self._rates.get(self._drafted)
-        if promised is not None and texts == batch:
-            kept.fade(LONG_MEMORY)
-            kept.add(batch + tokens, promised * (self._spent + seconds))
+        total = min(self._spent + seconds, SLOW * (self._usual + usual))
+        own = (total - self._spent - plain) * texts / batch  # of verifying: for these texts
+        self._account(batch).gained(tokens / batch - (self._spent + own) / plain)
 
     def _account(self, batch: int) -> Account:
         return self._accounts[(batch - 1).bit_length()]
@@ -174,12 +162,12 @@ class Planner:
         levels, and on average so many nodes were worth verifying."""
         self._planned = None
         known = self._seconds[texts, depth]
-        self._spent, self._drafted = seconds, depth
+        self._spent = self._usual = seconds
         if self._cold:  # it had to read what it had missed
             self._cold = False
         else:
             if known:
-                self._spent = min(seconds, SLOW * known.median)
+                self._usual = known.median
             known.add(seconds)
             self._levels[texts].add(seconds / levels)
         self._sizes[depth].fade()
