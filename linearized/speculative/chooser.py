@@ -21,8 +21,8 @@ from linearized.speculative.sampling import noise, tempered
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
-BLOCK = 1 << 22
-"""Scores that are worked out at once; more do not fit the processor's caches."""
+BLOCK = 1 << 18
+"""Scores that are worked out at once on a CPU; more do not fit its caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,8 @@ def scored(
     """What the next tokens at these places are the argmax of: row `rows[i]` of logits [·, V] is of
     place i. In parts, as (which of the places, scores), in float32 at least for texts that adjust
     their logits, and in float64 for those that sample. `Sampler.scores` gives the same."""
-    for part in _parts(places, logits.shape[1]):
+    size = BLOCK if logits.device.type == "cpu" else 1 << 24
+    for part in _parts(places, max(size // logits.shape[1], 1)):
         some = logits[[rows[i] for i in part]]
         mine = places[part.start : part.stop]
         if mine[0].text.sampling.is_plain:
@@ -108,16 +109,15 @@ def scored(
         kind = adjusted[0].dtype
         for one in adjusted:
             kind = torch.promote_types(kind, one.dtype)
-        some = torch.cat([one.to(kind) for one in adjusted])
+        some = torch.cat([one.to(kind) for one in adjusted]) if len(adjusted) > 1 else adjusted[0]
         if mine[0].text.sampling.temperature:
             spots = [(p.text.sampler, len(p.text.tokens), len(p.path)) for p in mine]
             some = tempered(some, [place.text.sampling for place in mine]).add_(noise(spots, some))
         yield part, some
 
 
-def _parts(places: Sequence[Place], vocabulary: int) -> Iterator[range]:
-    """Neighbouring places of texts of one kind: plain, adjusted, sampled."""
-    most = max(BLOCK // vocabulary, 1)
+def _parts(places: Sequence[Place], most: int) -> Iterator[range]:
+    """Neighbouring places, so many at most, of texts of one kind: plain, adjusted, sampled."""
     kinds = [(p.text.sampling.is_plain, p.text.sampling.temperature > 0) for p in places]
     for start, stop in _runs(kinds):
         for begin in range(start, stop, most):

@@ -281,7 +281,7 @@ def test_what_was_learnt_is_kept_for_the_next_call(linear, monkeypatch):
     monkeypatch.setattr(Engine, "_rehearse", lambda it: (rehearsed.append(it), rehearse(it))[1])
     for drafter in (draft, "ngram", draft, "ngram", NgramDrafter(depth=3), draft):
         linearized.generate(model, [1, 2], max_new_tokens=9, drafter=drafter)
-    first, ngrams, again, more, other, last = engines
+    first, ngrams, _, _, other, _ = engines
     assert rehearsed == [first, ngrams, other]
     planners = [engine._drafting[0].planner for engine in engines]
     assert planners[0] is planners[2] is planners[5] and planners[1] is planners[3]
