@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
+import torch
 
 from linearized.speculative import Sampling, Text, TokenTree
-from linearized.speculative.costs import Clock, Costs
+from linearized.speculative.costs import Clock, Costs, clock_of
 from linearized.speculative.planner import Planner
 
 FLAT = Costs((1, 8), (1, 32), ((1.0, 2.0), (2.0, 6.0)))
@@ -252,3 +254,11 @@ def test_a_level_costs_what_its_time_gives_otherwise():
     for _ in range(4):
         planner.took(8, 1, 99.0, levels=1, nodes=1)
     assert planner.follow(8) == 1.0
+
+
+def test_a_devices_clock_is_read_once_it_is_idle(monkeypatch):
+    seen = []
+    monkeypatch.setattr("torch.accelerator.synchronize", seen.append)
+    assert clock_of(torch.device("cpu")) is time.perf_counter
+    now = clock_of(torch.device("cuda:1"))
+    assert now() <= now() and seen == [torch.device("cuda:1")] * 2
