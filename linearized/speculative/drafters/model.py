@@ -47,11 +47,11 @@ class ModelDrafter(Drafter):
         self._last: tuple[list[tuple[Growth, int]], Pending] | None = None
         """What it has keys and values of, on top of each state, and may be committed: so many
         tokens of these trees."""
-        self._given = ref(model)
+        self._given = model
 
     @property
     def identity(self) -> Hashable:
-        return type(self), self._given, self.depth, self.width, self.floor
+        return type(self), ref(self._given), self.depth, self.width, self.floor
 
     def join(self, model: PreTrainedModel, pool: Pool[Text]) -> None:
         """
