@@ -139,3 +139,21 @@ def test_the_top_level_holds_what_it_should():
         "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "docs", ".ci", ".gitignore",
     }  # fmt: skip
     assert top <= allowed
+
+
+def test_no_modules_of_speculation_import_each_other_in_a_circle():
+    """Engine, drafting, drafters and what is below them: each can be read after those it uses."""
+    package = "linearized.speculative"
+    files = {name: path for name, path in sources() if name.startswith(package)}
+    uses: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+                found |= names & files.keys()
+        uses[name] = found - {name}
+    while uses:
+        free = {name for name, used in uses.items() if not used & uses.keys()}
+        assert free, f"in a circle: {sorted(uses)}"
+        uses = {name: used for name, used in uses.items() if name not in free}

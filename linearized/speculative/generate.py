@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -15,7 +16,6 @@ from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, RequestError
 from linearized.medusa import MedusaHeads
 from linearized.packing import is_packed
-from linearized.speculative.costs import Costs
 from linearized.speculative.decoder import Decoder
 from linearized.speculative.drafters import (
     Drafter,
@@ -25,6 +25,7 @@ from linearized.speculative.drafters import (
     NgramDrafter,
 )
 from linearized.speculative.engine import Engine
+from linearized.speculative.experience import Experience
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Text
 
@@ -83,7 +84,8 @@ def generate(  # type: ignore[misc]
     `choice` + i, so equal prompts get different texts, and `generate(model, prompts[i],
     choice=choice + i, …)` gives one of them again. For the other parameters see `Sampling`.
     `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured before the first
-    token and kept for the next call; else all that is drafted. `on_tokens(index of the prompt, new
+    token and by what drafts really gave; both are kept for the next call. Without it, verify all
+    that is drafted. `on_tokens(index of the prompt, new
     ids)` is called as they come. On a CPU call `linearized.pack(model)` first, and maybe
     `linearized.compile(model)`: both make it faster.
 
@@ -125,33 +127,38 @@ def generate(  # type: ignore[misc]
     ]
     asked = drafters(drafter, model)
     engine = Engine(model, drafters=asked, rows=min(rows, max(len(texts), 1)))
-    if adaptive and asked:
-        engine.plan(_costs(engine, any(one.needs_hidden for one in asked)))
-    for text in texts:
-        engine.add(text)
-    index = {text: i for i, text in enumerate(texts)}
-    while engine.busy:
-        for text, piece in engine.step():
-            if on_tokens is not None and piece.tokens:
-                on_tokens(index[text], list(piece.tokens))
-            if text.error is not None:
-                raise text.error
+    with _planned(engine, asked) if adaptive and asked else nullcontext():
+        for text in texts:
+            engine.add(text)
+        index = {text: i for i, text in enumerate(texts)}
+        while engine.busy:
+            for text, piece in engine.step():
+                if on_tokens is not None and piece.tokens:
+                    on_tokens(index[text], list(piece.tokens))
+                if text.error is not None:
+                    raise text.error
     found = [text.new_tokens for text in texts]
     return found if many else found[0]
 
 
-_known: WeakKeyDictionary[PreTrainedModel, dict[object, Costs]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedModel, dict[object, Experience]] = WeakKeyDictionary()
 
 
-def _costs(engine: Engine, hidden: bool) -> Costs:
-    """Measured once for a model as it is."""
+@contextmanager
+def _planned(engine: Engine, asked: Sequence[Drafter]) -> Iterator[None]:
+    """What is learnt is kept for the next call with the same model as it is, rows and nodes."""
     model, rows, nodes = engine.model, engine.pool.num_rows, engine.max_nodes
     fast = is_packed(model), is_compiled(model), torch.get_num_threads()
+    hidden = any(one.needs_hidden for one in asked)
     key = rows, nodes, fast, hidden, model.device, model.dtype
     known = _known.setdefault(model, {})
-    if key not in known:
-        known[key] = engine.measure()
-    return known[key]
+    # Taken out meanwhile: a call in another thread learns by itself.
+    experience = known.pop(key, None) or Experience(engine.measure())
+    try:
+        engine.plan(experience)
+        yield
+    finally:
+        known[key] = experience
 
 
 def _plain(value: Any) -> Any:

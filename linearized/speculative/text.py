@@ -83,7 +83,7 @@ class Text:
         self.finished: str | None = None
         """`stop`: a stop token or string; `length`: as long as it may be; `error`: see there."""
         self.error: Exception | None = None
-        """What `decode` raised; or a ModelError: the model gave NaN or infinite logits."""
+        """What its prompt, its logits or `decode` raised."""
         self.hidden: Tensor | None = None
         """[C], of the model's last layer, from which the last token was chosen; for drafters that
         need it."""
@@ -222,11 +222,11 @@ class Text:
         behind = [0, *(1 + node for node in path)][: len(new)]
         log_p = logits[behind].double().log_softmax(1)
         best = log_p.topk(self.logprobs, dim=1)
+        taken = torch.tensor(new, dtype=torch.int64, device=log_p.device)[:, None]
+        columns = torch.cat([log_p.gather(1, taken), best.values, best.indices.double()], dim=1)
         return tuple(
-            Alternatives(float(row[token]), tuple(zip(ids, values, strict=True)))
-            for row, token, ids, values in zip(
-                log_p, new, best.indices.tolist(), best.values.tolist(), strict=True
-            )
+            Alternatives(row[0], tuple(zip(map(int, row[1 + k :]), row[1 : 1 + k], strict=True)))
+            for k, row in ((self.logprobs, row) for row in columns.tolist())  # one transfer
         )
 
 

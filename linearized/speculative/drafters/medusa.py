@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import ClassVar
+from weakref import ref
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +32,10 @@ class MedusaDrafter(Drafter):
         output_matrix(model)  # there is one
         self._output = model.get_output_embeddings()
         self._shapes: dict[tuple[int, int], Shape] = {}
+
+    @property
+    def identity(self) -> Hashable:
+        return type(self), ref(self.heads)
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:

@@ -371,3 +371,26 @@ def test_times_are_measured_once(linear, monkeypatch):
     assert len(measured) == 3
     linearized.generate(model, [1, 2, 3, 4], max_new_tokens=3, drafter=[])
     assert len(measured) == 3  # nobody drafts
+
+
+def test_what_was_learnt_is_kept_for_the_next_call(linear, monkeypatch):
+    """Drafters alike do not rehearse again, and are planned by who knows them."""
+    model, draft = linear(dtype=torch.float32), linear(layers=1, seed=3, dtype=torch.float32)
+    engines: list[Engine] = []
+    rehearsed: list[Engine] = []
+    plan, rehearse = Engine.plan, Engine._rehearse
+    monkeypatch.setattr(Engine, "plan", lambda it, known: (engines.append(it), plan(it, known))[1])
+    monkeypatch.setattr(Engine, "_rehearse", lambda it: (rehearsed.append(it), rehearse(it))[1])
+    for drafter in (draft, "ngram", draft, "ngram", NgramDrafter(depth=3), draft):
+        linearized.generate(model, [1, 2], max_new_tokens=9, drafter=drafter)
+    first, ngrams, _, _, other, _ = engines
+    assert rehearsed == [first, ngrams, other]
+    planners = [engine._drafting[0].planner for engine in engines]
+    assert planners[0] is planners[2] is planners[5] and planners[1] is planners[3]
+    assert len({*planners}) == 3
+    assert {engine._clock for engine in engines} == {first._clock}
+    assert not any(planner._texts for planner in planners)
+    with pytest.raises(ConfigError):  # and also after a call that failed
+        linearized.generate(model, [1, 2], max_new_tokens=9, drafter=draft, logit_bias={999: 1.0})
+    linearized.generate(model, [1, 2], max_new_tokens=9, drafter=draft)
+    assert len(rehearsed) == 3 and engines[-1]._drafting[0].planner is planners[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from linearized.errors import ConfigError
 from linearized.speculative import Sampler, Sampling, TokenTree
-from linearized.speculative.noise import gumbel
+from linearized.speculative.noise import gumbel, gumbel_of
 from linearized.speculative.sampling import NO_TOKEN, pick
 
 
@@ -192,11 +192,11 @@ def test_noise_is_worked_out_once_for_draft_and_target(monkeypatch):
     """Whichever level of a tree asks first."""
     rows = []
 
-    def counted(seed, positions, *args, **settings):
-        rows.extend(positions)
-        return gumbel(seed, positions, *args, **settings)
+    def counted(keys, *args, **settings):
+        rows.extend(position for _, _, position in keys)
+        return gumbel_of(keys, *args, **settings)
 
-    monkeypatch.setattr("linearized.speculative.sampling.gumbel", counted)
+    monkeypatch.setattr("linearized.speculative.sampling.gumbel_of", counted)
     sampler = Sampler(Sampling(temperature=1.0), num_prompt=1)
     text = [1]
     while len(text) < 60:
