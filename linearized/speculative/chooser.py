@@ -39,6 +39,8 @@ class Choice:
     """The accepted nodes of its tree."""
     new: list[int]
     """Their tokens, and one more."""
+    error: Exception | None = None
+    """Why there is none."""
 
 
 def choose(logits: Tensor, texts: Sequence[Text], trees: Sequence[TokenTree]) -> list[Choice]:

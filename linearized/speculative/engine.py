@@ -292,7 +292,7 @@ class Engine:
 
     def _take(self, batch: _Verified, drafts: dict[Text, list[Draft]]) -> Pieces:
         """Commit what is right, and let each text go on by it."""
-        choices = choose(batch.logits, batch.texts, batch.trees)
+        choices = _choices(batch)
         paths = [[0, *(1 + node for node in choice.path)] for choice in choices]
         try:
             with self._timed("commit"):
@@ -303,6 +303,9 @@ class Engine:
         for i, (text, tree, choice) in enumerate(
             zip(batch.texts, batch.trees, choices, strict=True)
         ):
+            if choice.error is not None:
+                pieces.append((text, text.fail(choice.error)))
+                continue
             if batch.pending.hidden is not None:
                 text.hidden = batch.pending.hidden[i, paths[i][-1]].clone()
             pieces.append((text, text.take(choice.new, tree, choice.path, batch.logits[i])))
@@ -410,6 +413,21 @@ class Engine:
         began = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - began
+
+
+def _choices(batch: _Verified) -> list[Choice]:
+    """All at once; one by one if that fails, so that only those at fault have an error."""
+    try:
+        return choose(batch.logits, batch.texts, batch.trees)
+    except Exception as error:
+        if len(batch.texts) == 1:
+            return [Choice([], [], error)]
+        log.exception("could not choose for %d texts at once; trying one by one", len(batch.texts))
+    found: list[Choice] = []
+    for i, (text, tree) in enumerate(zip(batch.texts, batch.trees, strict=True)):
+        alone = _Verified([text], [tree], batch.state, batch.logits[i : i + 1], batch.pending)
+        found += _choices(alone)
+    return found
 
 
 def _length(text: Text) -> int:
