@@ -176,7 +176,7 @@ def _transformers(
     settings = transformers.GenerationConfig(
         max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    model = _sharing(model)  # its attention is another one there
+    twin: Any = _sharing(model)  # its attention is another one there
     try:
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -184,12 +184,12 @@ def _transformers(
         config = ContinuousBatchingConfig(
             num_blocks=pages, max_batch_tokens=CHUNK, allow_block_sharing=False
         )
-        open_manager = model.continuous_batching_context_manager
+        open_manager = twin.continuous_batching_context_manager
     except (ImportError, TypeError, AttributeError):
 
         def one_by_one(prompts: Prompts) -> None:
             for prompt in prompts:
-                model.generate(torch.tensor([prompt]), generation_config=settings)
+                twin.generate(torch.tensor([prompt]), generation_config=settings)
 
         yield GENERATE, one_by_one
         return
