@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 import linearized
 from jobs import measure
-from jobs.bench_models import NODES, random_twins, read_prompt, state_of
+from jobs.bench_models import NODES, read_prompt, state_of, twins_of
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, show, show_bars
 from linearized.speculative import Engine, Sampling, Text
 
@@ -64,7 +64,7 @@ def main(
     console = measure.console()
     machine = Machine.measure(CPU, torch.float32)
     console.print(str(machine))
-    softmax, linear = random_twins(hidden, layers, CPU)
+    softmax, linear = twins_of(hidden, layers, CPU)
     models = {EAGER: linear, PACKED: _sharing(linear), BFLOAT16: _sharing(linear)}
     packing = _pack(models)
     for name, (seconds, size) in packing.items():
