@@ -9,7 +9,8 @@ one token. The twin runs transformers' own forward with SDPA: prefill in one for
 cache, decoding with a dynamic and with a static cache. "packed" has its weights laid out for the
 CPU (`linearized.pack`), the twin's just as ours. Contexts for decoding are not computed: the caches
 are filled with random numbers, and so is our state, whose size does not depend on the length that
-it is given. Prefill is computed in full. Ends with one line of JSON.
+it is given. Prefill is computed in full. Ends with one line of JSON. `jobs.bench_quick` prints the
+few ratios that tell machines apart, in a third of the time.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def _constant(
     """Our decoding at every context, in turns with itself, where no cache of a rival gets in
     between."""
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
-    states = {str(n): _state(linear, n) for n in sizes}
+    states = {str(n): state_of(linear, n) for n in sizes}
     runs: dict[str, Run] = {
         n: functools.partial(_ours, linear, token, state) for n, state in states.items()
     }
@@ -171,7 +172,7 @@ def _decode(
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
     softmax, linear = twins[""]
     state, dynamic, static = (
-        _state(linear, context),
+        state_of(linear, context),
         _dynamic(softmax, context),
         _static(softmax, context),
     )
@@ -212,7 +213,7 @@ def _with_static(
     model(input_ids=token, position_ids=position, use_cache=True, **{CACHE: cache})
 
 
-def _state(linear: PreTrainedModel, context: int) -> linearized.DecodeState:
+def state_of(linear: PreTrainedModel, context: int) -> linearized.DecodeState:
     """Of a text of this length, in the middle of a group."""
     state = linearized.new_state(linear)
     tensors = state.layers.tensors()
@@ -263,7 +264,7 @@ def _trees(
     """Trees of some nodes, verified by the whole model."""
     runs: dict[str, Run] = {}
     for kind, (_, linear) in twins.items():
-        state = _state(linear, context)
+        state = state_of(linear, context)
         for nodes in NODES:
             parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]], device=device)
             tokens = torch.ones_like(parents)
@@ -283,7 +284,7 @@ def _prefill(
     for kind, (softmax, linear) in twins.items():
         if kind == COMPILED:  # that is for steps
             continue
-        runs[OURS + kind] = functools.partial(_read, linear, prompt, chunk)
+        runs[OURS + kind] = functools.partial(read_prompt, linear, prompt, chunk)
         if tokens <= LONG or not kind:
             runs[SOFTMAX + kind] = functools.partial(_forward, softmax, prompt)
     warm = tokens <= LONG  # the shorter ones have warmed up the longer
@@ -291,7 +292,7 @@ def _prefill(
     return {"time": in_turns(runs, turns=turns, budget=budget, device=device, warm=warm)}
 
 
-def _read(model: PreTrainedModel, prompt: Tensor, chunk: int) -> None:
+def read_prompt(model: PreTrainedModel, prompt: Tensor, chunk: int) -> None:
     state = linearized.new_state(model)
     for part in prompt.split(chunk, dim=1):
         linearized.extend(model, part, state, logits_to_keep=1)

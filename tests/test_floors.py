@@ -55,6 +55,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.medusa": 2,
     "linearized.packing": 2,
     "linearized.documents": 1,
+    "linearized.products": 1,
     "linearized.tree": 1,
     "linearized.head": 1,
     "linearized.config": 1,

@@ -185,6 +185,20 @@ def test_heads_survive_saving_and_know_their_target(linear, tmp_path):
         MedusaHeads.from_pretrained(tmp_path / "nowhere")
 
 
+def test_heads_keep_their_type_on_a_target_of_another(linear):
+    model = linear(dtype=torch.float32)
+    heads = random_heads(model)
+    assert MedusaDrafter(model, heads).heads is heads
+    double = linear(dtype=torch.float64)
+    heads.target = linearized.fingerprint(double)
+    before = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
+    drafter = MedusaDrafter(double, heads)
+    assert all(tensor.dtype == torch.float64 for tensor in drafter.heads.parameters())
+    assert drafter.heads.accuracies == heads.accuracies
+    for name, tensor in heads.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+
+
 def test_untrained_heads_guess_what_the_target_does(linear):
     model = linear(dtype=torch.float32)
     heads = MedusaHeads.on(model, 2, linearized.fingerprint(model))
