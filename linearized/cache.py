@@ -60,7 +60,7 @@ class StateCache(Cache):
 def _before_forward(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Give `generate()` of transformers a state instead of its key/value cache, and packed
+    """Give `generate()` of transformers a state instead of its key/value cache, and several
     documents their positions."""
     segments = kwargs.get("segment_ids")
     if segments is not None:
