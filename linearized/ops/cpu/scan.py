@@ -39,8 +39,41 @@ def scan(
         memory = k.new_zeros(*k.shape[:2], form.features, v.shape[3], dtype=wide)
     if before is None:
         before = v.new_zeros(*v.shape[:2], walk.num_tail, v.shape[3])
-    out: Tensor = _Scan.apply(walk, q, k, v, alpha, taps, memory, before)
+    inputs = (q, k, v, alpha, taps, memory, before)
+    learns = any(x is not None and x.requires_grad for x in inputs)
+    if not learns or not torch.is_grad_enabled():
+        return _walk(walk, *inputs)[0]
+    out: Tensor = _Scan.apply(walk, *inputs)
     return out
+
+
+def _walk(
+    walk: Walk,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    memory: Tensor,
+    before: Tensor,
+    *,
+    keeps: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs, and the memory before each segment and after the last, if they are to be kept: a
+    gradient needs them, and they take room that grows with the tokens."""
+    memories = [memory] if keeps else []
+    batch, heads, num_slots, _ = q.shape
+    # Heads beside each other in memory, where models want them.
+    out = v.new_empty(batch, num_slots, heads, _out_width(walk.form, q, v)).transpose(1, 2)
+    for first, last in walk.segments():
+        part = slice(first * walk.chunk, last * walk.chunk)
+        past = _past(v, before, part.start, walk.num_tail)
+        out[:, :, part], memory = attend_segment(
+            q[:, :, part], k[:, :, part], v[:, :, part], alpha, taps, memory, past, walk, first
+        )
+        if keeps:
+            memories.append(memory)
+    return out, memories
 
 
 class _Scan(torch.autograd.Function):
@@ -58,17 +91,7 @@ class _Scan(torch.autograd.Function):
         memory: Tensor,
         before: Tensor,
     ) -> Tensor:
-        memories = [memory]
-        batch, heads, num_slots, _ = q.shape
-        # Heads beside each other in memory, where models want them.
-        out = v.new_empty(batch, num_slots, heads, _out_width(walk.form, q, v)).transpose(1, 2)
-        for first, last in walk.segments():
-            part = slice(first * walk.chunk, last * walk.chunk)
-            past = _past(v, before, part.start, walk.num_tail)
-            out[:, :, part], memory = attend_segment(
-                q[:, :, part], k[:, :, part], v[:, :, part], alpha, taps, memory, past, walk, first
-            )
-            memories.append(memory)
+        out, memories = _walk(walk, q, k, v, alpha, taps, memory, before, keeps=True)
         ctx.walk = walk
         ctx.save_for_backward(q, k, v, alpha, taps, before, *memories)
         return out
