@@ -1,0 +1,88 @@
+"""Several documents in one row: the ways in which transformers' users say where they begin, as
+`segment_ids`. Knows keyword arguments; knows nothing of attention.
+
+B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linearized.errors import ModelError
+
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_PACKING = (*_BOUNDS, "max_length_q", "max_length_k", "seq_idx")
+"""What transformers' collators hand to models whose kernels know packed rows."""
+
+
+def with_segments(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward without a state, whose documents are told apart by `segment_ids`
+    [B, T] and have positions of their own. Documents are also known by `cu_seq_lens_q`, by
+    `seq_idx`, or, where no attention mask is given, by `position_ids` that do not go on."""
+    segments = _segments(kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in _PACKING}
+    if segments is None:
+        return kwargs
+    if kwargs.get("position_ids") is None and _takes_positions(module):
+        kwargs["position_ids"] = _positions(segments)
+    return {**kwargs, "segment_ids": segments}
+
+
+def refuse_documents(kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        ModelError: several documents are to go into one state.
+    """
+    given = [name for name in ("segment_ids", *_PACKING) if kwargs.get(name) is not None]
+    if given:
+        raise ModelError(
+            f"{given[0]} puts several documents in a row, and a decode state holds one: decode "
+            "them in rows of their own, or call the model with use_cache=False"
+        )
+
+
+def _segments(kwargs: dict[str, Any]) -> Tensor | None:
+    """[B, T], or None: one document a row."""
+    if kwargs.get("segment_ids") is not None:
+        segments: Tensor = kwargs["segment_ids"]
+        return segments
+    rows, num_tokens, device = _shape(kwargs)
+    bounds = [kwargs[name] for name in _BOUNDS if kwargs.get(name) is not None]
+    if bounds:
+        if rows != 1:
+            raise ModelError(f"cu_seq_lens_q cuts one row into documents, got {rows} rows")
+        columns = torch.arange(num_tokens, device=device)
+        return torch.bucketize(columns, bounds[0][1:].to(device), right=True)[None]
+    if kwargs.get("seq_idx") is not None:
+        return kwargs["seq_idx"].expand(rows, -1)
+    positions = kwargs.get("position_ids")
+    if positions is None or positions.ndim != 2 or kwargs.get("attention_mask") is not None:
+        return None
+    breaks = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0))
+    if torch.compiler.is_compiling() or bool(breaks.any()):
+        return breaks.long().cumsum(1).expand(rows, -1)
+    return None
+
+
+def _shape(kwargs: dict[str, Any]) -> tuple[int, int, torch.device]:
+    given = kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if given is None:  # an encoder-decoder model, whose stacks are asked in their turn
+        return 1, 0, torch.device("cpu")
+    return given.shape[0], given.shape[1], given.device
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _positions(segments: Tensor) -> Tensor:
+    """[B, T], from 0 in each document."""
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return columns - torch.where(new, columns, 0).cummax(1).values
