@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -16,10 +17,11 @@ from transformers.modeling_utils import PreTrainedModel
 from linearized.allocation import check_state, new_state
 from linearized.callbacks import last, make_mask
 from linearized.context import Context
-from linearized.documents import refuse_documents, with_segments
 from linearized.errors import ModelError
 from linearized.fold import fold
+from linearized.rows import lay_out, positions_after, refuse_documents, takes_positions
 from linearized.state import DecodeState, Fresh
+from linearized.tables import check_length
 
 CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
 """What transformers calls it: `past_key_values` before 5.24, where that name still works."""
@@ -28,10 +30,12 @@ HELD = 256
 more than anybody drafts."""
 
 
-def let_generate(model: PreTrainedModel) -> None:
-    """Make `generate()` of transformers decode with a state."""
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward, with_kwargs=True)
+def let_generate(model: PreTrainedModel) -> list[RemovableHandle]:
+    """Make `generate()` of transformers decode with a state. Returns the hooks that do it."""
+    return [
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        model.register_forward_hook(_after_forward, with_kwargs=True),
+    ]
 
 
 class StateCache(Cache):
@@ -140,7 +144,7 @@ def _before_forward(
     if torch.is_grad_enabled() and going_on:
         raise ModelError("decoding from a state has no gradient: use torch.no_grad()")
     if torch.is_grad_enabled() or cache is None:
-        return (), with_segments(module, kwargs)
+        return (), lay_out(module, kwargs)
     refuse_documents(kwargs)
     inputs = kwargs.get("input_ids")
     inputs = kwargs["inputs_embeds"] if inputs is None else inputs
@@ -157,6 +161,9 @@ def _before_forward(
     if cache.encoded:  # cross attention has its memory, and needs no more than the shape
         changed["encoder_hidden_states"] = kwargs["encoder_hidden_states"][:, :1]
         changed["encoder_attention_mask"] = None
+    if kwargs.get("position_ids") is None and takes_positions(module):
+        there = mask if mask is not None else inputs.new_ones(rows, num_tokens, dtype=torch.bool)
+        changed["position_ids"] = positions_after(state.length, there)
     context = Context(state=state, mask=mask, owner=module, encoding=encoding,
                       num_tokens=num_tokens)  # fmt: skip
     return (), {**kwargs, **changed, "linear_context": context}
@@ -180,10 +187,11 @@ def _check(
 ) -> None:
     """
     Raises:
-        StateError: another model's state.
+        StateError: another model's state, or a text longer than the model's positions.
         ModelError: the input does not follow what the cache has seen.
     """
     check_state(module, cache.state)
+    check_length(module, cache.state, num_tokens)
     if rows != cache.batch_size:
         raise ModelError(f"the cache holds {cache.batch_size} rows, the input has {rows}")
     wanted = cache.seen + num_tokens

@@ -1,5 +1,6 @@
-"""Several documents in one row: the ways in which transformers' users say where they begin, as
-`segment_ids`. Knows keyword arguments; knows nothing of attention.
+"""How tokens lie in the rows of a batch: padding, several documents in one row, and the positions
+that follow from both. Knows the ways in which transformers' users say so; knows nothing of
+attention.
 
 B batch, T tokens.
 """
@@ -14,23 +15,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearized.errors import ModelError
+from linearized.slots import attention_modules, slot_of
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _PACKING = (*_BOUNDS, "max_length_q", "max_length_k", "seq_idx")
 """What transformers' collators hand to models whose kernels know packed rows."""
 
 
-def with_segments(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward without a state, whose documents are told apart by `segment_ids`
-    [B, T] and have positions of their own. Documents are also known by `cu_seq_lens_q`, by
-    `seq_idx`, or, where no attention mask is given, by `position_ids` that do not go on."""
+def lay_out(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward without a state, where `segment_ids` [B, T] tell documents apart,
+    and `position_ids` count tokens from 0 in each of them, padding left out. Documents are also
+    known by `cu_seq_lens_q`, by `seq_idx`, or, where no attention mask is given, by `position_ids`
+    that do not go on."""
     segments = _segments(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in _PACKING}
-    if segments is None:
-        return kwargs
-    if kwargs.get("position_ids") is None and _takes_positions(module):
-        kwargs["position_ids"] = _positions(segments)
-    return {**kwargs, "segment_ids": segments}
+    if segments is not None:
+        kwargs["segment_ids"] = segments
+    if kwargs.get("position_ids") is None and takes_positions(module):
+        mask = kwargs.get("attention_mask")
+        if segments is not None:
+            kwargs["position_ids"] = _in_documents(segments)
+        elif is_padded(mask) and any(map(slot_of, attention_modules(module))):
+            kwargs["position_ids"] = positions_after(None, mask)
+    return kwargs
+
+
+def is_padded(mask: Tensor | None) -> bool:
+    """Does it leave out any token?"""
+    return mask is not None and mask.ndim == 2 and not bool(mask.all())
+
+
+def positions_after(length: Tensor | None, mask: Tensor) -> Tensor:
+    """[B, T], of the tokens that `mask` [B, T] keeps, after `length` [B] others."""
+    counted = mask.long().cumsum(1) - 1
+    return (counted if length is None else counted + length[:, None]).clamp(min=0)
+
+
+def takes_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def refuse_documents(kwargs: dict[str, Any]) -> None:
@@ -77,11 +99,7 @@ def _shape(kwargs: dict[str, Any]) -> tuple[int, int, torch.device]:
     return given.shape[0], given.shape[1], given.device
 
 
-def _takes_positions(module: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(module.forward).parameters
-
-
-def _positions(segments: Tensor) -> Tensor:
+def _in_documents(segments: Tensor) -> Tensor:
     """[B, T], from 0 in each document."""
     columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
