@@ -30,9 +30,7 @@ def crossing(request):
     config = getattr(transformers, f"{request.param}Config")(**SIZES)
     torch.manual_seed(0)
     made = transformers.AutoModelForSeq2SeqLM.from_config(config).double().eval()
-    return linearized.linearize(
-        made, linearized.LinearConfig(attention="grouped", group=8, taps=5)
-    )
+    return linearized.linearize(made, linearized.LinearConfig(attention="grouped", group=8, taps=5))
 
 
 @torch.no_grad()
