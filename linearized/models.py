@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from linearized import compiled, ops
 from linearized.allocation import check_state, new_state
@@ -26,6 +24,7 @@ from linearized.config import LinearConfig
 from linearized.context import Context
 from linearized.errors import ModelError, StateError
 from linearized.fold import accept, fold
+from linearized.folder import load
 from linearized.identity import fingerprint, forget
 from linearized.probe import probe, probe_softmax
 from linearized.rope import fix_rope
@@ -106,43 +105,6 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     weights = itertools.chain(model.parameters(), model.buffers())
     twin = copy.deepcopy(model, {id(weight): weight for weight in weights})
     return linearize(twin, LinearConfig(attention="grouped", layers=()))
-
-
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model, linearized or not, from a Hugging Face folder or name, in eval mode: of the class
-    that it was saved from, a causal language model if its config names none.
-
-    Raises:
-        ModelError: there is none, or its weights do not fit its config.
-    """
-    show = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        kind = _architecture(transformers.AutoConfig.from_pretrained(path))
-        opened: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"cannot load a model from {path}: {reason}") from error
-    finally:
-        if show:
-            hf_logging.enable_progress_bar()
-    model, info = opened
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{path} lacks {len(missing)} of the weights its config asks for, among them "
-            f"{', '.join(missing[:3])}"
-        )
-    return cast(PreTrainedModel, model.eval())
-
-
-def _architecture(config: Any) -> Any:
-    """The class of transformers that a config names."""
-    for name in config.architectures or ():
-        kind = getattr(transformers, name, None)
-        if kind is not None:
-            return kind
-    return transformers.AutoModelForCausalLM
 
 
 def set_backend(model: PreTrainedModel, backend: str | None) -> None:

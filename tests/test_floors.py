@@ -16,7 +16,7 @@ linearized/attention/
 linearized/ops/
 linearized/tables.py
 linearized/state.py
-linearized/tree.py  linearized/config.py  linearized/rope.py
+linearized/tree.py  linearized/config.py  linearized/folder.py  linearized/rope.py
 linearized/errors.py
 """
 
@@ -61,6 +61,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.packing": 2,
     "linearized.tree": 1,
     "linearized.config": 1,
+    "linearized.folder": 1,
     "linearized.rope": 1,
     "linearized.errors": 0,
 }
