@@ -44,9 +44,9 @@ class StateCache(Cache):
     as assisted generation does with drafts that were wrong."""
 
     is_croppable = True
-    is_linear = (False,)
-    """transformers leaves out of its input what a cache has seen unless all its layers are
-    `linear`, its word for those that cannot go back."""
+    is_linear = [False]  # noqa: RUF012, as transformers has it
+    """transformers leaves out of its input what a cache has seen, unless all layers are `linear`,
+    its word for those that cannot go back."""
 
     def __init__(self, state: DecodeState) -> None:
         super().__init__(layers=[])

@@ -56,7 +56,8 @@ def attend(
             f"{type(module).__name__} got an attention mask of {attention_mask.ndim} dimensions; a "
             "linearized model takes [rows, tokens], which says what is padding, and segment_ids"
         )
-    attention, slot = getattr(module, SUBMODULE, None), slot_of(module)
+    attention: Any = getattr(module, SUBMODULE, None)
+    slot = slot_of(module)
     variant = variant_of(module)
     if isinstance(variant, CrossAttention):
         if linear_context is not None and slot is not None:

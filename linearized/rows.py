@@ -35,14 +35,14 @@ def lay_out(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         mask = kwargs.get("attention_mask")
         if segments is not None:
             kwargs["position_ids"] = _in_documents(segments)
-        elif is_padded(mask) and any(map(slot_of, attention_modules(module))):
+        elif mask is not None and is_padded(mask) and any(map(slot_of, attention_modules(module))):
             kwargs["position_ids"] = positions_after(None, mask)
     return kwargs
 
 
-def is_padded(mask: Tensor | None) -> bool:
-    """Does it leave out any token?"""
-    return mask is not None and mask.ndim == 2 and not bool(mask.all())
+def is_padded(mask: Tensor) -> bool:
+    """Does it say which tokens are padding, and are any?"""
+    return mask.ndim == 2 and not bool(mask.all())
 
 
 def positions_after(length: Tensor | None, mask: Tensor) -> Tensor:

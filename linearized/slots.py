@@ -133,7 +133,7 @@ def heads_of(module: nn.Module, config: Any) -> tuple[int, int, int]:
 def _inside(wrapper: nn.Module) -> nn.Module | None:
     """The module that a wrapper calls now: the copy of its active adapter, if it has any."""
     copies = getattr(wrapper, "modules_to_save", {})
-    active = getattr(wrapper, "active_adapters", None) or getattr(wrapper, "active_adapter", ())
+    active: Any = getattr(wrapper, "active_adapters", ()) or getattr(wrapper, "active_adapter", ())
     if not getattr(wrapper, "disable_adapters", False):
         for name in [active] if isinstance(active, str) else active:
             if name in copies:

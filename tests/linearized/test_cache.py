@@ -56,6 +56,25 @@ def test_a_softmax_assistant(model, llama, seed):
     assert torch.equal(found, plain(model, PROMPT))
 
 
+def test_flash_takes_drafts_back(llama):
+    """Channels that come from the token before go back with it."""
+    torch.manual_seed(0)
+    flash = linearized.FlashForCausalLM(
+        linearized.FlashConfig(
+            vocab_size=61,
+            hidden_size=32,
+            num_hidden_layers=2,
+            head_dim=16,
+            group=8,
+            taps=5,
+            initializer_range=0.3,
+        )  # fmt: skip
+    ).double()
+    want = plain(flash.eval(), PROMPT)
+    for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": llama().double()}):
+        assert torch.equal(flash.generate(PROMPT, max_new_tokens=24, **drafts, **GREEDY), want)
+
+
 def test_a_linear_assistant_cannot_take_back_several_forwards(model, llama):
     target = llama(seed=3).double()
     model.generation_config.assistant_confidence_threshold = 0.0
