@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from linearized.attention import CrossAttention, softmax_attention
+from linearized.attention import CrossAttention, LinearAttention, softmax_attention
 from linearized.context import Context
 from linearized.errors import ModelError
 from linearized.slots import NAME, SUBMODULE, slot_of, variant_of
@@ -71,13 +71,8 @@ def attend(
     if variant is None:
         _refuse(module, {"position_bias": position_bias})
     else:
-        changed = None if causal == variant.causal else causal
         _refuse(module, {"sliding_window": sliding_window})
-        if changed is not None:
-            raise ModelError(
-                f"{type(module).__name__} was linearized with is_causal={variant.causal} and is "
-                f"called with is_causal={changed}"
-            )
+        _check(module, variant, q, k, v, causal)
     softmax: dict[str, Any] = {
         "causal": causal,
         "scaling": scaling,
@@ -124,6 +119,27 @@ def no_position_bias(
     if "position_bias" not in kwargs or kwargs["position_bias"] is not None:
         return None
     return args, {**kwargs, "position_bias": next(module.parameters()).new_zeros(1, 1, 1, 1)}
+
+
+def _check(
+    module: nn.Module, variant: LinearAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool
+) -> None:
+    """Raises ModelError if a module calls its linear attention as another than it was made for."""
+    name, place = type(module).__name__, variant.place
+    found = q.shape[1], k.shape[1], k.shape[3], v.shape[3]
+    made = place.heads, place.kv_heads, place.width, place.value_width
+    if found != made:
+        raise ModelError(
+            "{} has {} query heads and {} of keys and values, of widths {} and {}; ".format(
+                name, *found
+            )
+            + "its config promises {}, {}, {} and {}".format(*made)
+        )
+    if causal != variant.causal:
+        raise ModelError(
+            f"{name} was linearized with is_causal={variant.causal} and is called with "
+            f"is_causal={causal}"
+        )
 
 
 def _refuse(module: nn.Module, arguments: dict[str, Any]) -> None:

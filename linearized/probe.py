@@ -19,8 +19,9 @@ from linearized.tables import context_limit
 NUM_TOKENS = 12
 SPLIT = 7
 """Tokens that are read before the others."""
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2}
-"""Of a logit, as a share of the largest; angles of positions are float32 in every model."""
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2}
+"""Of all logits, as a relative norm; 0.2 in other types, where rounding sends tokens to other
+experts. Angles of positions are float32 in every model."""
 
 Decode = Callable[[PreTrainedModel, list[Tensor]], Tensor]
 
@@ -104,9 +105,9 @@ def _decodes(model: PreTrainedModel) -> bool:
 def _compare(found: Tensor, wanted: Tensor, reason: str) -> None:
     if not wanted.isfinite().all():
         return  # weights that are not those of a model yet
-    error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-    if not error < _TOLERANCE.get(wanted.dtype, 5e-2):
-        raise ModelError(f"{reason} (logits differ by {error:.2g} of the largest)")
+    error = float((found - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
+    if not error < _TOLERANCE.get(wanted.dtype, 0.2):
+        raise ModelError(f"{reason} (logits differ by {error:.2g}, as a relative norm)")
 
 
 @contextlib.contextmanager

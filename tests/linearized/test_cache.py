@@ -68,7 +68,7 @@ def test_flash_takes_drafts_back(llama):
             group=8,
             taps=5,
             initializer_range=0.3,
-        )  # fmt: skip
+        )
     ).double()
     want = plain(flash.eval(), PROMPT)
     for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": llama().double()}):

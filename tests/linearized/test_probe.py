@@ -25,7 +25,7 @@ REFUSED = {
     "Lfm2": ({"layer_types": ["conv", "full_attention"]}, "kind conv"),
     "Jamba": ({"num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2,
                "mamba_d_state": 4, "mamba_dt_rank": 4}, "kind linear_attention"),
-    "DeepseekV3": (LATENT, "key width"),
+    "DeepseekV3": (LATENT, "of widths 16 and 8; its config promises"),
     "StableLm": ({}, "0 of 2 linear layers found the decode state"),
     "GptOss": ({**EXPERTS, "layer_types": ["full_attention"] * 2}, "GptOssAttention.*`s_aux`"),
 }  # fmt: skip
