@@ -1,6 +1,7 @@
 # make demo    the main job on this machine: train, linearize, serve, report (FRESH=1 starts over,
 #              MODEL=path linearizes that Hugging Face folder instead of a model trained here)
 # make test    the tests;  make test-all    those that take long, too
+# make bench-quick   the few ratios that tell how fast this machine is, in four minutes
 # make check   formatting, lint, types, import floors
 # Every target first builds .venv from pyproject.toml, once.
 
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all check setup clean
+.PHONY: demo test test-all bench-quick check setup clean
 
 demo: $(STAMP)
 	@$(PY) -m jobs.demo demo $(if $(filter-out 0,$(FRESH)),fresh=true) $(if $(MODEL),model=$(MODEL))
@@ -19,6 +20,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	@$(PY) -m pytest -m "not gpu or gpu"
+
+bench-quick: $(STAMP)
+	@$(PY) -m jobs.bench_quick
 
 check: $(STAMP)
 	@$(PY) -m ruff format --check .

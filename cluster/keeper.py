@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 MARKER = "LINEARIZED_CLUSTER"
-"""Set to the folder's path in every process that belongs to it."""
+"""Environment variable that holds the folder's path in every process that belongs to it."""
 GRACE_S = 4.0
 """How long the command may take to end its tree by itself. An idle Ray head needs three seconds;
 one with a running job waits for that job until it is killed."""
@@ -58,7 +58,7 @@ def keep(folder: Path, log: Path, command: Sequence[str]) -> int:
 
 
 def members(folder: Path) -> list[psutil.Process]:
-    """Every live process of this folder's tree."""
+    """All live processes that belong to this folder."""
     found = []
     for process in psutil.process_iter():
         # Another user's process, or one that has just ended, is not ours.

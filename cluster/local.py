@@ -30,7 +30,7 @@ from cluster import keeper
 from linearized.errors import ClusterError
 
 START_S = 90.0
-"""A head that has not answered by then does not come up."""
+"""Seconds that the head may take to answer."""
 STOP_S = 30.0
 
 _QUIET = {
@@ -51,16 +51,16 @@ class LocalCluster:
     """
 
     address: str
-    """GCS, as `ray.init` takes it."""
+    """Address of the cluster, for `ray.init`."""
     dashboard: str
-    """Also where jobs are submitted."""
+    """Address of the dashboard, to which jobs are submitted."""
     http_port: int
-    """Free for Serve's HTTP proxy."""
+    """A free port for Serve's HTTP proxy."""
     token: str
     temp: Path
     log: Path
     env: dict[str, str]
-    """What a driver or a `ray` command needs in its environment to reach this cluster."""
+    """Environment variables with which a driver or a `ray` command reaches this cluster."""
 
     def __init__(
         self,

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from cluster.display import Display
 
 INTERVAL_S = 0.25
-"""At most one line of a stage in this time; the first and the last are always said."""
+"""A stage prints at most one line in this many seconds. Its first and last lines are always
+printed."""
 
 # Ray puts "(RayTrainWorker pid=123) ", coloured or not, before what a worker prints.
 _LINE = re.compile(r"^(?:\x1b\[[0-9;]*m)*(?:\([^()]*\))?(?:\x1b\[[0-9;]*m)* ?::(\w+) (.*)$")
@@ -37,17 +38,17 @@ class Event:
     state: Literal["running", "done", "failed"] = "running"
     done: float = 0
     total: float | None = None
-    """None: nobody knows."""
+    """The amount at the end. None means that it is not known."""
     unit: str = ""
     seconds: float = 0.0
-    """Since the stage began, by the job's clock."""
+    """Seconds since the stage began, by the job's clock."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Of progress: its last measurements. Of a result: the result."""
+    """The last measurements of a progress event, or the result itself of a result event."""
     text: str = ""
-    """Of a note."""
+    """The text of a note."""
 
     def line(self) -> str:
-        """What `parse` turns into this event again."""
+        """The event as one line, which `parse` reads back."""
         if self.kind == "note":
             return f"::note {self.text}"
         if self.kind == "result":
@@ -57,7 +58,8 @@ class Event:
 
 
 class Progress:
-    """One stage of a job, from `with` to its end. `quiet` says nothing: for all ranks but one."""
+    """Reports the progress of one stage of a job, as a context manager. With `quiet` it prints
+    nothing, which is for all ranks but one."""
 
     def __init__(
         self, stage: str, *, total: float | None = None, unit: str = "", quiet: bool = False
@@ -73,7 +75,8 @@ class Progress:
         return self
 
     def update(self, done: float, **values: Any) -> None:
-        """`done` in all, of `total`; `values` are numbers or short strings to show beside it."""
+        """Report that `done` of `total` is done. `values` are numbers or short strings that are
+        shown beside it."""
         self._done = _plain(done)
         self._values.update({name: _plain(value) for name, value in values.items()})
         if time.perf_counter() - self._said >= INTERVAL_S:
@@ -106,12 +109,12 @@ class Progress:
 
 
 def note(text: str) -> None:
-    """One line for the user."""
+    """Print one line for the user."""
     _emit(Event(kind="note", text=" ".join(text.split())))
 
 
 def result(values: Mapping[str, Any]) -> None:
-    """What the job found out, as anything that JSON can hold."""
+    """Report the job's result, which JSON must be able to hold."""
     _emit(Event(kind="result", values=dict(values)))
 
 

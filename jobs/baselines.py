@@ -5,6 +5,8 @@ B batch, H heads, T tokens, D width, G group size, C groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,8 +38,32 @@ def einsum(q: Tensor, k: Tensor, v: Tensor, *, alpha: Tensor, taps: Tensor, grou
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's fused kernel, causal."""
+    """Causal softmax attention by torch's fused kernel. All tensors are [B, H, T, D]."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def fla() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The nearest operators of flash-linear-attention by name, in their chunked forms; none where
+    it is not installed. They take and give [B, T, H, D]. They have no exact part inside a group and
+    no convolution, and so do less than ours. (Yang and Zhang, "FLA: a Triton-based library for
+    hardware-efficient implementations of linear attention mechanism", 2024.)"""
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.retention import chunk_retention
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return {}
+
+    def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gates = q.new_full(q.shape[:3], -0.05, dtype=torch.float32)
+        out: Tensor = chunk_simple_gla(q, k, v, g=gates)[0]
+        return out
+
+    return {
+        "fla simple_gla": gated,
+        "fla retention": lambda q, k, v: chunk_retention(q, k, v)[0],
+        "fla linear_attn": lambda q, k, v: chunk_linear_attn(q, k, v, normalize=False)[0],
+    }
 
 
 class Cache:

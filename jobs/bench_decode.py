@@ -64,7 +64,7 @@ def main(
         bool, typer.Option(help="One or two short texts, one group, not compiled.")
     ] = False,
 ) -> None:
-    """Tokens per second of the engine with each drafter."""
+    """Measure the engine's tokens per second with each drafter."""
     if threads:
         torch.set_num_threads(threads)
     if quick:

@@ -9,7 +9,8 @@ one token. The twin runs transformers' own forward with SDPA: prefill in one for
 cache, decoding with a dynamic and with a static cache. "packed" has its weights laid out for the
 CPU (`linearized.pack`), the twin's just as ours. Contexts for decoding are not computed: the caches
 are filled with random numbers, and so is our state, whose size does not depend on the length that
-it is given. Prefill is computed in full. Ends with one line of JSON.
+it is given. Prefill is computed in full. Ends with one line of JSON. `jobs.bench_quick` prints the
+few ratios that tell machines apart, in a third of the time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 
 import linearized
 from jobs import measure
+from jobs.bench_ops import DTYPES
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, show, show_bars
 from linearized.cache import CACHE
 from linearized.models import new_parameters
@@ -49,7 +51,13 @@ def main(
     prompts: Annotated[str, typer.Option(help="Prefill, tokens.")] = "2048,8192,32768",
     hidden: Annotated[int, typer.Option(help="Hidden width, a multiple of 64.")] = 512,
     layers: Annotated[int, typer.Option(help="Layers.")] = 12,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads; 0: as many as heads.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     chunk: Annotated[int, typer.Option(help="Tokens that ours reads at once.")] = 512,
+    backend: Annotated[
+        str,
+        typer.Option(help="Of linear attention: cpu (chunks), triton; default: its own choice."),
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     turns: Annotated[int, typer.Option(help="Turns of each contestant.")] = 15,
     budget: Annotated[float, typer.Option(help="Seconds for one comparison.")] = 60.0,
@@ -64,17 +72,20 @@ def main(
     try:
         sizes = [int(context) for context in contexts.split(",")]
         lengths = [int(prompt) for prompt in prompts.split(",")]
-        where = torch.device(device)
-    except (ValueError, RuntimeError) as error:
+        where, kind = torch.device(device), DTYPES[dtype]
+    except (ValueError, KeyError, RuntimeError) as error:
         raise typer.BadParameter(f"not understood: {error}") from error
     if hidden % 64:
         raise typer.BadParameter(f"hidden must be a multiple of 64, got {hidden}")
+    if kv_heads < 0 or (kv_heads and hidden // 64 % kv_heads):
+        raise typer.BadParameter(f"kv-heads must divide the {hidden // 64} heads, got {kv_heads}")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("this machine has no CUDA device; use --device cpu")
     console = measure.console()
-    machine = Machine.measure(where, torch.float32)
+    machine = Machine.measure(where, kind)
     console.print(str(machine))
-    softmax, linear = _twins(hidden, layers, where)
+    softmax, linear = twins_of(hidden, layers, where, kv_heads=kv_heads, dtype=kind)
+    linearized.set_backend(linear, backend or None)
     count = sum(p.numel() for p in softmax.parameters())
     console.print(f"{count / 1e6:.1f}M parameters, {layers} layers, hidden {hidden}")
     settings: dict[str, Any] = {"turns": turns, "budget": budget, "device": where}
@@ -96,15 +107,22 @@ def main(
     _show_prefill(prefill, console)
     bars = _bars(constant, decode, prefill)
     show_bars(bars, console)
-    config = {"parameters": count, "hidden": hidden, "layers": layers, "chunk": chunk}
+    config = {"parameters": count, "hidden": hidden, "layers": layers, "chunk": chunk,
+              "kv_heads": kv_heads, "dtype": dtype, "backend": backend}  # fmt: skip
     results = {"constant": constant, "decode": decode, "trees": trees, "prefill": prefill}
     print(last_line("bench_models", machine, config=config, results=results, bars=bars))
 
 
-def _twins(
-    hidden: int, layers: int, device: torch.device
+def twins_of(
+    hidden: int,
+    layers: int,
+    device: torch.device,
+    *,
+    kv_heads: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Random weights, float32; 47M parameters at hidden 512 and 12 layers."""
+    """A softmax Llama with random weights, and the same linearized: 47M parameters at hidden 512
+    and 12 layers, 1.1B at 2048 and 18."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=8192,
@@ -112,11 +130,11 @@ def _twins(
         intermediate_size=hidden * 13 // 4,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
+        num_key_value_heads=kv_heads or hidden // 64,
         max_position_embeddings=1 << 17,
         tie_word_embeddings=True,
     )
-    softmax = transformers.LlamaForCausalLM(config).eval().to(device)
+    softmax = transformers.LlamaForCausalLM(config).eval().to(device, dtype)
     linear = copy.deepcopy(softmax)
     linearized.linearize(linear, linearized.LinearConfig(attention="grouped"))
     for parameter in new_parameters(linear):
@@ -136,7 +154,7 @@ def _constant(
     """Our decoding at every context, in turns with itself, where no cache of a rival gets in
     between."""
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
-    states = {str(n): _state(linear, n) for n in sizes}
+    states = {str(n): state_of(linear, n) for n in sizes}
     runs: dict[str, Run] = {
         n: functools.partial(_ours, linear, token, state) for n, state in states.items()
     }
@@ -154,7 +172,7 @@ def _decode(
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
     softmax, linear = twins[""]
     state, dynamic, static = (
-        _state(linear, context),
+        state_of(linear, context),
         _dynamic(softmax, context),
         _static(softmax, context),
     )
@@ -195,7 +213,7 @@ def _with_static(
     model(input_ids=token, position_ids=position, use_cache=True, **{CACHE: cache})
 
 
-def _state(linear: PreTrainedModel, context: int) -> linearized.DecodeState:
+def state_of(linear: PreTrainedModel, context: int) -> linearized.DecodeState:
     """Of a text of this length, in the middle of a group."""
     state = linearized.new_state(linear)
     tensors = state.layers.tensors()
@@ -230,7 +248,7 @@ def _past(model: PreTrainedModel, context: int) -> tuple[Tensor, Tensor]:
         context,
         config.hidden_size // config.num_attention_heads,
     )
-    keys = torch.randn(shape, device=model.device)
+    keys = torch.randn(shape, device=model.device, dtype=model.dtype)
     return keys, torch.randn_like(keys)
 
 
@@ -246,7 +264,7 @@ def _trees(
     """Trees of some nodes, verified by the whole model."""
     runs: dict[str, Run] = {}
     for kind, (_, linear) in twins.items():
-        state = _state(linear, context)
+        state = state_of(linear, context)
         for nodes in NODES:
             parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]], device=device)
             tokens = torch.ones_like(parents)
@@ -266,7 +284,7 @@ def _prefill(
     for kind, (softmax, linear) in twins.items():
         if kind == COMPILED:  # that is for steps
             continue
-        runs[OURS + kind] = functools.partial(_read, linear, prompt, chunk)
+        runs[OURS + kind] = functools.partial(read_prompt, linear, prompt, chunk)
         if tokens <= LONG or not kind:
             runs[SOFTMAX + kind] = functools.partial(_forward, softmax, prompt)
     warm = tokens <= LONG  # the shorter ones have warmed up the longer
@@ -274,7 +292,7 @@ def _prefill(
     return {"time": in_turns(runs, turns=turns, budget=budget, device=device, warm=warm)}
 
 
-def _read(model: PreTrainedModel, prompt: Tensor, chunk: int) -> None:
+def read_prompt(model: PreTrainedModel, prompt: Tensor, chunk: int) -> None:
     state = linearized.new_state(model)
     for part in prompt.split(chunk, dim=1):
         linearized.extend(model, part, state, logits_to_keep=1)

@@ -22,6 +22,7 @@ from jobs import baselines, measure
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, peak_bytes, show, show_bars
 from linearized import ops
 from linearized.errors import ConfigError
+from linearized.tree import ancestors
 
 SDPA, EINSUM = "softmax (SDPA)", "einsum"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Of one run."""
+    """What one run of this benchmark measures."""
 
     heads: int
     width: int
@@ -39,7 +40,8 @@ class Setting:
     device: torch.device
     turns: int
     budget: float
-    """Seconds for one comparison; a contestant that would take longer for one turn is left out."""
+    """Seconds for one comparison. Softmax attention is left out where three turns would take
+    longer."""
 
     def draw(self, tokens: int) -> Tensor:
         shape = (1, self.heads, tokens, self.width)
@@ -51,7 +53,7 @@ class Setting:
         return alpha.to(self.dtype), taps.to(self.dtype)
 
     def ours(self) -> dict[str, str]:
-        """Our backends here, by the name in the table."""
+        """Our backends on this device, by their names in the tables."""
         if self.device.type == "cuda":
             return {"ours (triton)": "triton", "ours (chunks)": "cpu"}
         return {"ours": "cpu"}
@@ -129,6 +131,8 @@ def _sequence(setting: Setting, tokens: int, *, backward: bool) -> dict[str, Any
     calls[SDPA] = partial(baselines.softmax, q, k, v)
     runs = {name: _with_gradient(call, inputs, grad) if backward else _without(call)
             for name, call in calls.items()}  # fmt: skip
+    if setting.device.type == "cuda":
+        runs |= _fla(q, k, v, grad, backward=backward)
     left_out = {}
     estimate = _estimate(setting, tokens, backward)
     if 3 * estimate > setting.budget:  # warming up, and two turns
@@ -136,6 +140,9 @@ def _sequence(setting: Setting, tokens: int, *, backward: bool) -> dict[str, Any
         del runs[SDPA]
     for x in inputs:
         x.requires_grad_(backward)
+    if setting.device.type == "cuda":
+        left_out |= _failures(runs)
+        runs = {name: run for name, run in runs.items() if name not in left_out}
     timings = in_turns(runs, turns=setting.turns, budget=setting.budget, device=setting.device)
     peaks = {name: peak_bytes(run, setting.device) for name, run in runs.items()}
     return {
@@ -144,6 +151,34 @@ def _sequence(setting: Setting, tokens: int, *, backward: bool) -> dict[str, Any
         "input_bytes": q.nbytes + k.nbytes + v.nbytes,
         "left_out": left_out,
     }
+
+
+def _fla(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, backward: bool) -> dict[str, Run]:
+    """Runs of flash-linear-attention's operators, on copies that lie as they want them."""
+    calls = baselines.fla()
+    if not calls:
+        return {}
+    *own, grad = (x.transpose(1, 2).contiguous() for x in (q, k, v, grad))
+    for x in own:
+        x.requires_grad_(backward)
+    bound = {name: partial(call, *own) for name, call in calls.items()}
+    return {
+        name: _with_gradient(call, own, grad) if backward else _without(call)
+        for name, call in bound.items()
+    }
+
+
+def _failures(runs: dict[str, Run]) -> dict[str, str]:
+    """Who cannot run here, and why: one contestant that fails must not end the others."""
+    found = {}
+    for name, run in runs.items():
+        try:
+            run()
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever a rival's kernels raise
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            found[name] = f"left out: {type(error).__name__}: {reason[:100]}"
+    return found
 
 
 def _without(call: Run) -> Run:
@@ -191,8 +226,8 @@ def _steps(setting: Setting, context: int) -> dict[str, Any]:
         parents = torch.tensor([[-1, *((n - 1) // 2 for n in range(1, nodes))]])
         tree = parents.to(setting.device)
         x, y, z = (setting.draw(nodes) for _ in range(3))
-        path = ops.nodes.ancestors(tree)[0]
-        seen = torch.cat([path.new_ones(nodes, context), path], dim=1) if nodes > 1 else None
+        visible = ancestors(tree)[0]
+        seen = torch.cat([visible.new_ones(nodes, context), visible], dim=1) if nodes > 1 else None
         for fill, past in states.items():
             for name, backend in setting.ours().items():
                 runs[f"{name}{fill}, {nodes}"] = partial(
@@ -217,7 +252,8 @@ def _show_sequence(
     rows = []
     for tokens, result in found.items():
         times: dict[str, Timing] = result["time"]
-        ours = min(times[name].median for name in setting.ours())
+        mine = [times[name].median for name in setting.ours() if name in times]
+        ours = min(mine, default=float("nan"))
         work = _operations(setting, tokens) * (3.5 if title != "Forward" else 1)
         for name, timing in times.items():
             peak = result["peak_bytes"][name]

@@ -172,7 +172,7 @@ def _reason(error: pydantic.ValidationError) -> str:
 def _recipe(recipes: Mapping[str, Callable[[], Config]], name: str | None) -> Callable[[], Config]:
     choices = ", ".join(recipes)
     if name is None:
-        raise ConfigError(f"which recipe? There are {choices}; --help says more")
+        raise ConfigError(f"name a recipe: {choices}; --help describes them")
     if name not in recipes:
         raise ConfigError(f"unknown recipe {name!r}; choose from {choices}")
     return recipes[name]
@@ -213,7 +213,7 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _name(hint: Any) -> str:
-    """A type as one would write it."""
+    """The name of a type, as it is written in code."""
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint.__name__
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(hint))

@@ -36,23 +36,24 @@ TOKENIZER_BYTES = 2**28
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     source: str = corpus.STDLIB
-    """"stdlib", a file, folder or glob (text, JSON Lines, Parquet), or a Hugging Face dataset as
-    name or name:config."""
+    """Where the text comes from: "stdlib", a file, folder or glob of text, JSON Lines or Parquet,
+    or a Hugging Face dataset as name or name:config."""
     split: str = "train"
-    """Which split of a Hugging Face dataset."""
+    """The split of a Hugging Face dataset to read."""
     text_column: str | None = None
-    """Of JSON Lines, Parquet or a dataset; null: `text`, or the only column of strings."""
+    """The column of JSON Lines, Parquet or a dataset that holds the text. null means `text`, or the
+    only column of strings."""
     tokenizer: str | None = None
-    """Folder or Hub name of an existing tokenizer; null: train one."""
+    """Folder or Hub name of an existing tokenizer. null trains one."""
     vocab_size: int = 2048
-    """Of a tokenizer that is trained here."""
+    """Number of entries of a tokenizer that is trained here."""
     block: int = 256
-    """Tokens in a block."""
+    """Number of tokens in a block."""
     held_out: float = 0.05
     """Fraction of the documents that are kept from training."""
     out: Path = Path("runs/demo/data")
     fresh: bool = field(default=False, compare=False, repr=False)
-    """Start over even if this has been done."""
+    """Whether to start over even if this has been done."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -66,12 +67,12 @@ class DataConfig:
 
 
 def demo() -> DataConfig:
-    """The Python standard library at 2,048 entries: 3.6M tokens."""
+    """The Python standard library with a vocabulary of 2,048: 3.6M tokens."""
     return DataConfig()
 
 
 def bench() -> DataConfig:
-    """The same at 4,096 entries, for jobs.bench_decode."""
+    """The same with a vocabulary of 4,096, for jobs.bench_decode."""
     return DataConfig(vocab_size=4096, out=Path("runs/bench/data"))
 
 

@@ -37,14 +37,14 @@ from linearized.speculative.skipping import agreement
 
 PLAIN = "plain"
 BEST = 4
-"""Tokens of a drafter among which the target's is looked for."""
+"""Number of a drafter's best tokens among which the target's is searched."""
 Prompts = list[list[int]]
 Makers = dict[str, Callable[[], list[Drafter]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """How a model is made ready."""
+    """Loads models, moves them to a device, and packs and compiles them."""
 
     device: torch.device
     compile: bool
@@ -63,7 +63,7 @@ class Ready:
 
 
 class Contestants:
-    """A target and all who draft for it, as far as somebody has made them."""
+    """A target and all drafters for it that have been made."""
 
     def __init__(self, run: Path, ready: Ready) -> None:
         """
@@ -93,7 +93,7 @@ class Contestants:
             self.missing.append("layers")
 
     def makers(self) -> Makers:
-        """Of drafters by name, fresh ones for each engine."""
+        """Functions that make new drafters for an engine, by name."""
         found: Makers = {
             name: lambda draft=draft: [ModelDrafter(draft)]  # type: ignore[misc]
             for name, draft in self.models.items()
@@ -148,7 +148,7 @@ def _next(tokens: Tensor) -> Tensor:
 
 
 class _Useless(ModelDrafter):
-    """As sure and as slow as the draft, and always wrong."""
+    """A drafter that is as confident and as slow as the draft model, and always wrong."""
 
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         size = self.model.config.vocab_size
@@ -160,14 +160,14 @@ class _Useless(ModelDrafter):
 
 @dataclass
 class Contest:
-    """What one contestant did with the groups of prompts so far."""
+    """The results of one contestant so far."""
 
     engine: Engine
     speeds: list[float] = field(default_factory=list)
-    """Tokens a second, a group each."""
+    """Tokens per second, one entry per group of prompts."""
     ratios: list[float] = field(default_factory=list)
-    """The same, over that of plain decoding just before and just after; of plain decoding itself,
-    what chance does."""
+    """The same, divided by the speed of plain decoding just before and after. For plain decoding
+    itself, this shows how much the machine varies."""
     texts: list[Text] = field(default_factory=list)
 
     def result(self, plain: Contest) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class Contest:
 
 
 def repeated(tokens: list[int], size: int = 8) -> float:
-    """Share of 8-grams that the text has had before."""
+    """The share of n-grams (of `size` tokens) that occur earlier in the text."""
     grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

@@ -24,23 +24,23 @@ from linearized.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 180.0
-"""An app that is not healthy by then does not become so."""
+"""Seconds that the app may take to become healthy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     run: Path = Path("runs/demo")
-    """Everything that the demo makes lies here."""
+    """Folder for everything that the demo makes."""
     model: Path | None = None
-    """A Hugging Face folder to linearize; None: a small softmax Llama is trained first."""
+    """Hugging Face folder of the model to linearize. null trains a small softmax Llama first."""
     source: str = "stdlib"
-    """The corpus, as jobs.data takes it."""
+    """The corpus, in the form that jobs.data takes."""
     fresh: bool = False
-    """Start over instead of reusing finished stages."""
+    """Whether to start over instead of reusing finished stages."""
 
 
 def demo() -> DemoConfig:
-    """Everything small enough for two CPU cores and twelve minutes."""
+    """Sizes for two CPU cores and less than twelve minutes."""
     return DemoConfig()
 
 

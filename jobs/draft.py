@@ -1,4 +1,4 @@
-"""Train a draft: a small model with the target's tokenizer, towards its logits."""
+"""Train a draft: a small model with the target's tokenizer that imitates the target."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from linearized.training.optim import Optim
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig:
     target: Path = Path("runs/demo/target")
-    """The linearized model that it will draft for."""
+    """Folder of the linearized model that the draft is for."""
     data: Path = Path("runs/demo/data")
-    """What jobs.data wrote, with the target's tokenizer."""
+    """Folder that jobs.data wrote, with the target's tokenizer."""
     out: Path = Path("runs/demo/draft")
     shape: Shape
     linear: LinearConfig | None
-    """null: it keeps softmax."""
+    """How to linearize the draft. null lets it keep softmax."""
     train: Stage
     workers: Workers
     seed: int = 2
@@ -30,7 +30,7 @@ class DraftConfig:
 
 
 def demo() -> DraftConfig:
-    """0.5M parameters, one layer, a minute on two CPU cores."""
+    """A draft of 0.5M parameters and one layer, in a minute on two CPU cores."""
     return DraftConfig(
         shape=Shape(hidden=128, layers=1, heads=2, intermediate=384),
         linear=LinearConfig(attention="grouped", augment=True),
@@ -40,7 +40,7 @@ def demo() -> DraftConfig:
 
 
 def bench() -> DraftConfig:
-    """jobs.bench_decode's draft: 2.6M parameters."""
+    """The draft of jobs.bench_decode: 2.6M parameters."""
     return DraftConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),
@@ -60,7 +60,8 @@ def bench() -> DraftConfig:
 
 
 def bench_softmax() -> DraftConfig:
-    """The same for the softmax model, for transformers' assisted generation."""
+    """The same draft for the softmax model, with which transformers' assisted generation is
+    measured."""
     target, out = Path("runs/bench/teacher"), Path("runs/bench/softmax_draft")
     return replace(bench(), target=target, out=out, linear=None)
 

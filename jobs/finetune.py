@@ -15,9 +15,10 @@ from linearized.training.optim import Optim
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     model: Path = Path("runs/demo/teacher")
-    """A Hugging Face folder: the teacher, and where the student begins."""
+    """Hugging Face folder of the softmax model. It is the teacher, and the student starts from its
+    weights."""
     data: Path = Path("runs/demo/data")
-    """What jobs.data wrote, with the model's own tokenizer."""
+    """Folder that jobs.data wrote, with the model's own tokenizer."""
     out: Path = Path("runs/demo/target")
     linear: LinearConfig
     transfer: Stage
@@ -29,7 +30,7 @@ class FinetuneConfig:
 
 
 def demo() -> FinetuneConfig:
-    """Two minutes on two CPU cores, for the teacher of the demo."""
+    """The demo's teacher, linearized in two minutes on two CPU cores."""
     return FinetuneConfig(
         linear=LinearConfig(attention="grouped", augment=True),
         transfer=Stage(objective="transfer", steps=50, batch=8, optim=Optim(lr=1e-3)),
@@ -39,7 +40,7 @@ def demo() -> FinetuneConfig:
 
 
 def bench() -> FinetuneConfig:
-    """jobs.bench_decode's target."""
+    """The target of jobs.bench_decode."""
     stage = Stage(
         objective="transfer",
         steps=40,

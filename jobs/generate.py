@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.progress import Progress, note
 from jobs import cli
-from linearized.errors import ConfigError, DataError, RequestError
+from linearized.errors import ConfigError, DataError, LinearizedError, RequestError
 from linearized.speculative.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -44,11 +44,14 @@ class GenerateConfig:
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
-    """Texts for each prompt."""
+    """Texts for each prompt. All texts of a call are numbered through: text k of prompt i has the
+    choice number `sampling.choice` + i·n + k. A line's `choice` is that number, and gives its text
+    again."""
     stop: tuple[str, ...] = ()
-    """A text ends before the first of these."""
+    """A text ends before the first of these. They may name special tokens."""
     ignore_eos: bool = False
-    """Go on after the model's end of text. (`sampling.stop_ids` take its place, too.)"""
+    """Go on after the model's end of text. (`sampling.stop_ids`, token ids that end a text, take
+    its place, too.)"""
     logprobs: int | None = None
     """Alternatives to name for each token, with log-probabilities; null: none of that."""
     rows: int = 8
@@ -205,7 +208,7 @@ def _texts(
     from linearized.speculative.text import check_tokens
 
     ends = config.sampling.stop_ids or frozenset(() if config.ignore_eos else end_of_text(model))
-    first = config.sampling.choice
+    decode = decoding(tokenizer)
     found = {}
     for number, line in enumerate(lines, start=1):
         tokens = line["tokens"] if "tokens" in line else tokenizer(line["prompt"])["input_ids"]
@@ -213,17 +216,18 @@ def _texts(
             check_tokens(tokens, model.config.vocab_size)
         except RequestError as error:
             raise RequestError(f"prompt {number}: {error}", param=error.param) from error
-        for choice in range(config.n):
+        first = config.sampling.choice + (number - 1) * config.n
+        for choice in range(first, first + config.n):
             text = Text(
                 tokens,
-                sampling=replace(config.sampling, choice=first + choice, stop_ids=ends),
+                sampling=replace(config.sampling, choice=choice, stop_ids=ends),
                 max_new_tokens=config.max_new_tokens,
                 stop=config.stop,
-                decode=decoding(tokenizer),
+                decode=decode,
                 logprobs=config.logprobs,
             )
             text.check(model.config.vocab_size)
-            new = {"index": number - 1, "choice": first + choice, "text": "", "logprobs": []}
+            new = {"index": number - 1, "choice": choice, "text": "", "logprobs": []}
             found[text] = {**line, **new}
     return found
 
@@ -233,6 +237,8 @@ def _show(engine: Engine) -> None:
     while engine.busy:
         for text, piece in engine.step():
             print(piece.text, end="", flush=True)
+            if isinstance(text.error, LinearizedError):
+                raise text.error
             if text.error is not None:
                 raise DataError(f"the tokenizer cannot decode the text: {text.error}")
     print()

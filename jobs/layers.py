@@ -1,4 +1,4 @@
-"""Look for the layers with which a target drafts for itself, and keep them beside it."""
+"""Search for the layers with which a target drafts for itself, and save their numbers beside it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from linearized.speculative.drafters.layers import FILE, FORMAT
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig:
     target: Path = Path("runs/demo/target")
-    """The linearized model."""
+    """Folder of the linearized model."""
     data: Path = Path("runs/demo/data")
-    """What jobs.data wrote of text like that which is to be generated."""
+    """Folder that jobs.data wrote, from text like the one that will be generated."""
     blocks: int = 16
-    """Of the data, on which models with fewer layers are compared."""
+    """Number of blocks on which models with fewer layers are compared."""
     threads: int = 0
-    """Of torch; 0: its own choice."""
+    """Number of torch's threads; 0 leaves the choice to torch."""
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
@@ -30,12 +30,12 @@ class LayersConfig:
 
 
 def demo() -> LayersConfig:
-    """For the demo's target."""
+    """Layers for the demo's target."""
     return LayersConfig()
 
 
 def bench() -> LayersConfig:
-    """For jobs.bench_decode."""
+    """Layers for the target of jobs.bench_decode."""
     return LayersConfig(target=Path("runs/bench/target"), data=Path("runs/bench/data"))
 
 

@@ -140,6 +140,9 @@ class Machine:
     """What it is and what it can do, measured in this process."""
 
     device: str
+    """The processor, with family and model where the system gives them, or the GPU."""
+    instructions: tuple[str, ...]
+    """Of the processor, those that decide how fast it multiplies."""
     threads: int
     cores: int
     version: str
@@ -160,8 +163,11 @@ class Machine:
         a = torch.randn(side, side, device=device).to(dtype)
         runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
         timings = in_turns(runs, turns=9, budget=5, device=device)
+        info = Path("/proc/cpuinfo")
+        name, instructions = processor(info.read_text() if info.exists() else "")
         return cls(
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+            instructions=instructions,
             threads=torch.get_num_threads(),
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
             version=torch.__version__,
@@ -172,7 +178,8 @@ class Machine:
 
     def __str__(self) -> str:
         return (
-            f"{self.device}, {self.cores} cores, {self.threads} threads, torch {self.version}; "
+            f"{self.device}, {' '.join(self.instructions) or 'instructions unknown'}; "
+            f"{self.cores} cores, {self.threads} threads, torch {self.version}; "
             f"copies {self.copy / 1e9:.1f} GB/s, multiplies {self.flops / 1e9:.0f} GFLOP/s; "
             f"load before: {self.load:.1f}"
         )
@@ -253,10 +260,22 @@ def _commit() -> str:
         return "unknown"
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+INSTRUCTIONS = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
+    "asimd", "sve", "sve2", "i8mm", "bf16",
+)  # fmt: skip
+"""As Linux names them; the last line is ARM's."""
+
+
+def processor(info: str) -> tuple[str, tuple[str, ...]]:
+    """Its name and those of `INSTRUCTIONS` that it has, from what /proc/cpuinfo says. Virtual
+    machines give several generations one name, so family and model stand beside it."""
+    found: dict[str, str] = {}
+    for line in info.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= set(found):
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    flags = set((found.get("flags") or found.get("Features") or "").split())
+    return name, tuple(one for one in INSTRUCTIONS if one in flags)

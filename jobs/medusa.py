@@ -14,11 +14,12 @@ from linearized.training.optim import Optim
 @dataclass(frozen=True, kw_only=True)
 class MedusaConfig:
     target: Path = Path("runs/demo/target")
-    """The linearized model that they will draft for."""
+    """Folder of the linearized model that the heads will draft for."""
     data: Path = Path("runs/demo/data")
-    """What jobs.data wrote, with the target's tokenizer."""
+    """Folder that jobs.data wrote, with the target's tokenizer."""
     out: Path | None = None
-    """null: `medusa` in the target's folder, where it is looked for."""
+    """Folder for the heads. null means `medusa` in the target's folder, where drafters look for
+    them."""
     heads: Heads = field(default_factory=Heads)
     train: Stage
     workers: Workers
@@ -28,7 +29,7 @@ class MedusaConfig:
 
 
 def demo() -> MedusaConfig:
-    """Four heads, a minute on two CPU cores."""
+    """Four heads for the demo's target, in a minute on two CPU cores."""
     return MedusaConfig(
         train=Stage(objective="medusa", steps=100, batch=8, optim=Optim(lr=1e-3)),
         workers=Workers(),
@@ -36,7 +37,7 @@ def demo() -> MedusaConfig:
 
 
 def bench() -> MedusaConfig:
-    """For jobs.bench_decode."""
+    """Heads for the target of jobs.bench_decode."""
     return MedusaConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),

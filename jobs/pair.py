@@ -29,19 +29,20 @@ MADE = {
     "layers": "target/layers.json",
     "pruned": "pruned/run.json",
 }
-"""Where each stage leaves how long it took, when it ran last."""
+"""The file in which each stage leaves how long its last run took."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig:
     cpus: int = 2
-    """Of the one worker that trains, and of the local cluster, if there is none to join."""
+    """Number of cores of the one worker that trains, and of the local cluster, if there is none to
+    join."""
     gpu: bool | None = None
-    """Train on a GPU; null: if there is one."""
+    """Whether to train on a GPU. null does so if there is one."""
     autocast: bool | None = None
-    """Multiply in bfloat16 on a CPU; null: if that is faster here."""
+    """Whether to multiply in bfloat16 on a CPU. null does so if that is faster here."""
     drafters: bool = True
-    """Also Medusa's heads, layers to leave out, and a pruned target."""
+    """Whether to make Medusa's heads, a list of layers and a pruned target, too."""
 
     def __post_init__(self) -> None:
         if self.cpus < 1:
@@ -49,7 +50,7 @@ class PairConfig:
 
 
 def bench() -> PairConfig:
-    """42M and 2.6M parameters on the Python standard library."""
+    """A target of 42M and a draft of 2.6M parameters, trained on the Python standard library."""
     return PairConfig()
 
 

@@ -1,5 +1,5 @@
-"""Train a model from scratch: a softmax Llama, which is a teacher where no model is at hand, or
-FLASH, which is linear from the start."""
+"""Train a model from scratch: a softmax Llama, for use as a teacher, or FLASH, which is linear from
+the start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from linearized.training.optim import Optim
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     data: Path = Path("runs/demo/data")
-    """What jobs.data wrote."""
+    """Folder that jobs.data wrote."""
     out: Path = Path("runs/demo/teacher")
     shape: Shape | FlashShape
     train: Stage
@@ -26,7 +26,7 @@ class PretrainConfig:
 
 
 def demo() -> PretrainConfig:
-    """2.2M parameters, three to four minutes on two CPU cores."""
+    """A Llama of 2.2M parameters, in three to four minutes on two CPU cores."""
     return PretrainConfig(
         shape=Shape(hidden=192, layers=4, heads=3, intermediate=512),
         train=Stage(objective="next_token", steps=700, batch=8, optim=Optim(lr=3e-3)),
@@ -35,7 +35,7 @@ def demo() -> PretrainConfig:
 
 
 def flash() -> PretrainConfig:
-    """FLASH of the demo's size, on the demo's data."""
+    """A FLASH model of the demo's size, on the demo's data."""
     shape = FlashShape(hidden=192, layers=8, group=64)
     return replace(demo(), out=Path("runs/demo/flash"), shape=shape)
 

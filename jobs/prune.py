@@ -1,4 +1,4 @@
-"""Make a draft out of its target: cut out what matters least, then distil what is left."""
+"""Make a draft out of its target: cut out the least important parts, then distil the rest."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from linearized.training.pruning import Cut
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     target: Path = Path("runs/demo/target")
-    """The linearized model that it will draft for."""
+    """Folder of the linearized model that the draft is cut out of and will draft for."""
     data: Path = Path("runs/demo/data")
-    """What jobs.data wrote, with the target's tokenizer."""
+    """Folder that jobs.data wrote, with the target's tokenizer."""
     out: Path = Path("runs/demo/pruned")
     cut: Cut
     blocks: int = 64
-    """Of the data, on which importance is measured."""
+    """Number of blocks on which importance is measured."""
     train: Stage
     workers: Workers
     seed: int = 4
@@ -39,7 +39,7 @@ class PruneConfig:
 
 
 def demo() -> PruneConfig:
-    """Half of the demo's target, a minute on two CPU cores."""
+    """Half of the demo's target, in a minute on two CPU cores."""
     return PruneConfig(
         cut=Cut(layers=2, kv_heads=2, channels=256),
         train=Stage(objective="imitation", steps=100, batch=8, optim=Optim(lr=2e-3)),
@@ -48,7 +48,7 @@ def demo() -> PruneConfig:
 
 
 def bench() -> PruneConfig:
-    """For jobs.bench_decode."""
+    """The pruned draft of jobs.bench_decode."""
     return PruneConfig(
         target=Path("runs/bench/target"),
         data=Path("runs/bench/data"),

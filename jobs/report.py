@@ -1,4 +1,4 @@
-"""Measure a served model over HTTP, beside what its training left, and write the report."""
+"""Measure a served model over HTTP and write a report of this and of its training."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from linearized.errors import ConfigError, DataError
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     run: Path = Path("runs/demo")
-    """Holds data, teacher, target and draft, as the jobs before wrote them."""
+    """Folder that holds data, teacher, target and draft, as the earlier jobs wrote them."""
     url: str = "http://127.0.0.1:8000"
-    """Where the app answers."""
+    """Address of the app."""
     prompts: int = 6
     prompt_tokens: int = 96
     new_tokens: int = 160
     seconds: str = "{}"
-    """JSON object, seconds of each stage before, to be shown with the rest."""
+    """JSON object with the seconds of each earlier stage; the report shows them."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "prompt_tokens", "new_tokens"):
@@ -37,7 +37,7 @@ class ReportConfig:
 
 
 def demo() -> ReportConfig:
-    """Six prompts of held-out code, greedy, plain and speculative in turn."""
+    """Six prompts of held-out code, decoded greedily, plainly and speculatively in turn."""
     return ReportConfig()
 
 
@@ -46,13 +46,13 @@ RECIPES = {"demo": demo}
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One completion, as a client saw it."""
+    """One completion as a client sees it."""
 
     prompt: str
     text: str
     tokens: int
     rounds: int
-    """Verifications it took the target."""
+    """How often the target verified a tree for it."""
     drafted: int
     accepted: int
     seconds: float

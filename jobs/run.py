@@ -19,7 +19,7 @@ from linearized.training.optim import Optim
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama to train from scratch."""
+    """Sizes of a Llama that is trained from scratch."""
 
     hidden: int
     layers: int
@@ -40,7 +40,8 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class FlashShape:
-    """A FLASH model to train from scratch; two of its layers are about one of a Llama's."""
+    """Sizes of a FLASH model that is trained from scratch. Two of its layers correspond to about
+    one of a Llama's."""
 
     hidden: int
     layers: int
@@ -52,7 +53,7 @@ class FlashShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Medusa's heads on the teacher."""
+    """Medusa's heads, as the student of a run. They are trained on the teacher."""
 
     count: int = 4
 
@@ -63,15 +64,15 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """So many steps towards one objective."""
+    """A number of training steps with one objective."""
 
     objective: str
     steps: int
     optim: Optim
     batch: int = 16
-    """Blocks a step, over all workers."""
+    """Number of blocks in a step, over all workers."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; each stage ends with one whatever this is."""
+    """Number of steps between checkpoints. Every stage also ends with a checkpoint."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -84,24 +85,28 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Who trains: one process a worker, all of ZeRO's ranks."""
+    """The processes that train together. Each worker is one process and one of ZeRO's ranks."""
 
     count: int = 2
     cpus: int = 1
-    """Reserved by each worker; also its number of threads."""
+    """Number of cores that each worker reserves, and of threads that it uses."""
     gpu: bool = False
-    """On GPUs weights are bfloat16, with a copy in float32 that learns."""
+    """Whether each worker has a GPU. Weights are then bfloat16, with a float32 copy that the
+    optimizer updates."""
     autocast: bool = False
-    """Multiply in bfloat16 on CPUs, too, with weights in float32: several times as fast on some
-    processors that have instructions for it (AVX512-BF16, AMX), slower on others."""
+    """Whether to multiply in bfloat16 on CPUs, with weights in float32. On some processors with
+    bfloat16 instructions (AVX512-BF16, AMX) this is several times as fast, on others slower."""
     zero: int = 2
-    """ZeRO stage, 0 to 3."""
+    """DeepSpeed's ZeRO stage, from 0 to 3."""
     max_failures: int = 1
-    """How often a run is taken up again from its last checkpoint after a worker died."""
+    """How often a run is resumed from its last checkpoint after a worker has died."""
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.cpus < 1:
-            raise ConfigError(f"workers need a count and cpus of at least 1, got {self}")
+            raise ConfigError(
+                "workers.count and workers.cpus must be at least 1, got "
+                f"{self.count} and {self.cpus}"
+            )
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"zero must be 0, 1, 2 or 3, got {self.zero}")
         if self.autocast and self.gpu:
@@ -109,27 +114,28 @@ class Workers:
 
 
 BENCH = Workers(count=1, cpus=2, autocast=True, zero=0)
-"""Of the recipes `bench`: two cores; one worker has nothing to share out."""
+"""The workers of the recipes `bench`: one worker with two cores. ZeRO would have nothing to share
+out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     name: str
     data: Path
-    """What jobs.data wrote."""
+    """Folder that jobs.data wrote."""
     out: Path
-    """Becomes a Hugging Face folder, or one of Medusa's heads."""
+    """Folder for the result: a Hugging Face model, or Medusa's heads."""
     student: Path | Shape | FlashShape | Heads
     linear: LinearConfig | None
-    """How to linearize the student; None: it stays as it is."""
+    """How to linearize the student. None leaves it as it is."""
     teacher: Path | None
     stages: tuple[Stage, ...]
     workers: Workers
     seed: int = 0
     eval_blocks: int = 256
-    """Held-out blocks that perplexity is measured on."""
+    """Number of held-out blocks on which perplexity is measured."""
     fresh: bool = field(default=False, compare=False, repr=False)
-    """Start over even if this run has finished or left a checkpoint."""
+    """Whether to start over even if this run has finished or left a checkpoint."""
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -139,7 +145,7 @@ class Run:
                 )
 
     def key(self) -> str:
-        """Equal for runs with equal settings and equal inputs."""
+        """A hash that is equal for runs with equal settings and equal inputs."""
         digest = hashlib.blake2b(repr(self).encode(), digest_size=8)
         for folder in self.inputs:
             if not folder.exists():
@@ -151,7 +157,7 @@ class Run:
 
     @property
     def inputs(self) -> list[Path]:
-        """Folders that it reads."""
+        """The folders that the run reads."""
         student = self.student if isinstance(self.student, Path) else None
         return [folder for folder in (self.data, self.teacher, student) if folder is not None]
 
@@ -174,7 +180,7 @@ class Run:
 
     @property
     def storage(self) -> Path:
-        """Where Ray keeps the run's checkpoints."""
+        """Folder in which Ray keeps the run's checkpoints."""
         return self.out.parent / "checkpoints" / self.out.name
 
     def absolute(self) -> Run:
@@ -190,8 +196,9 @@ class Run:
 
 
 def stamp(folder: Path) -> bytes:
-    """Of what a folder was made of, if a job of ours made it; others may have put something beside
-    that since, such as Medusa's heads. Else of its files, weights by their size."""
+    """Bytes that change when a folder's content does. A folder that one of our jobs made is
+    identified by what it was made of, since other jobs may have put something beside that, such as
+    Medusa's heads. Any other folder is identified by its files, weights by their size."""
     for name in ("run.json", "data.json"):
         try:
             made = json.loads((folder / name).read_text())

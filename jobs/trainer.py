@@ -80,7 +80,7 @@ def _trainer(run: Run, key: str) -> Any:
 
 
 def _train(config: dict[str, Any]) -> None:
-    """What every worker runs."""
+    """The function that every worker runs."""
     import torch
     from ray import train
 
@@ -320,7 +320,7 @@ def _resume() -> dict[str, Any] | None:
 
 
 def _export(run: Run, student: Any, results: dict[str, Any]) -> None:
-    """A folder with its tokenizer, complete or not there at all."""
+    """Write the model's folder with its tokenizer. It is complete or not there at all."""
     part = run.out.with_name(run.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     student.save_pretrained(part)

@@ -23,6 +23,7 @@ from linearized.attention import VARIANTS, CrossAttention, Place
 from linearized.cache import let_generate
 from linearized.callbacks import no_position_bias
 from linearized.config import LinearConfig
+from linearized.head import widen_head
 from linearized.slots import (
     NAME,
     SUBMODULE,
@@ -118,6 +119,8 @@ def _attach_first() -> None:
         if settings and attention_modules(self) and not linear_modules(self):
             attach(self, LinearConfig.from_dict(settings))
             self.config._attn_implementation = NAME
+        if settings:
+            widen_head(self)
         post_init(self)
 
     PreTrainedModel.post_init = attach_first  # type: ignore[method-assign]

@@ -136,7 +136,7 @@ def _compiled(model: PreTrainedModel) -> Any:
             history = History(past_keys, past_values)
         layers = GroupState(memory, keys, values, tail, length)
         state = DecodeState(layers, "", history=history, shift=shift)
-        context = Context(state=state, nodes=layout_of(visible, state, trim=False))
+        context = Context(state=state, layout=layout_of(visible, state, trim=False))
         return forward(model, tokens, context, hidden=hidden)
 
     run.__code__ = run.__code__.replace(co_name=f"step_{next(_count)}")

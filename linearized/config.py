@@ -21,40 +21,44 @@ ATTENTIONS = (
     "transnormer",
     "yoso",
 )
-"""Attention variants by name; `linearized.attention` has the classes, and a page on them all."""
+"""The names of the attention variants. `linearized.attention` has their classes, `docs/variants.md`
+their formulas."""
 
 FLASH = "flash"
-"""The attention of `FlashForCausalLM`, which is made linear; no other model can take it."""
+"""The attention of `FlashForCausalLM`, a model that is linear from scratch. No other model can use
+it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearConfig:
-    """How attention is replaced. Kept inside the model's own config and saved with it."""
+    """Says how a model's attention is replaced. It is kept inside the model's own config and saved
+    with it."""
 
     attention: str
-    """`grouped`: exact inside the open group, a linear state for earlier ones. For the others see
-    `linearized/attention/VARIANTS.md`."""
+    """The variant's name. `grouped` is exact inside the open group and keeps a linear state of
+    earlier groups; `docs/variants.md` describes all variants."""
     augment: bool = True
-    """Add the masked depthwise convolution over values."""
+    """Whether to add the masked depthwise convolution over the values."""
     group: int = 64
-    """Tokens attended exactly before they are folded into the state (`local`, `global`, `grouped`,
-    `hedgehog`)."""
+    """Number of tokens that are attended exactly before they are folded into the state. Used by
+    `local`, `global`, `grouped` and `hedgehog`."""
     taps: int = 32
-    """Length of the convolution; tap i weighs the value i tokens back (and ahead, where the model
-    reads in both directions)."""
+    """Length of the convolution. Tap i weighs the value i tokens back; where the model reads in
+    both directions, also the value i tokens ahead."""
     layers: tuple[int, ...] | None = None
-    """Layers to linearize, counted from 0; the others keep softmax, and a state that grows. None:
-    all. Empty: softmax throughout, with this library's way to decode."""
+    """Numbers of the layers to linearize, from 0. The other layers keep softmax and a cache that
+    grows. None means all layers. An empty list keeps softmax everywhere and only changes how the
+    model decodes."""
     features: int = 128
-    """Random features of `performer` and `rfa`; rows of `linformer`."""
+    """Number of random features of `performer` and `rfa`, and of rows of `linformer`."""
     hashes: int = 16
-    """Hash tables of `yoso`."""
+    """Number of hash tables of `yoso`."""
     bits: int = 5
-    """Bits of a hash of `yoso`: tables of 2^bits buckets."""
+    """Number of bits of a hash of `yoso`. A table has 2^bits buckets."""
     period: int = 512
-    """Positions after which the learned projection of `linformer` repeats."""
+    """Number of positions after which the learned projection of `linformer` repeats."""
     seed: int = 0
-    """Random features and hashes are drawn from it, and saved with the model."""
+    """Seed of the random features and hashes, which are saved with the model."""
 
     def __post_init__(self) -> None:
         if self.attention not in (*ATTENTIONS, FLASH):
@@ -94,7 +98,7 @@ class LinearConfig:
 
 
 def is_whole(value: object) -> bool:
-    """An integer, numpy's too; not a bool."""
+    """Whether the value is an integer of Python or numpy. A bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

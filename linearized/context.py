@@ -25,7 +25,7 @@ class Context:
     """Travels as the keyword argument `linear_context`. Nothing is written to the state."""
 
     state: DecodeState
-    nodes: ops.Nodes | None = None
+    layout: ops.Layout | None = None
     """How the nodes of a tree lie to the state; None: tokens that follow it in time."""
     mask: Tensor | None = None
     """[B, T], False where a row has no token; None: all are there."""
@@ -59,7 +59,7 @@ class Context:
         """Linear attention of new tokens on top of the state, [B, H, T, E]."""
         out, keys, values = attention(
             q, k, v, scaling=scaling, state=self.state.layer(slot), mask=self.mask,
-            nodes=self.nodes,
+            layout=self.layout,
         )  # fmt: skip
         self.linear[slot] = keys, values
         self.backend = backend
@@ -71,7 +71,7 @@ class Context:
         assert history is not None
         self.softmax[slot] = k, v
         return softmax_attention(
-            q, k, v, mask=self.mask, nodes=self.nodes, history=history.layer(slot),
+            q, k, v, mask=self.mask, layout=self.layout, history=history.layer(slot),
             length=self.state.length, **settings,
         )  # fmt: skip
 

@@ -27,7 +27,7 @@ def fold(
         state.shift.copy_(_newest(state.shift, fresh.shift, mask))
     if state.num_layers:
         kept = None if mask is None else mask.bool()
-        ops.fold_(state.layers, *fresh.layers, kept)
+        ops.fold_(state.layers, *fresh.layers, kept, backend=fresh.backend)
     elif fresh.history is not None:
         state.length.add_(fresh.history[0].shape[3] if mask is None else mask.sum(1))
     state.written()

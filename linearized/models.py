@@ -25,6 +25,7 @@ from linearized.context import Context
 from linearized.errors import ModelError, StateError
 from linearized.fold import accept, fold
 from linearized.folder import load
+from linearized.head import widen_head
 from linearized.identity import fingerprint, forget
 from linearized.probe import probe, probe_softmax
 from linearized.rope import fix_rope
@@ -94,6 +95,7 @@ def linearize(model: PreTrainedModel | str | Path, config: LinearConfig) -> PreT
         probe(model, _decoded)
         forget(model)
         undo.pop_all()
+    widen_head(model)
     return model
 
 

@@ -49,7 +49,7 @@ def probe_softmax(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
         found = _logits(model, tokens)
         if wanted is not None and found is not None:
-            _compare(found, wanted, "its softmax layers do not attend as transformers' do")
+            _compare(model, found, wanted, "its softmax layers do not attend as transformers' do")
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def probe(model: PreTrainedModel, decode: Decode) -> None:
         if wanted is not None and any(slot_of(m) is not None for m in attention_modules(model)):
             parts = [part for part in (tokens[:, :SPLIT], tokens[:, SPLIT:]) if part.shape[1]]
             _compare(
-                decode(model, parts), wanted,
+                model, decode(model, parts), wanted,
                 "it does not decode as it reads, so that it keeps more from token to token than "
                 "attention does, or counts positions from elsewhere",
             )  # fmt: skip
@@ -102,11 +102,11 @@ def _decodes(model: PreTrainedModel) -> bool:
     return any(getattr(module, "is_causal", True) for module in attention_modules(model))
 
 
-def _compare(found: Tensor, wanted: Tensor, reason: str) -> None:
+def _compare(model: PreTrainedModel, found: Tensor, wanted: Tensor, reason: str) -> None:
     if not wanted.isfinite().all():
         return  # weights that are not those of a model yet
     error = float((found - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
-    if not error < _TOLERANCE.get(wanted.dtype, 0.2):
+    if not error < _TOLERANCE.get(model.dtype, 0.2):
         raise ModelError(f"{reason} (logits differ by {error:.2g}, as a relative norm)")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linearized import documents
 from linearized.errors import ModelError
 from linearized.slots import attention_modules, slot_of
 
@@ -34,7 +35,7 @@ def lay_out(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("position_ids") is None and takes_positions(module):
         mask = kwargs.get("attention_mask")
         if segments is not None:
-            kwargs["position_ids"] = _in_documents(segments)
+            kwargs["position_ids"] = documents.positions(segments, None)
         elif mask is not None and is_padded(mask) and any(map(slot_of, attention_modules(module))):
             kwargs["position_ids"] = positions_after(None, mask)
     return kwargs
@@ -97,10 +98,3 @@ def _shape(kwargs: dict[str, Any]) -> tuple[int, int, torch.device]:
     if given is None:  # an encoder-decoder model, whose stacks are asked in their turn
         return 1, 0, torch.device("cpu")
     return given.shape[0], given.shape[1], given.device
-
-
-def _in_documents(segments: Tensor) -> Tensor:
-    """[B, T], from 0 in each document."""
-    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    return columns - torch.where(new, columns, 0).cummax(1).values

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from linearized.attention import CrossAttention, LinearAttention
 from linearized.config import LinearConfig
 from linearized.errors import ModelError
+from linearized.identity import forget
 
 NAME = "linearized"
 """Of the attention implementation, and of the entry in a model's config."""
@@ -33,8 +34,10 @@ class Slot:
 
 
 def assign_slots(model: nn.Module) -> None:
-    """Give every attention module that reads a state its slot, first layer first. Modules that are
-    shared with another model, or left out of one, keep the slots they have."""
+    """Give every attention module that reads a state its slot, first layer first. Call it again
+    when layers are gone: what was worked out of the model is let go of, and its states are of
+    another shape from then on."""
+    forget(model)
     counts = {"linear": 0, "softmax": 0, "cross": 0}
     for module in attention_modules(model):
         kind = _kind(module)

@@ -91,6 +91,14 @@ class GroupState:
     def taps(self) -> int:
         return self.tail.shape[-2] + 1
 
+    @property
+    def stacked(self) -> GroupState:
+        """This state as [L, B, …], views of the same tensors: of one layer, if it is one's."""
+        if self.memory.ndim == 5:
+            return self
+        memory, keys, values, tail = self.memory, self.keys, self.values, self.tail
+        return GroupState(memory[None], keys[None], values[None], tail[None], self.length)
+
     def tensors(self) -> dict[str, Tensor]:
         return {
             "memory": self.memory,
@@ -335,12 +343,11 @@ class DecodeState:
         return found
 
     def to_bytes(self) -> bytes:
-        """As safetensors; read back by `from_bytes`, on any machine."""
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        for name in NOTES:
-            tensors.pop(name, None)
+        """As safetensors, for `from_bytes` on any machine. Equal states give equal bytes."""
+        held = {name: x for name, x in self._tensors().items() if name not in NOTES}
+        tensors = {name: self._held(name, x).contiguous() for name, x in held.items()}
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint}
-        return safetensors.torch.save(tensors, metadata=metadata)
+        return _in_order(safetensors.torch.save(tensors, metadata=metadata))
 
     @classmethod
     def from_bytes(cls, blob: bytes, device: torch.device | str = "cpu") -> DecodeState:
@@ -386,6 +393,14 @@ class DecodeState:
         if self.stamp is not None:
             tensors[STAMP] = self.stamp
         return tensors
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor without what means nothing: a history's room beyond each row's tokens."""
+        if not name.startswith("history"):
+            return tensor
+        slots = torch.arange(int(self.length.max()), device=tensor.device)
+        beyond = (slots >= self.length[:, None])[None, :, None, :, None]
+        return tensor[:, :, :, : len(slots)].masked_fill(beyond, 0)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> DecodeState:
         changed = {name: change(name, tensor) for name, tensor in self._tensors().items()}
@@ -527,6 +542,16 @@ def _check_shapes(tensors: dict[str, Tensor]) -> None:
              "history.values")  # fmt: skip
         longest = int(length.max()) if len(length) else 0
         fits(tensors["history.keys"].shape[3] >= longest, "history.keys")
+
+
+def _in_order(blob: bytes) -> bytes:
+    """The same safetensors with a sorted header: safetensors writes metadata in an order that
+    changes from call to call."""
+    size = int.from_bytes(blob[:8], "little")
+    entries = json.loads(blob[8 : 8 + size])
+    header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    return b"".join([len(header).to_bytes(8, "little"), header, blob[8 + size :]])
 
 
 def _metadata(blob: bytes) -> dict[str, str]:

@@ -54,7 +54,7 @@ def step_eagerly(
     model: PreTrainedModel, tree: Tree, state: DecodeState, *, hidden: bool = False
 ) -> Step:
     trim = not tree.visible.is_cuda  # on a GPU, looking would wait
-    context = Context(state=state, nodes=layout_of(tree.visible, state, trim=trim))
+    context = Context(state=state, layout=layout_of(tree.visible, state, trim=trim))
     return forward(model, tree.tokens, context, hidden=hidden)
 
 
@@ -70,10 +70,10 @@ def read(
     return forward(model, tokens, Context(state=state, mask=mask), logits_to_keep=logits_to_keep)
 
 
-def layout_of(visible: Tensor, state: DecodeState, *, trim: bool) -> ops.Nodes:
+def layout_of(visible: Tensor, state: DecodeState, *, trim: bool) -> ops.Layout:
     """How the nodes of trees [B, N, N] lie to a state."""
     layers = state.layers
-    return ops.Nodes.among(visible, state.length, group=layers.group, taps=layers.taps, trim=trim)
+    return ops.Layout.of(visible, state.length, group=layers.group, taps=layers.taps, trim=trim)
 
 
 def stepper_of(model: PreTrainedModel) -> Stepper | None:
@@ -126,8 +126,8 @@ def _inputs(model: PreTrainedModel, tokens: Tensor, context: Context) -> dict[st
 
 def _positions(tokens: Tensor, context: Context) -> Tensor:
     """[B, T], in each row's text."""
-    if context.nodes is not None:
-        return context.nodes.positions
+    if context.layout is not None:
+        return context.layout.positions
     there = torch.ones_like(tokens) if context.mask is None else context.mask
     return positions_after(context.state.length, there)
 

@@ -9,14 +9,24 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from linearized.speculative import Sampling
 from serve_apps.generation import Finished, Generation
 
 MAX_STOP = 4
+MAX_STOP_IDS = 128
 MAX_PROMPTS = 32
 _SEED = 2**63
 
@@ -29,11 +39,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "suffix": ("",),
 }
-"""What OpenAI has and this does not, with the values that ask for nothing: those and null pass."""
+"""OpenAI's parameters that are not supported, with the values that have no effect. Those values and
+null are accepted."""
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape."""
+    """An error answer in OpenAI's shape."""
 
     def __init__(
         self,
@@ -61,7 +72,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
-    """One more chunk before the end, with the usage and no choices."""
+    """Whether one more chunk with the usage and without choices comes before the end."""
 
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
@@ -84,26 +95,32 @@ class CompletionRequest(BaseModel):
 
     model: str
     prompt: Prompt
-    """A text, token ids, or a list of either: each prompt makes one choice."""
+    """A text, a list of token ids, or a list of either. Each prompt makes one choice. Prompt i gets
+    the choice number i of the seed, so equal prompts get different texts."""
     max_tokens: int = Field(default=16, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, lt=2**31)
-    """Keep the k most probable tokens; 0: all. Not OpenAI's."""
+    """Keep the k most probable tokens; 0 keeps all. OpenAI has no such parameter."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Keep tokens at least this fraction as probable as the most probable one. Not OpenAI's."""
+    """Keep the tokens that are at least this fraction as probable as the most probable one. OpenAI
+    has no such parameter."""
     seed: int | None = Field(default=None, ge=-_SEED, lt=_SEED)
-    """The same request with the same seed gives the same text. Without one, one is drawn; the
-    answer names it."""
+    """The same request with the same seed gives the same text. Without a seed, the app draws one,
+    and the answer names it."""
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] = []
-    """The text ends before the first of these."""
+    """The text ends before the first of these. They may name special tokens, which no text
+    shows."""
+    stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_IDS)] = []
+    """The text ends with one of these tokens, or with the model's own end of text.
+    OpenAI has no such parameter."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     echo: bool = False
     user: str | None = None
-    """No effect, as with OpenAI."""
+    """Has no effect, as with OpenAI."""
     speculate: Literal["model", "ngram", "none"] | None = None
-    """Where guesses come from; the speed depends on it, the text does not. Not OpenAI's."""
+    """Who drafts. The speed depends on it, the text does not. OpenAI has no such parameter."""
 
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:
@@ -114,24 +131,25 @@ class CompletionRequest(BaseModel):
         return [one if isinstance(one, str) else tuple(one) for one in self.prompt]  # type: ignore[arg-type]
 
     def generations(self, seed: int) -> list[Generation]:
-        """What is asked of a target, prompt by prompt."""
+        """The request as one generation per prompt, as a target takes it."""
         sampling = Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            stop_ids=frozenset(self.stop_token_ids),
             seed=seed,
         )
         return [
             Generation(
                 prompt=prompt,
                 max_tokens=self.max_tokens,
-                sampling=sampling,
+                sampling=replace(sampling, choice=i),
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
                 echo=self.echo,
                 speculate=self.speculate,
             )
-            for prompt in self.prompts
+            for i, prompt in enumerate(self.prompts)
         ]
 
 
@@ -198,6 +216,8 @@ def _api_error(error: ValidationError, values: dict[str, Any]) -> ApiError:
         message = _about_prompt(values["prompt"])
     elif field == "stop":
         message = f"stop must be a string that is not empty, or at most {MAX_STOP} of them"
+    elif field == "stop_token_ids":
+        message = f"stop_token_ids must be a list of at most {MAX_STOP_IDS} token ids, from 0 on"
     else:
         place = "".join(f"[{part}]" for part in inner)
         message = f"{param}{place}: {first['msg'][:1].lower()}{first['msg'][1:]}"
@@ -218,7 +238,7 @@ def _about_prompt(prompt: Any) -> str:
 
 
 class Usage:
-    """Tokens of one answer, summed over its choices."""
+    """Counts the tokens of one answer, over all its choices."""
 
     def __init__(self) -> None:
         self.prompt = self.completion = self.accepted = self.rejected = self.rounds = 0
@@ -243,7 +263,7 @@ class Usage:
 
 
 class Answer:
-    """The bodies of one answer, whole or in chunks."""
+    """Builds the bodies of one answer, whole or in chunks."""
 
     def __init__(self, model: str, fingerprint: str, seed: int) -> None:
         self._head = {
@@ -261,7 +281,8 @@ class Answer:
         return {**self._head, "choices": choices, "usage": usage.body()}
 
     def chunk(self, choices: list[dict[str, Any]], usage: Usage | None, *, with_usage: bool) -> str:
-        """A server-sent event. With `include_usage` every chunk names it, most of them as null."""
+        """A server-sent event. With `include_usage`, every chunk has a `usage`, which is null in
+        all but the last."""
         body: dict[str, Any] = self.body(choices, usage)
         if with_usage:
             body.setdefault("usage", None)

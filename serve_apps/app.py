@@ -29,42 +29,46 @@ from serve_apps.target import TargetConfig, TargetReplica
 
 
 class AppArgs(BaseModel):
-    """`key=value` on the command line of `serve run`, `args:` in a Serve config file."""
+    """Settings of the app: `key=value` on the command line of `serve run`, `args:` in a Serve
+    config file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: Path
     """Hugging Face folder of the linearized model, tokenizer included."""
     draft: Path | None = None
-    """Hugging Face folder of the draft model; none: texts are their own draft (n-grams)."""
+    """Hugging Face folder of the draft model. Without one, texts are drafted from themselves
+    (n-grams)."""
     model: str | None = None
-    """Name under which it is served; by default the target folder's."""
+    """Name under which the model is served. The default is the name of the target's folder."""
     max_context: int = Field(default=32768, ge=1)
-    """Prompt and completion of one request together, in tokens."""
+    """Largest number of tokens of prompt and completion of one request together."""
     max_sessions: int = Field(default=16, ge=1)
-    """Texts in progress in one target replica."""
+    """Largest number of texts in progress in one target replica."""
     max_waiting: int = Field(default=64, ge=0)
-    """Texts that may wait there; more are answered 503."""
+    """Largest number of texts that wait there. Further ones are answered with status 503."""
     max_body: int = Field(default=8 * 2**20, ge=1)
-    """Bytes of one request."""
+    """Largest number of bytes of a request."""
     depth: int = Field(default=2, ge=1)
-    """Levels of a drafted tree."""
+    """Number of levels of a drafted tree."""
     width: int = Field(default=4, ge=1)
-    """Guesses on each level."""
+    """Number of guesses on each level."""
     deadline_ms: float = Field(default=50.0, ge=0)
-    """How long one round of the target waits for a draft."""
+    """Milliseconds that a round of the target waits for a draft."""
     pack: bool = True
-    """Lay weights out for the CPU once more: faster, for as much memory again."""
+    """Whether to lay out the weights a second time for the CPU, which needs that memory again. See
+    `linearized.pack`."""
     compile: bool = False
-    """Compile the steps: faster still, but replicas start some minutes later the first time."""
+    """Whether to compile the steps. Replicas then need some minutes more for their first start. See
+    `linearized.compile`."""
 
     ingress_replicas: int = Field(default=1, ge=1)
     target_replicas: int = Field(default=1, ge=1)
     target_max_replicas: int | None = None
-    """Above target_replicas: Serve adds and removes replicas by load, from that many to this many.
-    """
+    """Largest number of target replicas. If it is set, Serve adds and removes replicas by load,
+    from `target_replicas` up to this number."""
     draft_replicas: int = Field(default=1, ge=1)
-    """Fixed: a draft's load does not pass through Serve."""
+    """Number of draft replicas. It is fixed, as Serve does not see a draft's load."""
 
     # What is reserved of the cluster's CPUs, for each replica. The defaults fill two.
     ingress_cpus: float = Field(default=0.1, ge=0)
@@ -123,14 +127,15 @@ class ServedTarget(TargetReplica):
 
 
 class Ingress:
-    """Its routes are `serve_apps.ingress`'s; binding the target makes Serve deploy it."""
+    """The HTTP deployment, with the routes of `serve_apps.ingress`. It takes the target's handle so
+    that Serve deploys the target with it."""
 
     def __init__(self, target: DeploymentHandle) -> None:
         _be_quiet()
 
 
 class TargetHandle:
-    """All target replicas as one `Target`."""
+    """All target replicas behind Serve's handle, as one `Target`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._ready = handle.ready

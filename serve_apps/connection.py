@@ -35,13 +35,13 @@ from serve_apps.protocol import (
 HANDSHAKE_S = 5.0
 HEARTBEAT_S = 2.0
 SILENT = 3
-"""Heartbeats that may be missing before the peer counts as gone."""
+"""Number of heartbeats that may be missing before the peer counts as gone."""
 MAX_UNSENT = 2 * MAX_FRAME
-"""Bytes that wait for a peer which does not read; beyond that it counts as gone."""
+"""Number of bytes that may wait for a peer that does not read. Beyond that it counts as gone."""
 
 
 class LinkError(LinearizedError):
-    """The connection cannot be made, or is no more."""
+    """The connection cannot be made or has ended."""
 
 
 async def dial(endpoint: Endpoint, *, heartbeat_s: float = HEARTBEAT_S) -> Connection:
@@ -119,7 +119,7 @@ class Connection:
         return self._writer.is_closing()
 
     def send(self, message: Message) -> None:
-        """Into the socket's buffer; of a connection that is closed, nowhere."""
+        """Put a message into the socket's buffer. Nothing happens if the connection is closed."""
         if self.closed:
             return
         self._writer.write(encode(message))

@@ -28,15 +28,15 @@ class DraftConfig:
     path: str
     """Hugging Face folder of the draft model; it shares the target's tokenizer."""
     depth: int = 2
-    """Levels of the tree."""
+    """Number of levels of a drafted tree."""
     width: int = 4
-    """Guesses on each."""
+    """Number of guesses on each level."""
     max_sessions: int = 64
-    """Texts whose state is kept."""
+    """Largest number of texts whose state is kept."""
     pack: bool = True
-    """Lay weights out for the CPU once more."""
+    """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
-    """Compile the steps."""
+    """Whether to compile the steps. See `linearized.compile`."""
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class DraftConfig:
 
 class DraftReplica:
     def __init__(self, config: DraftConfig, *, host: str = "127.0.0.1") -> None:
-        """`host` is this machine's address, as targets reach it."""
+        """`host` is the address at which targets reach this machine."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="draft")
         self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
@@ -68,7 +68,8 @@ class DraftReplica:
         self._started: asyncio.Task[Endpoint] | None = None
 
     async def endpoint(self) -> Endpoint:
-        """Where targets connect to, and the secret that lets them in. Starts the server."""
+        """The address to which targets connect and the secret that lets them in. The first call
+        starts the server."""
         if self._started is None:
             self._started = asyncio.create_task(self._start())
         return await asyncio.shield(self._started)

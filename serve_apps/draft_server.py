@@ -82,7 +82,7 @@ class DraftServer:
         return self._drafting is not None and not self._drafting.done()
 
     async def close(self) -> None:
-        """Tell all targets to look elsewhere, then end."""
+        """Tell all targets to look for another draft, then stop."""
         if self._server is None or self._drafting is None:
             return
         self._server.close()

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class StuckError(LinearizedError):
-    """One piece of work has gone on for far longer than any should."""
+    """A piece of work has run for far longer than any should."""
 
 
 class Forward:
@@ -39,7 +39,7 @@ class Forward:
         return await loop.run_in_executor(self._executor, self._timed, work, args, kwargs)
 
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
-        """In its turn, and nobody waits for it."""
+        """Queue the work without waiting for it."""
         self._executor.submit(self._timed, work, args, kwargs)
 
     def check(self, longest_s: float) -> None:
@@ -52,7 +52,7 @@ class Forward:
             raise StuckError(f"one forward pass has run for more than {longest_s:.0f} s")
 
     def close(self) -> None:
-        """Let what runs end; drop what waits."""
+        """Let the running work end and drop the waiting work."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _timed(self, work: Callable[..., T], args: tuple[object, ...], kwargs: dict) -> T:

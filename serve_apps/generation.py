@@ -22,22 +22,23 @@ class Generation:
     stop: tuple[str, ...] = ()
     echo: bool = False
     speculate: str | None = None
-    """One of SPECULATE; None: the first of them that the app has."""
+    """One of SPECULATE. None means the first of them that the app has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
     prompt_tokens: int
     prompt_text: str
-    """Empty unless the prompt is to be echoed."""
+    """The prompt's text if it is to be echoed, otherwise empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
-    """What one round gave."""
+    """The text and tokens that one round gave."""
 
     text: str
-    """May be empty: half a character or the beginning of a stop string is held back."""
+    """New text. It may be empty, as half a character or the beginning of a stop string is held
+    back."""
     tokens: tuple[int, ...]
 
 
@@ -47,23 +48,23 @@ class Finished:
     """`stop`: the end of the text or a stop string; `length`: max_tokens."""
     completion_tokens: int
     accepted: int
-    """Drafted tokens that are in the text."""
+    """Number of drafted tokens that were accepted."""
     rejected: int
     rounds: int
-    """Verifications by the target."""
+    """Number of verifications by the target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """Nothing is generated; says why, to the user."""
+    """Says that nothing is generated, and why, in words for the user."""
 
     status: int
-    """As HTTP has it."""
+    """The status code of HTTP."""
     message: str
     code: str
     param: str | None = None
     retry_after: int | None = None
-    """Seconds."""
+    """Seconds after which the client may try again."""
 
 
 Event = Started | Delta | Finished | Refused
@@ -71,9 +72,9 @@ Event = Started | Delta | Finished | Refused
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What a target replica is."""
+    """Describes a target replica."""
 
     fingerprint: str
     vocab_size: int
     draft: str
-    """`none`, `connected` or `away`."""
+    """State of the draft: `none`, `connected` or `away`."""

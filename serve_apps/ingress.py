@@ -27,9 +27,9 @@ from serve_apps.generation import Delta, Description, Finished, Started
 from serve_apps.streams import Target, Texts
 
 READY_S = 2.0
-"""How long /health waits for the target before it says no."""
+"""Seconds that /health waits for the target before it answers 503."""
 CLIENT_GONE = 499
-"""nginx's number for it; nobody reads it."""
+"""Status of an answer whose client has gone, as nginx has it. Nobody reads it."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -40,11 +40,11 @@ class IngressConfig:
     model: str
     """The name under which the target is served."""
     max_body: int = 8 * 2**20
-    """Bytes of a request."""
+    """Largest number of bytes of a request."""
 
 
 def http_app(target: Target, config: IngressConfig) -> FastAPI:
-    """The app, for any ASGI server."""
+    """The HTTP app, for any ASGI server."""
     ingress = _Ingress(target, config)
     app = FastAPI(title="linearized", docs_url=None, redoc_url=None)
     app.add_api_route("/health", ingress.health, methods=["GET"])
@@ -71,7 +71,7 @@ class _Ingress:
         self._description: Description | None = None
 
     async def health(self) -> JSONResponse:
-        """200 once the target is warm; `draft` says whether its draft replica is linked."""
+        """Answers 200 once the target is warm. `draft` says whether its draft replica is linked."""
         try:
             async with asyncio.timeout(READY_S):
                 self._description = await self._target.ready()
@@ -183,7 +183,7 @@ def _usage(starts: list[Started]) -> api.Usage:
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has gone away, and nobody waits for the answer."""
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -252,7 +252,8 @@ def _internal_error(place: str) -> ApiError:
 
 
 class Guard:
-    """Middleware: no exception gets past. (Serve's proxy gives every answer its x-request-id.)"""
+    """Middleware that turns every exception into an answer. (Serve's proxy gives every answer its
+    x-request-id.)"""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -20,17 +20,18 @@ from serve_apps.connection import HEARTBEAT_S, Connection, LinkError, dial
 from serve_apps.protocol import Close, Commit, Draft, Endpoint, Error, GoAway, Open
 
 FIND_S = 10.0
-"""How long Serve may take to name a draft replica before it is asked again."""
+"""Seconds that Serve may take to name a draft replica before it is asked again."""
 BACKOFF_S = (0.1, 5.0)
-"""Shortest and longest pause before the next attempt."""
+"""Shortest and longest pause before the next attempt, in seconds."""
 MAX_REOPENED = 8
-"""A draft too busy to remember a session is left alone with it in the end."""
+"""How often a session is opened again before the draft is left alone with it."""
 
 log = logging.getLogger(__name__)
 
 
 class DraftLink:
-    """Start it, take a `session` for each text, close it. All on one event loop."""
+    """The link to a draft replica. Start it, take a `session` for each text, and close it, all on
+    one event loop."""
 
     def __init__(
         self,
@@ -65,14 +66,14 @@ class DraftLink:
         return self.connection is not None
 
     async def wait_connected(self, seconds: float) -> bool:
-        """Whether there is a link, after at most this long."""
+        """Wait for a link, at most this many seconds, and say whether there is one."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._up.wait()
         return self.connected
 
     def session(self, sampling: Sampling, num_prompt: int) -> LinkSession:
-        """For a text whose prompt has so many tokens."""
+        """A new session for a text whose prompt has this many tokens."""
         number = next(self._numbers)
         session = LinkSession(self, number, sampling, num_prompt, self._vocab_size)
         self._sessions[number] = session

@@ -15,7 +15,7 @@ from serve_apps.generation import Description, Event, Generation, Refused, Start
 
 
 class Target(Protocol):
-    """Whoever completes texts: a replica, or Serve's handle to all of them."""
+    """Something that completes texts: a target replica, or Serve's handle to all of them."""
 
     def complete(self, job: Generation) -> AsyncGenerator[Event, None]: ...
 
@@ -45,7 +45,7 @@ class Texts:
         return [first for first in firsts if isinstance(first, Started)]
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """What follows, with the prompt's index, as it comes."""
+        """The events that follow, as they come, each with its prompt's index."""
         queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(64)
 
         async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:
@@ -73,7 +73,7 @@ class Texts:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Ends what still runs."""
+        """End the streams that still run."""
         async with AsyncExitStack() as stack:
             for stream in self._streams:
                 stack.push_async_callback(stream.aclose)

@@ -38,11 +38,11 @@ from serve_apps.speculator import Speculator
 
 STUCK_S = 120.0
 START_S = 900.0
-"""Steps may have to be compiled at the start."""
+"""Seconds that a forward pass may take at the start, when steps may have to be compiled."""
 MAX_NODES = 16
-"""Of a tree that is verified."""
+"""Largest number of nodes of a tree that is verified."""
 LINK_S = 60.0
-"""How long the first link to a draft may take before the replica counts as ready without."""
+"""Seconds that the first link to a draft may take. After that the replica is ready without it."""
 
 FindDraft = Callable[[], Awaitable[Endpoint]]
 
@@ -54,18 +54,18 @@ class TargetConfig:
     path: str
     """Hugging Face folder of the linearized model, tokenizer included."""
     max_context: int = 32768
-    """Prompt and completion together, in tokens. The state does not grow with it; a request's time
-    does."""
+    """Largest number of tokens of prompt and completion together. It does not make the state
+    larger, but requests may take longer."""
     max_sessions: int = 16
-    """Texts in progress at a time."""
+    """Largest number of texts in progress at a time."""
     max_waiting: int = 64
-    """Texts that wait for one of those to end; more are refused."""
+    """Largest number of texts that wait for one of those to end. Further ones are refused."""
     deadline_ms: float = 50.0
-    """How long a round waits for the draft replica."""
+    """Milliseconds that a round waits for the draft replica."""
     pack: bool = True
-    """Lay weights out for the CPU once more."""
+    """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
-    """Compile the steps."""
+    """Whether to compile the steps. See `linearized.compile`."""
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class TargetConfig:
 
 class TargetReplica:
     def __init__(self, config: TargetConfig, find_draft: FindDraft | None = None) -> None:
-        """`find_draft` names a draft replica; None: there are none."""
+        """`find_draft` finds a draft replica. None means that there are none."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
         self._texts = Forward(name="tokenizer")
@@ -110,7 +110,7 @@ class TargetReplica:
         self._ready: asyncio.Task[None] | None = None
 
     async def ready(self) -> Description:
-        """Waits until the model is warm and, the first time, the draft linked."""
+        """Wait until the model is warm and, the first time, the draft is linked."""
         if self._ready is None:
             self._ready = asyncio.create_task(self._start())
         await asyncio.shield(self._ready)
@@ -273,6 +273,10 @@ class TargetReplica:
         if wrong is not None:
             outside = f"token id {wrong} is outside the vocabulary of {self._vocab_size}"
             return invalid(outside, "prompt")
+        unknown = [token for token in job.sampling.stop_ids if not 0 <= token < self._vocab_size]
+        if unknown:
+            outside = f"token id {min(unknown)} is outside the vocabulary of {self._vocab_size}"
+            return invalid(f"stop_token_ids: {outside}", "stop_token_ids")
         limit = self._config.max_context
         if len(prompt) + job.max_tokens > limit:
             return invalid(
@@ -307,6 +311,6 @@ class TargetReplica:
 def _stop_ids(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """What ends a text, as the model and its tokenizer have it."""
+    """The tokens that end a text, by the model and its tokenizer."""
     own = tokenizer.eos_token_id
     return frozenset(end_of_text(model)) | ({own} if own is not None else set())

@@ -1,5 +1,5 @@
 """Attention variants: parameters and one class each. `LinearConfig.attention` names one; formulas
-and sources are in `VARIANTS.md` beside this file."""
+and sources are in `docs/variants.md`."""
 
 from __future__ import annotations
 

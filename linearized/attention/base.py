@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearized import ops
+from linearized import documents, ops
 from linearized.config import LinearConfig
 from linearized.state import GroupState
 
@@ -156,20 +156,22 @@ class LinearAttention(nn.Module):
         state: GroupState | None = None,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
-        nodes: ops.Nodes | None = None,
+        layout: ops.Layout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] to outputs [B, H, T, E] and what a state
-        folds in, keys [B, K, T, X] and values [B, K, T, U]. With `nodes` the tokens are a tree's
+        folds in, keys [B, K, T, X] and values [B, K, T, U]. With `layout` the tokens are a tree's
         nodes on top of `state`; without, T tokens that follow it in time. `scaling` is that of the
         softmax model, D^-½ by default."""
         scaling = self.place.width**-0.5 if scaling is None else scaling
-        keys, values = self.tokens(k, v, scaling, positions_of(k, state, mask, segments, nodes))
-        where: dict[str, Any] = {"state": state, "mask": mask, "segments": segments, "nodes": nodes}
+        keys, values = self.tokens(k, v, scaling, positions_of(k, state, mask, segments, layout))
+        where: dict[str, Any] = {"state": state, "mask": mask, "segments": segments}
+        where["layout"] = layout
         out = self.leave(self.sums(q, k, keys, values, scaling, **where))
         if self.taps is not None and not self.fused:
             own = values[..., values.shape[-1] - v.shape[-1] :]
-            taps = self.taps.to(own.dtype)
-            out = out + ops.convolve(own, taps, causal=self.causal, backend=self.backend, **where)
+            out = out + ops.convolve(
+                own, self.taps, causal=self.causal, backend=self.backend, **where
+            )
         return out.to(v.dtype), keys, values
 
     def empty_state(self, *leading: int, dtype: torch.dtype, device: torch.device) -> GroupState:
@@ -242,17 +244,13 @@ def positions_of(
     state: GroupState | None,
     mask: Tensor | None,
     segments: Tensor | None,
-    nodes: ops.Nodes | None,
+    layout: ops.Layout | None,
 ) -> Tensor:
     """[B or 1, T], of each token in its document."""
-    if nodes is not None:
-        return nodes.positions
-    positions = torch.arange(k.shape[2], device=k.device)[None]
-    if mask is not None:
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    if segments is not None:
-        new = torch.ones_like(segments, dtype=torch.bool)
-        new[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        first = torch.where(new, positions, 0).cummax(1).values
-        positions = positions - first
+    if layout is not None:
+        return layout.positions
+    if mask is None and segments is None:
+        positions = torch.arange(k.shape[2], device=k.device)[None]
+    else:
+        positions = documents.positions(segments, mask)
     return positions if state is None else positions + state.length[:, None]

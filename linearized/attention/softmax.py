@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearized.ops import Nodes
+from linearized import documents
+from linearized.ops import Layout
 
 FEW = 64
 """Up to so many new tokens a history is read where it lies; beyond, joining it with them costs
@@ -31,21 +32,21 @@ def softmax_attention(
     window: int | None = None,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
-    nodes: Nodes | None = None,
+    layout: Layout | None = None,
     history: tuple[Tensor, Tensor] | None = None,
     length: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] to [B, H, T, E]. `history` holds keys and
-    values [B, K, C, ·] of the tokens before, `length` [B] of them; `mask`, `segments`, `nodes` are
+    values [B, K, C, ·] of the tokens before, `length` [B] of them; `mask`, `segments`, `layout` are
     those of the linear layers. `window` is the number of tokens seen back, the own one included;
     `softcap` c turns a score s into c·tanh(s/c); `dropout` is the share of weights left out."""
-    plain = mask is None and segments is None and nodes is None and history is None
+    plain = mask is None and segments is None and layout is None and history is None
     if plain and window is None and softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, dropout_p=dropout, scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-    seen, own, other = _seen(k, causal, mask, segments, nodes)
+    seen, own, other = _seen(k, causal, mask, segments, layout)
     if history is not None and length is not None:
         own = own + length[:, None]
         other = torch.cat([_columns(history[0]).expand(len(k), -1), other + length[:, None]], 1)
@@ -97,24 +98,17 @@ def _attend_parts(
 
 
 def _seen(
-    k: Tensor, causal: bool, mask: Tensor | None, segments: Tensor | None, nodes: Nodes | None
+    k: Tensor, causal: bool, mask: Tensor | None, segments: Tensor | None, layout: Layout | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which new tokens each sees [B or 1, T, T], and positions from the first new one [B or 1, T],
     of queries and of keys."""
+    if layout is not None:
+        depths = layout.visible.sum(-1) - 1
+        return layout.visible, depths, depths
     columns = _columns(k)
-    if nodes is not None:
-        visible = (nodes.same | nodes.earlier)[:, :, -k.shape[2] :]
-        depths = visible.sum(-1) - 1
-        return visible, depths, depths
-    seen = columns[:, None, :] <= columns[:, :, None]
-    seen = seen if causal else torch.ones_like(seen)
-    positions = columns
-    if mask is not None:
-        seen = seen & mask.bool()[:, None, :]
-        positions = mask.long().cumsum(1) - 1
-    if segments is not None:
-        documents = F.pad((segments[:, 1:] != segments[:, :-1]).long().cumsum(1), (1, 0))
-        seen = seen & (documents[:, :, None] == documents[:, None, :])
+    seen = documents.visible(columns[0], causal=causal, mask=mask, segments=segments)
+    apart = mask is not None or segments is not None
+    positions = documents.positions(segments, mask) if apart else columns
     return seen, positions, positions
 
 

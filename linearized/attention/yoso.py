@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from linearized import ops
+from linearized import documents, ops
 from linearized.attention.base import Place, widen
 from linearized.attention.kernels import KernelAttention
 from linearized.config import LinearConfig
@@ -90,10 +90,14 @@ class _Expectation(torch.autograd.Function):
         repeats = q.shape[1] // k.shape[1]
         keys, values = (x.repeat_interleave(repeats, dim=1) for x in (k, values))
         to_q, to_k = torch.empty_like(q), torch.zeros_like(keys)
+        columns = torch.arange(k.shape[2], device=k.device)
         for start in range(0, q.shape[2], BLOCK):
-            rows = slice(start, start + BLOCK)
+            rows = slice(start, min(start + BLOCK, q.shape[2]))
+            seen = documents.visible(
+                columns, causal=ctx.causal, mask=mask, segments=segments, rows=rows
+            )
             cosine = q[:, :, rows] @ keys.transpose(-1, -2)
-            slope = _slope(cosine, ctx.bits) * _seen(k, rows, ctx.causal, mask, segments)
+            slope = _slope(cosine, ctx.bits) * seen[:, None]
             slope = slope * (grad[:, :, rows] @ values.transpose(-1, -2))
             to_q[:, :, rows] = slope @ keys
             to_k += slope.transpose(-1, -2) @ q[:, :, rows]
@@ -106,17 +110,3 @@ def _slope(cosine: Tensor, bits: int) -> Tensor:
     angle = cosine.clamp(-1, 1).arccos() / torch.pi
     sine = (1 - cosine.square()).clamp(min=1e-3).sqrt()
     return bits * (1 - angle) ** (bits - 1) / (torch.pi * sine)
-
-
-def _seen(
-    k: Tensor, rows: slice, causal: bool, mask: Tensor | None, segments: Tensor | None
-) -> Tensor:
-    """[B or 1, 1, block or 1, T], does the query, if it is a token, see the key?"""
-    columns = torch.arange(k.shape[2], device=k.device)
-    seen = (columns <= columns[rows, None])[None] if causal else (columns >= 0)[None, None]
-    if mask is not None:
-        seen = seen & mask.bool()[:, None, :]
-    if segments is not None:
-        documents = F.pad((segments[:, 1:] != segments[:, :-1]).long().cumsum(1), (1, 0))
-        seen = seen & (documents[:, rows, None] == documents[:, None, :])
-    return seen[:, None]

@@ -1,1 +1,1 @@
-"""What a trained model is worth."""
+"""Measures of a trained model's quality."""

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def negative_log_likelihood(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[float, int]:
-    """Sum over all predicted tokens, in nats, and their number. Batches are [B, T]; the first
-    token of a row is context only. Partial sums of several workers add up."""
+    """The negative log-likelihood of all predicted tokens, summed, in nats, and the number of these
+    tokens. Batches are [B, T]; the first token of a row is context only. The sums of several
+    workers may be added."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -29,6 +30,6 @@ def negative_log_likelihood(model: PreTrainedModel, batches: Iterable[Tensor]) -
 
 
 def perplexity(model: PreTrainedModel, batches: Iterable[Tensor]) -> float:
-    """exp of the mean negative log-likelihood a token."""
+    """The exponential of the mean negative log-likelihood per token. Batches are [B, T]."""
     total, count = negative_log_likelihood(model, batches)
     return math.exp(total / count)

@@ -1,4 +1,4 @@
-"""What a FLASH model is, as transformers keeps it: in a folder's config.json."""
+"""The config of a FLASH model, as transformers keeps it in a folder's config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from linearized.errors import ConfigError
 
 
 class FlashConfig(transformers.PreTrainedConfig):
-    """The defaults are the paper's base model, about 110M parameters."""
+    """Sizes of a FLASH model. The defaults are the paper's base model, about 110M parameters."""
 
     model_type = "flash_linearized"
     keys_to_ignore_at_inference = ("cache", "past_key_values")
@@ -20,17 +20,17 @@ class FlashConfig(transformers.PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 24
     expansion: int = 2
-    """Values are this many times as wide as hidden vectors."""
+    """How many times as wide as the hidden vectors the values are."""
     head_dim: int = 128
-    """Of the one head's queries and keys."""
+    """Width of the queries and keys of the one head."""
     group: int = 256
-    """Tokens attended exactly before they are folded into the state."""
+    """Number of tokens that are attended exactly before they are folded into the state."""
     augment: bool = True
-    """Add the masked depthwise convolution over values."""
+    """Whether to add the masked depthwise convolution over the values."""
     taps: int = 32
-    """Length of the convolution; tap i weighs the value i tokens back."""
+    """Length of the convolution. Tap i weighs the value i tokens back."""
     rotary: float = 0.25
-    """Share of the head's channels that turn with the position."""
+    """Share of the head's channels that rotary embedding turns with the position."""
     rotary_base: float = 10000.0
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -65,7 +65,7 @@ class FlashConfig(transformers.PreTrainedConfig):
 
     @property
     def linearized(self) -> dict[str, Any]:
-        """As in the config of every linearized model."""
+        """The same settings in the form that every linearized model's config has them."""
         return LinearConfig(
             attention=FLASH, augment=self.augment, group=self.group, taps=self.taps
         ).to_dict()

@@ -76,18 +76,18 @@ class FlashModel(FlashPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give FLASH either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = state = nodes = None
+        mask = state = layout = None
         if linear_context is not None:
-            mask, nodes, state = (
+            mask, layout, state = (
                 linear_context.mask,
-                linear_context.nodes,
+                linear_context.layout,
                 linear_context.state.layers,
             )
         elif cache is not None and cache.get_seq_length() > 0:
             raise ModelError("decoding from a state has no gradient: use torch.no_grad()")
         elif attention_mask is not None and not bool(attention_mask.all()):
             mask = attention_mask.bool()
-        positions = positions_of(hidden[:, None], state, mask, segment_ids, nodes)
+        positions = positions_of(hidden[:, None], state, mask, segment_ids, layout)
         rotary = self._rotary(positions, widen(hidden).dtype)
         for layer in self.layers:
             hidden = layer(hidden, positions, rotary, mask, segment_ids, linear_context)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from linearized import ops
+from linearized import documents, ops
 from linearized.attention.base import LinearAttention, Place, widen
 from linearized.config import LinearConfig
 from linearized.context import Context
@@ -66,11 +66,11 @@ class GatedAttention(GradientCheckpointingLayer):
         self, x: Tensor, mask: Tensor | None, segments: Tensor | None, context: Context | None
     ) -> Tensor:
         own, kept = x.split([self.shifted, x.shape[-1] - self.shifted], dim=-1)
-        last = nodes = None
+        last = layout = None
         slot = slot_of(self)
         if context is not None and slot is not None:
-            last, nodes = context.shift(slot.index, own), context.nodes
-        before = previous(own, last, mask=mask, segments=segments, nodes=nodes)
+            last, layout = context.shift(slot.index, own), context.layout
+        before = previous(own, last, mask=mask, segments=segments, layout=layout)
         return torch.cat([before, kept], dim=-1)
 
     def _heads(
@@ -115,7 +115,7 @@ def previous(
     *,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
-    nodes: ops.Nodes | None = None,
+    layout: ops.Layout | None = None,
 ) -> Tensor:
     """x [B, T, C] of each token to that of the token before it: the parent of a tree's node, else
     the last one that `mask` [B, T] keeps. Before the first is `last` [B, C], or zeros; so are they
@@ -125,9 +125,9 @@ def previous(
     whole = torch.cat([last[:, None], x], dim=1)
     columns = torch.arange(num_tokens + 1, device=x.device)
     index = columns[:-1].expand(x.shape[0], -1)
-    if nodes is not None:
-        seen = (nodes.same | nodes.earlier)[:, :, -num_tokens:]
-        parents = seen & (nodes.positions[:, :, None] - nodes.positions[:, None, :] == 1)
+    if layout is not None:
+        depths = layout.positions
+        parents = layout.visible & (depths[:, :, None] - depths[:, None, :] == 1)
         index = (parents * columns[1:]).sum(-1)
     elif mask is not None:
         index = F.pad((mask.bool() * columns[1:]).cummax(1).values[:, :-1], (1, 0))
@@ -136,7 +136,7 @@ def previous(
     before = whole.gather(1, index[..., None].expand_as(x))
     if segments is None:
         return before
-    document = F.pad((segments[:, 1:] != segments[:, :-1]).long().cumsum(1), (1, 0))
+    document = documents.numbers(segments)
     same = F.pad(document, (1, 0), value=-1).gather(1, index) == document
     return before * same[..., None]
 

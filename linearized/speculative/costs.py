@@ -11,10 +11,27 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
+Now = Callable[[], float]
+"""Reads a clock, in seconds."""
 TIMES = 5
 """Whose median a time is taken to be."""
 OUTLIER = 4.0
 """Times the shortest of them, beyond which one does not count."""
+
+
+def clock_of(device: torch.device) -> Now:
+    """A clock that waits until the device has done all that it was told to do; otherwise it would
+    tell how long the telling took."""
+    if device.type == "cpu":
+        return time.perf_counter
+
+    def now() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +51,7 @@ class Costs:
         max_batch: int,
         max_nodes: int,
         repeats: int = 5,
+        now: Now = time.perf_counter,
     ) -> Costs:
         """`run(batch, nodes)` is one forward. Medians; the first calls of a size are not counted.
         More nodes never take less time in the table, as they never do but for chance."""
@@ -45,9 +63,9 @@ class Costs:
                 run(batch, count)
                 times = []
                 for _ in range(repeats):
-                    began = time.perf_counter()
+                    began = now()
                     run(batch, count)
-                    times.append(time.perf_counter() - began)
+                    times.append(now() - began)
                 row.append(max(statistics.median(times), *row[-1:], 0.0))
             table.append(tuple(row))
         return cls(tuple(batches), tuple(nodes), tuple(table))

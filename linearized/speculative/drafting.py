@@ -4,80 +4,120 @@ became of it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from linearized.speculative.costs import Clock
+from linearized.speculative.costs import Now
 from linearized.speculative.drafters.base import Ask, Drafter
 from linearized.speculative.planner import Planner
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
+log = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True, slots=True)
 class Draft:
-    """A tree, the larger one that it was cut out of, and who is to hear what became of them."""
+    """For one text in one round."""
 
-    def __init__(
-        self,
-        tree: TokenTree = TokenTree.empty,
-        whole: TokenTree = TokenTree.empty,
-        planner: Planner | None = None,
-        depth: int = 0,
-    ) -> None:
-        self.tree = tree
-        self._whole = whole
-        self._planner = planner
-        self.depth = depth
-
-    def observe(self, text: Text, new: Sequence[int]) -> None:
-        if self._planner is not None and self.depth:
-            self._planner.observe(text, self._whole, new, self.depth)
+    tree: TokenTree = TokenTree.empty
+    """What is to be verified."""
+    whole: TokenTree = TokenTree.empty
+    """What it was cut out of."""
+    depth: int = 0
+    """How deep it was asked for; 0: it was not."""
 
 
 class Drafting:
-    """A drafter, and what is known of it."""
+    """A drafter, and what is known of it. One that raises is not asked again: texts go on without
+    it."""
 
-    def __init__(self, drafter: Drafter, max_nodes: int) -> None:
-        self._drafter = drafter
+    def __init__(self, drafter: Drafter, max_nodes: int, *, now: Now = time.perf_counter) -> None:
+        self.drafter = drafter
+        self.planner: Planner | None = None
+        """Says what pays; None: all that is drafted."""
+        self.rehearses = False
+        """All is drafted, only times are learnt."""
         self._max_nodes = max_nodes
-        self._planner: Planner | None = None
+        self._now = now
+        self._works = True
+        self._drafted, self._right = 0, 0
+        """Texts drafted for in this round, and guesses for them that were right."""
 
-    def plan(self, clock: Clock) -> None:
-        self._planner = Planner(clock, max_depth=self._drafter.depth, max_nodes=self._max_nodes)
-
-    def draft(self, texts: list[Text], batch: int) -> list[Draft]:
+    def draft(self, texts: Sequence[Text], batch: int) -> list[Draft]:
         """For these texts, in a round of `batch` of them."""
-        planner, depth = self._planner, self._drafter.depth
-        if not any(_guessable(text) for text in texts):  # a try without a text would tell nothing
-            return [Draft() for _ in texts]
-        if planner is not None:
-            depth = planner.depth(texts, batch)
-        ends = ((text, min(depth, _guessable(text))) for text in texts)
-        asks = [Ask(text, end, self._max_nodes) for text, end in ends if end]
+        self._drafted = self._right = 0
+        asks = self._asks(texts, batch)
         if not asks:
-            return [Draft() for _ in texts]
-        if planner is not None:
-            follow = planner.follow(len(asks))
-            asks = [replace(ask, follow=follow, trust=planner.trust(ask.text)) for ask in asks]
-        began = time.perf_counter()
-        wholes = trees = self._drafter.propose(asks)
-        if planner is not None:
-            seconds = time.perf_counter() - began
-            levels = max(max(tree.depths, default=1) for tree in trees)
-            trees = planner.trim([ask.text for ask in asks], trees, batch, seconds)
-            nodes = sum(map(len, trees)) / len(trees)
-            planner.took(len(asks), depth, seconds, levels=levels, nodes=nodes)
-        found = {
-            ask.text: Draft(tree.best(ask.nodes), whole, planner, ask.depth)
-            for ask, tree, whole in zip(asks, trees, wholes, strict=True)
-        }
-        return [found.get(text) or Draft() for text in texts]
+            return [Draft()] * len(texts)
+        try:
+            found = self._ask(asks, batch)
+        except Exception:
+            self._fail("could not draft")
+            return [Draft()] * len(texts)
+        self._drafted = len(found)
+        return [found.get(text, Draft()) for text in texts]
+
+    def observe(self, text: Text, draft: Draft, new: Sequence[int]) -> None:
+        """The text that this was drafted for went on by `new`."""
+        if self.planner is not None and draft.depth and not self.rehearses:
+            self.planner.observe(text, draft.whole, new, draft.depth)
+            self._right += len(new) - 1
+
+    def settle(self, batch: int, nodes: int, seconds: float) -> None:
+        """The round with what was drafted took so long, besides drafting."""
+        if self.planner is not None and self._drafted and not self.rehearses:
+            self.planner.gave(
+                batch, self._drafted, tokens=self._right, nodes=nodes, seconds=seconds
+            )
 
     def forget(self, text: Text) -> None:
-        self._drafter.forget(text)
-        if self._planner is not None:
-            self._planner.forget(text)
+        if self.planner is not None:
+            self.planner.forget(text)
+        try:
+            self.drafter.forget(text)
+        except Exception:
+            self._fail("could not let go of a text")
+
+    def _asks(self, texts: Sequence[Text], batch: int) -> list[Ask]:
+        if not self._works or not any(_guessable(text) for text in texts):
+            return []  # a try without a text would tell nothing
+        depth = self.drafter.depth
+        plans = self.planner is not None and not self.rehearses
+        if plans and self.planner is not None:
+            depth = self.planner.depth(texts, batch)
+        ends = ((text, min(depth, _guessable(text))) for text in texts)
+        asks = [Ask(text, end, self._max_nodes) for text, end in ends if end]
+        if plans and self.planner is not None and asks:
+            follow, trust = self.planner.follow(len(asks)), self.planner.trust
+            return [replace(ask, follow=follow, trust=trust(ask.text)) for ask in asks]
+        return asks
+
+    def _ask(self, asks: Sequence[Ask], batch: int) -> dict[Text, Draft]:
+        planner, depth = self.planner, max(ask.depth for ask in asks)
+        began = self._now() if planner is not None else 0.0
+        wholes = trees = self.drafter.propose(asks)
+        if planner is not None:
+            seconds = self._now() - began
+            levels = max(max(tree.depths, default=1) for tree in trees)
+            if self.rehearses:
+                planner.rehearsed(len(asks), depth, seconds, levels=levels)
+            else:
+                trees = planner.trim([ask.text for ask in asks], trees, batch, seconds)
+                nodes = sum(map(len, trees)) / len(trees)
+                planner.took(len(asks), depth, seconds, levels=levels, nodes=nodes)
+        return {
+            ask.text: Draft(tree.best(ask.nodes), whole, ask.depth)
+            for ask, tree, whole in zip(asks, trees, wholes, strict=True)
+        }
+
+    def _fail(self, what: str) -> None:
+        if self._works:
+            name = type(self.drafter).__name__
+            log.exception("%s %s; texts go on without it, at another speed", name, what)
+        self._works = False
 
 
 def _guessable(text: Text) -> int:

@@ -13,10 +13,13 @@ the others, nor on what is drafted.
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,19 +28,37 @@ from transformers import PreTrainedModel
 from linearized.config import is_whole
 from linearized.errors import ConfigError, RequestError, StateError
 from linearized.models import check_decoder, check_state, commit, extend, new_state, verify
-from linearized.speculative.costs import Clock, Costs
+from linearized.speculative.chooser import Choice, choose
+from linearized.speculative.costs import Clock, Costs, clock_of
 from linearized.speculative.drafters.base import Drafter
 from linearized.speculative.drafting import Draft, Drafting
+from linearized.speculative.experience import Experience
+from linearized.speculative.limits import longest_text
 from linearized.speculative.pool import Pool
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Piece, Text
 from linearized.speculative.tree import TokenTree
 from linearized.state import DecodeState, Pending
 
+log = logging.getLogger(__name__)
+
 CHUNK = 512
 """Tokens of prompts that are read between two rounds."""
 REHEARSED = 12
 """Tokens of texts that nobody reads."""
+
+Pieces = list[tuple[Text, Piece]]
+
+
+@dataclass(slots=True)
+class _Verified:
+    """Texts whose trees were verified in one forward."""
+
+    texts: list[Text]
+    trees: list[TokenTree]
+    state: DecodeState
+    logits: Tensor
+    pending: Pending
 
 
 class Engine:
@@ -68,7 +89,9 @@ class Engine:
         self._memory = memory
         self.pool: Pool[Text] = Pool(model, _rows(model, rows, memory))
         self._clock: Clock | None = None
-        self._drafting = [Drafting(drafter, max_nodes) for drafter in drafters]
+        self._now = clock_of(model.device)
+        self._longest = longest_text(model) or sys.maxsize
+        self._drafting = [Drafting(drafter, max_nodes, now=self._now) for drafter in drafters]
         self._chunk = chunk
         self._waiting: dict[Text, DecodeState | None] = {}
         self._reading: deque[Text] = deque()
@@ -77,7 +100,7 @@ class Engine:
         self.seconds: dict[str, float] = defaultdict(float)
         """Spent so far, by what: `read`, `draft`, `verify`, `commit`, and `rest`."""
         for drafter in drafters:
-            drafter.join(self)
+            drafter.join(model, self.pool)
 
     @property
     def texts(self) -> list[Text]:
@@ -106,39 +129,55 @@ class Engine:
         """
         self._check_idle("measure")
         return Costs.measure(
-            self._forward, max_batch=self.pool.num_rows, max_nodes=1 + self.max_nodes
+            self._forward,
+            max_batch=self.pool.num_rows,
+            max_nodes=1 + self.max_nodes,
+            now=self._now,
         )
 
-    def plan(self, costs: Costs) -> None:
-        """From now on draft and verify what pays; until then, all that drafters propose.
+    def plan(self, known: Costs | Experience) -> None:
+        """From now on draft and verify what pays; until then, all that drafters propose. `known`:
+        what `measure` gave, here or in another engine for the same model, rows and nodes; or the
+        experience of such an engine, which is added to.
 
         Raises:
             ConfigError: there is a text.
         """
         self._check_idle("plan")
-        self._rehearse()
-        self._clock = Clock(costs)
+        experience = Experience(known) if isinstance(known, Costs) else known
+        fresh = not all(experience.knows(drafting.drafter) for drafting in self._drafting)
         for drafting in self._drafting:
-            drafting.plan(self._clock)
+            drafting.planner = experience.planner(drafting.drafter, self.max_nodes)
+        if fresh:
+            self._rehearse()
+        self._clock = experience.clock
 
     def _rehearse(self) -> None:
         """A few rounds of texts that are not asked for: drafters set up on their first calls what
-        they need, which would look like the price of drafting. Of all rows, of two, whose states
-        lie apart in memory, and of one: where steps are compiled, each has programs of its own."""
+        they need, which would look like the price of drafting; then it is seen what they take. Of
+        all rows, of two, whose states lie apart in memory, and of one: where steps are compiled,
+        each has programs of its own."""
         rows = self.pool.num_rows
-        for batch in sorted({rows, min(rows, 2), 1}, reverse=True):
-            prompt = [token % self.model.config.vocab_size for token in range(8)]
-            texts = [
-                Text(prompt, sampling=Sampling(), max_new_tokens=REHEARSED) for _ in range(batch)
-            ]
-            try:
-                for text in filter(self._fits, texts):
-                    self.add(text)
+        self._clock = None
+        for drafting in self._drafting:
+            drafting.rehearses = True
+        try:
+            for batch in sorted({rows, min(rows, 2), 1}, reverse=True):
+                prompt = [token % self.model.config.vocab_size for token in range(8)]
+                texts = [
+                    Text(prompt, sampling=Sampling(), max_new_tokens=REHEARSED)
+                    for _ in range(batch)
+                ]
+                for text in texts:
+                    if self._fits(text) and not self._is_too_long(text):
+                        self.add(text)
                 while self.busy:
                     self.step()
-            finally:
-                self._drop(self.texts)
-        self.seconds.clear()
+        finally:
+            self._drop(self.texts)
+            for drafting in self._drafting:
+                drafting.rehearses = False
+            self.seconds.clear()
 
     def add(self, text: Text, state: DecodeState | None = None) -> None:
         """Go on with a text: its next pieces come from `step`, once there is room for it. `state`
@@ -150,6 +189,13 @@ class Engine:
         text.check(self.model.config.vocab_size)
         if text in self.pool or text in self._waiting:
             raise ConfigError("this text is in the engine already; add it once")
+        if self._is_too_long(text):
+            raise RequestError(
+                f"{type(self.model).__name__} has positions for {self._longest} tokens, this text "
+                f"has a prompt of {text.num_prompt} and may get {text.max_new_tokens} more; "
+                "shorten one of them",
+                param="prompt" if text.num_prompt > self._longest else "max_tokens",
+            )
         if not self._fits(text):
             needed = self.pool.bytes_at(self._final(text))
             fewer = ", or give the engine fewer rows" if self.pool.num_rows > 1 else ""
@@ -193,88 +239,139 @@ class Engine:
             for drafting in self._drafting:
                 drafting.forget(text)
 
-    def step(self) -> list[tuple[Text, Piece]]:
+    def step(self) -> Pieces:
         """One round: what each text gained. Texts that have ended are gone afterwards. A text
-        whose `decode` raises ends by itself, with `error`; the others go on."""
+        whose prompt cannot be read, whose tokens cannot be verified or decoded, or whose logits
+        are no numbers ends by itself, with `error`; the others go on."""
         began, known = time.perf_counter(), sum(self.seconds.values())
-        self._admit()
+        pieces = self._admit()
         with self._timed("read"):
-            self._read()
-        pieces = self._round() if self._decoding else []
+            pieces += self._read()
+        if self._decoding:
+            pieces += self._round()
         spent = time.perf_counter() - began
         self.seconds["rest"] += spent - (sum(self.seconds.values()) - known)
         return pieces
 
-    def _round(self) -> list[tuple[Text, Piece]]:
+    def _round(self) -> Pieces:
         with self._timed("draft"):
-            found = self._draft(self._decoding)
-        began = time.perf_counter()
+            drafts = self._draft(self._decoding)
+        began = self._now() if self._clock is not None else 0.0
         texts = self._decoding = self.pool.arrange(self._decoding)
-        trees = [found[text][-1].tree for text in texts]
+        trees = [drafts[text][-1].tree for text in texts]
         with self._timed("verify"):
-            logits, pending = self._verify(texts, trees)
-        walks = [
-            text.choose(rows[: 1 + len(tree)], tree)
-            for text, tree, rows in zip(texts, trees, logits, strict=True)
-        ]
-        paths = [[0, *(1 + node for node in path)] for path, _ in walks]
-        with self._timed("commit"):
-            commit(self.pool.first(len(texts)), pending, paths)
-        pieces = []
-        for i, (text, tree, (path, new)) in enumerate(zip(texts, trees, walks, strict=True)):
-            if pending.hidden is not None:
-                text.hidden = pending.hidden[i, paths[i][-1]].clone()
-            pieces.append((text, text.take(new, tree, path, logits[i])))
-        for text, (_, new) in zip(texts, walks, strict=True):
-            for draft in found[text]:
-                draft.observe(text, new)
+            verified, pieces = self._verify_all(texts, trees)
+        for batch in verified:
+            pieces += self._take(batch, drafts)
         self._drop([text for text in texts if text.finished is not None])
-        if self._clock is not None:
-            seconds = time.perf_counter() - began
-            drafted = any(draft.depth for drafts in found.values() for draft in drafts)
-            self._clock.took(len(texts), max(map(len, trees)), seconds, drafted=drafted)
+        if self._clock is not None and len(verified) == 1:
+            seconds, nodes = self._now() - began, max(map(len, trees))
+            drafted = any(draft.depth for asked in drafts.values() for draft in asked)
+            self._clock.took(len(texts), nodes, seconds, drafted=drafted)
+            for drafting in self._drafting:
+                drafting.settle(len(texts), nodes, seconds)
         return pieces
 
-    def _admit(self) -> None:
+    def _verify_all(
+        self, texts: list[Text], trees: list[TokenTree]
+    ) -> tuple[list[_Verified], Pieces]:
+        """All in one forward. If that fails, each text in one of its own, without its tree: no
+        state has been written, so only those that fail again are at fault, and end."""
+        try:
+            return [self._verify(texts, trees, self.pool.first(len(texts)))], []
+        except Exception:
+            log.exception("could not verify %d texts at once; trying one by one", len(texts))
+        verified: list[_Verified] = []
+        pieces: Pieces = []
+        for text in texts:
+            try:
+                verified.append(self._verify([text], [TokenTree.empty], self.pool.row(text)))
+            except Exception as error:
+                pieces.append((text, text.fail(error)))
+        return verified, pieces
+
+    def _take(self, batch: _Verified, drafts: dict[Text, list[Draft]]) -> Pieces:
+        """Commit what is right, and let each text go on by it."""
+        choices = _choices(batch)
+        paths = [[0, *(1 + node for node in choice.path)] for choice in choices]
+        try:
+            with self._timed("commit"):
+                commit(batch.state, batch.pending, paths)
+        except Exception as error:  # nobody knows what of it is in their states
+            return [(text, text.fail(error)) for text in batch.texts]
+        pieces: Pieces = []
+        for i, (text, tree, choice) in enumerate(
+            zip(batch.texts, batch.trees, choices, strict=True)
+        ):
+            if choice.error is not None:
+                pieces.append((text, text.fail(choice.error)))
+                continue
+            if batch.pending.hidden is not None:
+                text.hidden = batch.pending.hidden[i, paths[i][-1]].clone()
+            pieces.append((text, text.take(choice.new, tree, choice.path, batch.logits[i])))
+            if tree is drafts[text][-1].tree:
+                self._observe(text, drafts[text], choice)
+        return pieces
+
+    def _observe(self, text: Text, drafts: list[Draft], choice: Choice) -> None:
+        for drafting, draft in zip(self._drafting, drafts, strict=False):
+            drafting.observe(text, draft, choice.new)
+
+    def _admit(self) -> Pieces:
         """First come, first served: one that does not fit yet holds up those behind it."""
+        pieces: Pieces = []
         while self._waiting and len(self.pool) < self.pool.num_rows:
             text, state = next(iter(self._waiting.items()))
             longest = max(map(self._final, (*self.pool.keys, text)))
             if self._memory is not None and self.pool.bytes_at(longest) > self._memory:
-                return
-            self.pool.reserve(longest)
-            self.pool.add(text, state)
-            self._reading.append(text)
-            del self._waiting[text]
+                break
+            try:
+                self.pool.reserve(longest)
+                self.pool.add(text, state)
+            except Exception as error:
+                pieces.append((text, text.fail(error)))
+                self._drop([text])
+            else:
+                self._reading.append(text)
+                del self._waiting[text]
+        return pieces
 
-    def _read(self) -> None:
+    def _read(self) -> Pieces:
         """A piece of the prompts. The last token of each stays out: it is its first tree's root."""
+        pieces: Pieces = []
         left = self._chunk
         while self._reading and left > 0:
             text = self._reading[0]
             state = self.pool.row(text)
             done, goal = int(state.length[0]), len(text.tokens) - 1
             tokens = text.tokens[done : min(done + left, goal)]
-            if tokens:
-                ids = torch.tensor([tokens], device=self.model.device)
-                extend(self.model, ids, state, logits_to_keep=1)
-                left -= len(tokens)
+            try:
+                if tokens:
+                    ids = torch.tensor([tokens], device=self.model.device)
+                    extend(self.model, ids, state, logits_to_keep=1)
+            except Exception as error:
+                pieces.append((text, text.fail(error)))
+                self._drop([text])
+                continue
+            left -= len(tokens)
             if done + len(tokens) == goal:
                 self._decoding.append(self._reading.popleft())
+        return pieces
 
     def _draft(self, texts: list[Text]) -> dict[Text, list[Draft]]:
-        """What the drafters had for each text, up to the first who had something."""
+        """What the drafters had for each text, one after the other, up to the first who had
+        something."""
         vocabulary = range(self.model.config.vocab_size)
-        drafts = {text: [Draft()] for text in texts}
+        drafts: dict[Text, list[Draft]] = {text: [] for text in texts}
         for drafting in self._drafting:
-            free = [text for text, known in drafts.items() if not known[-1].tree]
+            free = [text for text, known in drafts.items() if not (known and known[-1].tree)]
             found = drafting.draft(free, len(texts))
             for text, draft in zip(free, found, strict=True):
-                if all(token in vocabulary for token in draft.tree.tokens):
-                    drafts[text].append(draft)
-        return drafts
+                known = all(token in vocabulary for token in draft.tree.tokens)
+                drafts[text].append(draft if known else Draft())
+        return {text: known or [Draft()] for text, known in drafts.items()}
 
-    def _verify(self, texts: list[Text], trees: list[TokenTree]) -> tuple[Tensor, Pending]:
+    def _verify(self, texts: list[Text], trees: list[TokenTree], state: DecodeState) -> _Verified:
         """Side by side, as wide as the widest; what is beyond a tree is nobody's parent."""
         widest = 1 + max(map(len, trees))
         tokens, parents = [], []
@@ -284,8 +381,8 @@ class Engine:
             parents.append([-1, *(parent + 1 for parent in tree.parents), *[-1] * missing])
         device = self.model.device
         nodes = torch.tensor(tokens, device=device), torch.tensor(parents, device=device)
-        state = self.pool.first(len(texts))
-        return verify(self.model, *nodes, state, hidden=self._needs_hidden)
+        logits, pending = verify(self.model, *nodes, state, hidden=self._needs_hidden)
+        return _Verified(texts, trees, state, logits, pending)
 
     def _forward(self, batch: int, nodes: int) -> object:
         tokens = torch.zeros(batch, nodes, dtype=torch.int64, device=self.model.device)
@@ -303,15 +400,39 @@ class Engine:
         """Into the memory, with nobody beside it."""
         return self._memory is None or self.pool.bytes_at(self._final(text)) <= self._memory
 
+    def _is_too_long(self, text: Text) -> bool:
+        """For the model's table of positions."""
+        return _length(text) > self._longest
+
     def _final(self, text: Text) -> int:
         """Tokens that it may have at the end, and a tree on top."""
-        return text.num_prompt + text.max_new_tokens + 1 + self.max_nodes
+        return _length(text) + 1 + self.max_nodes
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - began
+
+
+def _choices(batch: _Verified) -> list[Choice]:
+    """All at once; one by one if that fails, so that only those at fault have an error."""
+    try:
+        return choose(batch.logits, batch.texts, batch.trees)
+    except Exception as error:
+        if len(batch.texts) == 1:
+            return [Choice([], [], error)]
+        log.exception("could not choose for %d texts at once; trying one by one", len(batch.texts))
+    found: list[Choice] = []
+    for i, (text, tree) in enumerate(zip(batch.texts, batch.trees, strict=True)):
+        alone = _Verified([text], [tree], batch.state, batch.logits[i : i + 1], batch.pending)
+        found += _choices(alone)
+    return found
+
+
+def _length(text: Text) -> int:
+    """Tokens that it may have at the end."""
+    return text.num_prompt + text.max_new_tokens
 
 
 def _rows(model: PreTrainedModel, rows: int, memory: int | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -14,7 +16,7 @@ from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, RequestError
 from linearized.medusa import MedusaHeads
 from linearized.packing import is_packed
-from linearized.speculative.costs import Costs
+from linearized.speculative.decoder import Decoder
 from linearized.speculative.drafters import (
     Drafter,
     LayersDrafter,
@@ -23,6 +25,7 @@ from linearized.speculative.drafters import (
     NgramDrafter,
 )
 from linearized.speculative.engine import Engine
+from linearized.speculative.experience import Experience
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Text
 
@@ -60,7 +63,8 @@ def generate(  # type: ignore[misc]
     min_tokens: int = 0,
     typical: float = 0.0,
     seed: int = 0,
-    stop: str | Sequence[str] = (),
+    choice: int = 0,
+    stop: str | Sequence[str] | None = None,
     stop_ids: Iterable[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     rows: int = ROWS,
@@ -74,16 +78,20 @@ def generate(  # type: ignore[misc]
     these in the order in which to ask them; it changes the speed and never the text. Names are
     "ngram", "layers" and "medusa": the latter two are looked for in the folder that the model was
     loaded from, where `jobs.layers` and `jobs.medusa` leave them. `stop`: the text ends with the
-    token that completes the first of these strings, which need `tokenizer`. `stop_ids`: it ends
-    after one of these tokens; by default the model's end of text. For the other parameters see
-    `Sampling`. `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured
-    before the first token and kept for the next call; else all that is drafted. `on_tokens(index
-    of the prompt, new ids)` is called as they come. On a CPU call `linearized.pack(model)` first,
-    and maybe `linearized.compile(model)`: both make it faster.
+    token after which the first of these strings is certain. That takes `tokenizer`; the strings may
+    name special tokens. `stop_ids`: it ends after one of these tokens; by default the model's end
+    of text. `seed`, `choice`: a sampled text is a function of both. Prompt i gets the choice number
+    `choice` + i, so equal prompts get different texts, and `generate(model, prompts[i],
+    choice=choice + i, …)` gives one of them again. For the other parameters see `Sampling`.
+    `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured before the first
+    token and by what drafts really gave; both are kept for the next call. Without it, verify all
+    that is drafted. `on_tokens(index of the prompt, new
+    ids)` is called as they come. On a CPU call `linearized.pack(model)` first, and maybe
+    `linearized.compile(model)`: both make it faster.
 
     Raises:
         RequestError: a prompt that is no list of token ids, an empty one, an unknown token.
-        ConfigError: a setting out of range.
+        ConfigError: a setting out of range. ModelError: the model gives NaN or infinite logits.
     """
     given = _plain(prompt)
     many = isinstance(given, list) and bool(given) and isinstance(given[0], list)
@@ -100,50 +108,57 @@ def generate(  # type: ignore[misc]
         min_tokens=min_tokens,
         stop_ids=end_of_text(model) if stop_ids is None else stop_ids,  # type: ignore[arg-type]
         seed=seed,
+        choice=choice,
         typical=typical,
     )
-    strings = [stop] if isinstance(stop, str) else list(stop)
+    strings = [stop] if isinstance(stop, str) else list(stop or ())
     if strings and tokenizer is None:
         raise ConfigError("stop strings need the tokenizer, to see text in token ids")
+    decode = decoding(tokenizer) if strings and tokenizer is not None else None
     texts = [
         Text(
             one,
-            sampling=sampling,
+            sampling=replace(sampling, choice=sampling.choice + i),
             max_new_tokens=max_new_tokens,
             stop=strings,
-            decode=decoding(tokenizer) if strings and tokenizer is not None else None,
+            decode=decode,
         )
-        for one in prompts
+        for i, one in enumerate(prompts)
     ]
     asked = drafters(drafter, model)
     engine = Engine(model, drafters=asked, rows=min(rows, max(len(texts), 1)))
-    if adaptive and asked:
-        engine.plan(_costs(engine, any(one.needs_hidden for one in asked)))
-    for text in texts:
-        engine.add(text)
-    index = {text: i for i, text in enumerate(texts)}
-    while engine.busy:
-        for text, piece in engine.step():
-            if on_tokens is not None and piece.tokens:
-                on_tokens(index[text], list(piece.tokens))
-            if text.error is not None:
-                raise text.error
+    with _planned(engine, asked) if adaptive and asked else nullcontext():
+        for text in texts:
+            engine.add(text)
+        index = {text: i for i, text in enumerate(texts)}
+        while engine.busy:
+            for text, piece in engine.step():
+                if on_tokens is not None and piece.tokens:
+                    on_tokens(index[text], list(piece.tokens))
+                if text.error is not None:
+                    raise text.error
     found = [text.new_tokens for text in texts]
     return found if many else found[0]
 
 
-_known: WeakKeyDictionary[PreTrainedModel, dict[object, Costs]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedModel, dict[object, Experience]] = WeakKeyDictionary()
 
 
-def _costs(engine: Engine, hidden: bool) -> Costs:
-    """Measured once for a model as it is."""
+@contextmanager
+def _planned(engine: Engine, asked: Sequence[Drafter]) -> Iterator[None]:
+    """What is learnt is kept for the next call with the same model as it is, rows and nodes."""
     model, rows, nodes = engine.model, engine.pool.num_rows, engine.max_nodes
     fast = is_packed(model), is_compiled(model), torch.get_num_threads()
+    hidden = any(one.needs_hidden for one in asked)
     key = rows, nodes, fast, hidden, model.device, model.dtype
     known = _known.setdefault(model, {})
-    if key not in known:
-        known[key] = engine.measure()
-    return known[key]
+    # Taken out meanwhile: a call in another thread learns by itself.
+    experience = known.pop(key, None) or Experience(engine.measure())
+    try:
+        engine.plan(experience)
+        yield
+    finally:
+        known[key] = experience
 
 
 def _plain(value: Any) -> Any:
@@ -206,9 +221,21 @@ NAMED: dict[str, Callable[[PreTrainedModel], Drafter]] = {
 """Drafters that need no more than the target."""
 
 
-def decoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Token ids to text, without special tokens."""
-    return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+def decoding(tokenizer: PreTrainedTokenizerBase) -> Decoder:
+    """Token ids to text, without special tokens. Spaces stay as the model wrote them, also where
+    the tokenizer would clean them up: that changes text which a stream has sent already."""
+
+    def decode(tokens: list[int]) -> str:
+        return str(
+            tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    added = tokenizer.added_tokens_decoder.items()
+    hidden = {token: one.content for token, one in added if one.special and not decode([token])}
+    names = ["<0xC3>", "<0xA9>"]  # é, where the vocabulary has a token for each byte
+    run = [one for one in map(tokenizer.convert_tokens_to_ids, names) if isinstance(one, int)]
+    known = tokenizer.convert_ids_to_tokens(run) == names
+    return Decoder(decode, run=run if known else (), hidden=hidden)
 
 
 def end_of_text(model: PreTrainedModel) -> list[int]:

@@ -22,6 +22,10 @@ _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 
 
+Key = tuple[int, int, int]
+"""Seed, choice, position."""
+
+
 def gumbel(
     seed: int, positions: Sequence[int], num_tokens: int, *, choice: int = 0, device: Device = "cpu"
 ) -> Tensor:
@@ -29,12 +33,25 @@ def gumbel(
 
     argmax(log p + noise) has distribution p, and is the same token wherever it is computed.
     """
-    key = _mix(_mix(seed % _WORDS) ^ ((choice + 1) * _GOLDEN % _WORDS))
-    keys = [_signed(_mix((key + position * _GOLDEN) % _WORDS)) for position in positions]
-    rows = torch.tensor(keys, device=device)[:, None] + _tokens(num_tokens, torch.device(device))
+    keys = [(seed, choice, position) for position in positions]
+    return gumbel_of(keys, num_tokens, device=device)
+
+
+def gumbel_of(keys: Sequence[Key], num_tokens: int, *, device: Device = "cpu") -> Tensor:
+    """The same, [N, V], for places of several texts at once."""
+    bases = {(seed, choice): _base(seed, choice) for seed, choice, _ in keys}
+    words = [
+        _signed(_mix((bases[seed, choice] + position * _GOLDEN) % _WORDS))
+        for seed, choice, position in keys
+    ]
+    rows = torch.tensor(words, device=device)[:, None] + _tokens(num_tokens, torch.device(device))
     bits = _mix_all(_mix_all(rows))  # N V
     uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1), 53 bits
     return uniform.log_().neg_().log_().neg_()
+
+
+def _base(seed: int, choice: int) -> int:
+    return _mix(_mix(seed % _WORDS) ^ ((choice + 1) * _GOLDEN % _WORDS))
 
 
 @functools.lru_cache(maxsize=8)

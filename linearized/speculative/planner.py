@@ -6,92 +6,21 @@ is what gives the most tokens a second, no guess at all included.
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
+from linearized.speculative.account import Account
 from linearized.speculative.costs import Clock, Recent
+from linearized.speculative.record import Average, Record
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
-MEMORY = 0.95
-"""What the weight of an observation falls to with every further round: some twenty count."""
-LONG_MEMORY = 0.99
-"""The same, for what a drafter's scores are worth, which changes slowly."""
-STEPS = (0.01, 0.02, 0.04, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75, 0.9)
-"""Between these, guesses that a drafter finds so probable are right equally often, …"""
-RANKS = 3
-"""… if they are its first, its second, or later choices."""
-PRIOR = 3.0
-"""Observations that what other texts have shown counts for, in a text of its own."""
-FIRST_PROBE, FIRST_REST, LAST = 8, 64, 256
-"""Rounds without a drafter until it is tried again, and rounds with it until there are some
-without, to know what those take by now. Each time that this changes nothing doubles them, up to the
-last."""
-PROBE, REST = 2, 4
-"""Rounds of such a try. The first is an expensive one: a drafter reads what it has missed; a target
-without drafts finds the processor's caches full of something else."""
-
-
-@dataclass(slots=True)
-class Average:
-    """A mean in which later observations weigh more."""
-
-    total: float = 0.0
-    weight: float = 0.0
-
-    def add(self, value: float, weight: float = 1.0) -> None:
-        self.total += value
-        self.weight += weight
-
-    def fade(self, memory: float = MEMORY) -> None:
-        self.total *= memory
-        self.weight *= memory
-
-    def mean(self, prior: float, strength: float = PRIOR) -> float:
-        """As if `prior` had been observed so often before."""
-        return (self.total + strength * prior) / (self.weight + strength)
-
-
-class Record:
-    """How right a drafter was, by depth. What has not been seen for a while fades, also where it
-    is not drafted any more."""
-
-    def __init__(self) -> None:
-        self.steps: dict[int, Average] = defaultdict(Average)
-        """[level], was it accepted, where the level above it was?"""
-        self.guesses = [[Average() for _ in range(len(STEPS) + 1)] for _ in range(RANKS)]
-        """[rank][between `STEPS`], was a guess right, where its parent was?"""
-
-    def observe(self, tree: TokenTree, new: Sequence[int], depth: int) -> None:
-        """A tree that was drafted `depth` deep, worth verifying or not, and how the text went on:
-        by what was accepted of it, and a token more."""
-        for average in self.steps.values():
-            average.fade()
-        accepted = len(new) - 1
-        for level in range(1, min(depth, accepted + 1) + 1):
-            self.steps[level].add(float(accepted >= level))
-        path = tree.follow(new)
-        for average in itertools.chain(*self.guesses):
-            average.fade(LONG_MEMORY)
-        known = {-1, *path[: len(new) - 1]}  # nodes after which it is known what came
-        nodes = zip(tree.parents, tree.steps, tree.ranks, strict=True)
-        for node, (parent, step, rank) in enumerate(nodes):
-            if parent in known:
-                self.guess(step, rank).add(float(node in path))
-
-    def guess(self, step: float, rank: int) -> Average:
-        """Guesses of this kind: were they right, where their parents were?"""
-        return self.guesses[min(rank, RANKS - 1)][bisect.bisect(STEPS, step)]
-
-
 FOLLOW = 0.1
 """What a level costs, in tokens of a text, as long as it is not known."""
-MARGIN = 1.1
-"""How much faster than without drafts it must promise to be: the best promise of several is often
-one that is not kept."""
+SLOW = 1.5
+"""Times what such a round takes as a rule: what takes longer says nothing about drafts."""
 OPTIMISM = 0.7
 """Of one who has drafted nothing yet: is a guess right, given that all before it are?"""
 
@@ -104,7 +33,7 @@ class Planner:
         self._max_depth = max_depth
         self._max_nodes = max_nodes
         self._all = Record()
-        self._texts: dict[Text, Record] = {}
+        self._texts: WeakKeyDictionary[Text, Record] = WeakKeyDictionary()
         self._seconds: dict[tuple[int, int], Recent] = defaultdict(Recent)
         """Of drafting, by texts and depth."""
         self._levels: dict[int, Recent] = defaultdict(Recent)
@@ -115,11 +44,10 @@ class Planner:
         """For these texts, in a round of so many, so deep; None: something new was learnt."""
         self._rate = 0.0
         """Tokens a second, as it was planned last."""
-        self._drafts = False
-        """Does drafting pay, by what was planned last?"""
-        self._same, self._until, self._trial = 0, FIRST_PROBE, 0
-        """Rounds that it did or did not, how many until the other is tried, and what is left of
-        such a try."""
+        self._accounts: dict[int, Account] = defaultdict(Account)
+        """By texts, halved again and again."""
+        self._spent, self._usual = 0.0, 0.0
+        """Seconds of drafting in this round, and what it takes as a rule."""
         self._cold = True
 
     def depth(self, texts: Sequence[Text], batch: int) -> int:
@@ -129,23 +57,49 @@ class Planner:
         if self._clock.knows(batch):
             if self._planned is None or self._planned[:2] != (texts, batch):
                 self._planned = list(texts), batch, self._best_depth(texts, batch)
-            depth = self._probed(self._planned[2])
+            depth = self._decided(texts, batch, self._planned[2])
         self._cold |= not depth
         return depth
 
+    def _decided(self, texts: Sequence[Text], batch: int, best: int) -> int:
+        account = self._account(batch)
+        resting = not account.drafts
+        cheapest = min(2, self._max_depth)
+        plain = self._clock.seconds(batch, 0, drafted=False)
+        more = self._clock.seconds(batch, cheapest, drafted=True) - plain
+        price = (self._drafting(len(texts), cheapest) + max(more, 0.0)) / plain
+        if not account.begin(promising=best > 0, price=price):
+            return 0
+        if resting:
+            for record in (self._all, *self._texts.values()):
+                record.doubt()
+        return best or cheapest
+
     def _best_depth(self, texts: Sequence[Text], batch: int) -> int:
         best, self._rate = 0, batch / self._clock.seconds(batch, 0, drafted=False)
-        least = self._rate * MARGIN
         expected = float(batch)
         reaches = [self.reach(text) for text in texts]
-        for depth in range(1, self._max_depth + 1):
+        for depth in range(1, min(self._max_depth, max(2 * self._all.deepest, 2)) + 1):
             expected += sum(map(next, reaches))
             nodes = max(round(self._sizes[depth].mean(min(2 * depth, self._max_nodes))), 1)
             seconds = self._clock.seconds(batch, nodes, drafted=True)
             rate = expected / (seconds + self._drafting(len(texts), depth))
-            if rate > max(self._rate, least):
+            if rate > self._rate:
                 best, self._rate = depth, rate
         return best
+
+    def gave(self, batch: int, texts: int, *, tokens: int, nodes: int, seconds: float) -> None:
+        """A round of `batch` texts with trees of up to so many nodes took so many seconds, besides
+        drafting. Of those for `texts` of them that were drafted for here, so many tokens were
+        right."""
+        plain = self._clock.seconds(batch, 0, drafted=False)
+        usual = self._clock.seconds(batch, nodes, drafted=True)
+        total = min(self._spent + seconds, SLOW * (self._usual + usual))
+        own = (total - self._spent - plain) * texts / batch  # of verifying: for these texts
+        self._account(batch).gained(tokens / batch - (self._spent + own) / plain)
+
+    def _account(self, batch: int) -> Account:
+        return self._accounts[(batch - 1).bit_length()]
 
     def follow(self, texts: int) -> float:
         """How probable a guess must be for the next level of the trees of so many texts to be worth
@@ -207,13 +161,22 @@ class Planner:
         """Drafting up to so deep for so many texts took so long. The deepest tree has so many
         levels, and on average so many nodes were worth verifying."""
         self._planned = None
+        known = self._seconds[texts, depth]
+        self._spent = self._usual = seconds
         if self._cold:  # it had to read what it had missed
             self._cold = False
         else:
-            self._seconds[texts, depth].add(seconds)
+            if known:
+                self._usual = known.median
+            known.add(seconds)
             self._levels[texts].add(seconds / levels)
         self._sizes[depth].fade()
         self._sizes[depth].add(nodes)
+
+    def rehearsed(self, texts: int, depth: int, seconds: float, *, levels: int) -> None:
+        """The same, of texts that nobody reads."""
+        self._seconds[texts, depth].add(seconds)
+        self._levels[texts].add(seconds / levels)
 
     def forget(self, text: Text) -> None:
         self._texts.pop(text, None)
@@ -233,17 +196,3 @@ class Planner:
             return 0.0
         near = min(known, key=lambda key: (abs(key[0] - texts), abs(key[1] - depth)))
         return self._seconds[near].median * depth / near[1]
-
-    def _probed(self, best: int) -> int:
-        """What was found to pay less, to draft or not to, is tried again now and then."""
-        if bool(best) != self._drafts:
-            self._drafts, self._trial, self._same = bool(best), 0, 0
-            self._until = FIRST_REST if best else FIRST_PROBE
-        if not self._trial:
-            self._same += 1
-            if self._same < self._until:
-                return best
-            self._same, self._until = 0, min(2 * self._until, LAST)
-            self._trial = REST if best else PROBE
-        self._trial -= 1
-        return 0 if best else min(2, self._max_depth)

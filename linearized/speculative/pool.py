@@ -66,9 +66,10 @@ class Pool(Generic[Key]):
 
     def remove(self, key: Key) -> None:
         """The last row takes its place."""
-        last = self.keys[-1]
-        if last != key:
-            self._swap(self.keys.index(key), len(self.keys) - 1)
+        index, last = self.keys.index(key), len(self.keys) - 1
+        if index != last:
+            self._state.rows(index, index + 1).copy_(self._state.rows(last, last + 1))
+            self.keys[index] = self.keys[last]
         self.keys.pop()
 
     def arrange(self, keys: Sequence[Key]) -> list[Key]:

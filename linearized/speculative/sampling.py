@@ -23,13 +23,18 @@ from torch import Tensor
 
 from linearized.config import is_whole
 from linearized.errors import ConfigError
-from linearized.speculative.noise import gumbel
+from linearized.speculative.noise import gumbel_of
 
 AHEAD = 4
 """Positions whose noise is worked out at once; that is twice as fast as one after the other."""
 PREFIXES = (512, 4096)
 """Most probable tokens among which the nucleus of top_p is looked for first, one after the other;
 sorting all tokens takes far longer."""
+NO_TOKEN = -1
+"""Stands for the token that cannot be chosen, because the best score is no finite number."""
+UNIT = 2.0**44
+"""The best token's share of a nucleus, as a whole number: sums of whole numbers are exact in any
+order, and 2^18 tokens fit 64 bits."""
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -58,7 +63,8 @@ class Sampling:
     """The text ends with one of them."""
     seed: int = 0
     choice: int = 0
-    """Which of several texts for the same prompt and seed."""
+    """Which of several texts with the same seed. Texts that are asked for together are numbered
+    through, so that equal prompts get different texts."""
     typical: float = 0.0
     """Above 0, **lossy**: a drafted token is also taken if its probability is above the smaller of
     this and √this · e^(-entropy), Medusa's typical acceptance (Cai et al., ICML 2024, 2.3.1; their
@@ -120,15 +126,48 @@ class Sampling:
     def filter(self, logits: Tensor) -> Tensor:
         """-inf for every token that top_k, top_p and min_p leave out; applied in that order, to
         logits [N, V] that temperature has scaled."""
-        if 0 < self.top_k < logits.shape[1]:
-            least = logits.topk(self.top_k, dim=1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
-        if self.top_p < 1:
-            logits = torch.cat([_nucleus(row, self.top_p) for row in logits.split(1)])
-        if self.min_p > 0:
-            best = logits.amax(1, keepdim=True)
-            logits = logits.masked_fill(logits < best + math.log(self.min_p), -math.inf)
-        return logits
+        return filtered(logits, [self] * len(logits))
+
+
+def filtered(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
+    """`Sampling.filter` of logits [N, V], where each row has its own sampling. What a row keeps
+    does not depend on the other rows."""
+    vocabulary = logits.shape[1]
+    limits = [row.top_k if 0 < row.top_k < vocabulary else 0 for row in rows]
+    if any(limits):
+        best = logits.topk(max(limits), dim=1).values
+        last = _column([max(limit - 1, 0) for limit in limits], logits, torch.int64)
+        least = best.gather(1, last)
+        least = least.masked_fill(_column([not limit for limit in limits], logits), -math.inf)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if any(row.top_p < 1 for row in rows):
+        logits = _nucleus(logits, _column([row.top_p for row in rows], logits, torch.float64))
+    if any(row.min_p > 0 for row in rows):
+        bounds = [math.log(row.min_p) if row.min_p else -math.inf for row in rows]
+        least = logits.amax(1, keepdim=True) + _column(bounds, logits, logits.dtype)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return logits
+
+
+def tempered(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
+    """Filtered logits over temperature, [N, V] in float64. They are relative to the best, so that
+    no temperature, however small, makes them infinite above."""
+    relative = logits.double() - logits.amax(1, keepdim=True)
+    temperatures = _column([row.temperature for row in rows], logits, torch.float64)
+    return filtered(relative / temperatures, rows)
+
+
+def pick(scores: Tensor) -> Tensor:
+    """The token with the best score in each row of [..., V], the first of equal ones; NO_TOKEN
+    where there is none. All stays on the device: reading the result is one transfer."""
+    best = scores.argmax(-1, keepdim=True)  # a NaN counts as the best
+    return checked(best, scores.gather(-1, best)).squeeze(-1)
+
+
+def checked(tokens: Tensor, scores: Tensor) -> Tensor:
+    """The best tokens, given their scores; NO_TOKEN where that is NaN or infinite. A model whose
+    best logit is infinite has overflown, so what it prefers is no choice either."""
+    return tokens.masked_fill(~scores.isfinite(), NO_TOKEN)
 
 
 class Sampler:
@@ -150,14 +189,11 @@ class Sampler:
         sampling = self.sampling
         if sampling.is_plain:
             return logits
-        logits = self._adjusted(logits, tokens, paths)
+        logits = self.adjusted(logits, tokens, paths)
         if sampling.temperature == 0:
             return logits
-        # Relative to the best, so that no temperature, however small, makes them infinite above.
-        relative = logits.double() - logits.amax(1, keepdim=True)
-        filtered = sampling.filter(relative / sampling.temperature)
-        positions = [len(tokens) + len(path) for path in paths]
-        return filtered + self._noise_at(positions, logits, since=len(tokens))
+        spots = [(self, len(tokens), len(path)) for path in paths]
+        return tempered(logits, [sampling] * len(paths)) + noise(spots, logits)
 
     def guesses(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
         """Scores [N, V] of tokens at these positions, from logits [N, V], where nobody knows what
@@ -166,17 +202,17 @@ class Sampler:
         logits = self._biased(logits)
         if sampling.temperature == 0:
             return logits
-        relative = (logits.double() - logits.amax(1, keepdim=True)) / sampling.temperature
-        return sampling.filter(relative) + self._noise_at(positions, logits, since=min(positions))
+        first = min(positions)
+        spots = [(self, first, position - first) for position in positions]
+        return tempered(logits, [sampling] * len(logits)) + noise(spots, logits)
 
     def typical(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
     ) -> Tensor:
         """[N, V], which tokens typical acceptance would take at each place."""
         sampling = self.sampling
-        logits = self._adjusted(logits, tokens, paths).double()
-        relative = (logits - logits.amax(1, keepdim=True)) / sampling.temperature
-        log_p = sampling.filter(relative).log_softmax(1)
+        logits = self.adjusted(logits, tokens, paths)
+        log_p = tempered(logits, [sampling] * len(paths)).log_softmax(1)
         entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(1, keepdim=True)
         bound = (0.5 * math.log(sampling.typical) - entropy).clamp(max=math.log(sampling.typical))
         return log_p > bound
@@ -186,7 +222,7 @@ class Sampler:
         self._counts.clear()
         self._noise.clear()
 
-    def _adjusted(
+    def adjusted(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
     ) -> Tensor:
         """With bias and penalties, in float32 at least."""
@@ -249,34 +285,75 @@ class Sampler:
         self._counts[like.device] = len(tokens), counts
         return counts
 
-    def _noise_at(self, positions: Sequence[int], like: Tensor, *, since: int) -> Tensor:
-        """[N, V]; of a position it is worked out once, for draft and target. Those before `since`
-        are not asked for again."""
-        known = self._noise[like.device]
-        missing = set(positions) - known.keys()
-        if missing:
-            for position in [p for p in known if p < since]:
-                del known[position]
-            wanted = range(min(missing), max(max(missing) + 1, min(missing) + AHEAD))
-            new = [position for position in wanted if position not in known]
-            seed, choice = self.sampling.seed, self.sampling.choice
-            rows = gumbel(seed, new, like.shape[1], choice=choice, device=like.device)
-            known.update(zip(new, rows, strict=True))
-        return torch.stack([known[position] for position in positions])
+    def missing(self, positions: set[int], device: torch.device, *, since: int) -> list[int]:
+        """Of these positions and a few behind them, those whose noise has not been worked out.
+        Those before `since` are not asked for again."""
+        known = self._noise[device]
+        new = positions - known.keys()
+        if not new:
+            return []
+        for position in [position for position in known if position < since]:
+            del known[position]
+        ahead = range(min(new), max(max(new) + 1, min(new) + AHEAD))
+        return [position for position in ahead if position not in known]
+
+    def noise_at(self, position: int, device: torch.device) -> Tensor:
+        return self._noise[device][position]
+
+    def remember(self, position: int, row: Tensor) -> None:
+        self._noise[row.device][position] = row
 
 
-def _nucleus(row: Tensor, top_p: float) -> Tensor:
-    """-inf for all but the fewest tokens of [1, V] whose probabilities reach `top_p`. One row at a
-    time: what is kept does not depend on what other rows there are."""
-    log_total = row.logsumexp(1, keepdim=True)
-    for size in (*(size for size in PREFIXES if size < row.shape[1]), row.shape[1]):
-        ordered, order = row.topk(size, dim=1)
-        probabilities = (ordered - log_total).exp()
-        reached = probabilities.cumsum(1)
-        if reached[0, -1] >= top_p:
+Spot = tuple[Sampler, int, int]
+"""Where noise is asked for: behind so many tokens of the text that the sampler is for, and so many
+more."""
+
+
+def noise(spots: Sequence[Spot], like: Tensor) -> Tensor:
+    """[N, V] at these spots, from one hash of all that are not known yet. Of a position it is
+    worked out once, for draft and target."""
+    device = like.device
+    asked: dict[tuple[Sampler, int], set[int]] = defaultdict(set)
+    for sampler, since, more in spots:
+        asked[sampler, since].add(since + more)
+    new = [
+        (sampler, position)
+        for (sampler, since), positions in asked.items()
+        for position in sampler.missing(positions, device, since=since)
+    ]
+    if new:
+        keys = [(s.sampling.seed, s.sampling.choice, position) for s, position in new]
+        rows = gumbel_of(keys, like.shape[1], device=device)
+        for (sampler, position), row in zip(new, rows, strict=True):
+            sampler.remember(position, row)
+    return torch.stack([sampler.noise_at(since + more, device) for sampler, since, more in spots])
+
+
+def _nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
+    """-inf for all but the fewest tokens of each row of [N, V] whose probabilities reach `top_p`
+    [N, 1]; of equal ones the first. Probabilities are whole numbers here, so that a row's sum is
+    the same in whatever company and on whatever device it is taken."""
+    masses = ((logits - logits.amax(1, keepdim=True)).exp() * UNIT).long()
+    all_kept = top_p >= 1
+    goal = (masses.sum(1, keepdim=True).double() * top_p).masked_fill(all_kept, 0.5)
+    sizes = (*(size for size in PREFIXES if size < logits.shape[1]), logits.shape[1])
+    for size in sizes:
+        ordered, order = logits.topk(size, dim=1)
+        found = masses.gather(1, order)
+        reached = found.cumsum(1)
+        if size == logits.shape[1] or bool((reached[:, -1:] >= goal).all()):
             break
-    kept = reached - probabilities < top_p
-    return torch.full_like(row, -math.inf).scatter(1, order, ordered.masked_fill(~kept, -math.inf))
+    kept = reached - found < goal
+    least = ordered.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+    ties = (kept & (ordered == least)).sum(1, keepdim=True)
+    level = logits == least
+    kept_ties = level & (level.cumsum(1, dtype=torch.int32) <= ties)
+    return logits.masked_fill(~((logits > least) | kept_ties | all_kept), -math.inf)
+
+
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+    """[N, 1], a value for each row."""
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
 
 
 def _token_ids(ids: object) -> frozenset[int]:

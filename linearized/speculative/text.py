@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from linearized.config import is_whole
-from linearized.errors import ConfigError, RequestError
+from linearized.errors import ConfigError, ModelError, RequestError
 from linearized.speculative.detokenizer import TextStream
-from linearized.speculative.sampling import Sampler, Sampling
+from linearized.speculative.sampling import NO_TOKEN, Sampler, Sampling, pick
 from linearized.speculative.tree import TokenTree
 
 
@@ -66,7 +66,8 @@ class Text:
         num_prompt: int | None = None,
     ) -> None:
         """`stop`: the text ends before the first of these strings; not looked for among the first
-        `sampling.min_tokens` tokens. They need `decode`, token ids to text. `logprobs`: how many
+        `sampling.min_tokens` tokens. They need `decode`, token ids to text; if that is a `Decoder`,
+        they may name special tokens, which the text does not show. `logprobs`: how many
         alternatives to name for each token; None: and no log-probabilities either. `num_prompt`:
         how much of `prompt` is one, and what follows it the text so far; None: all."""
         self.tokens = list(prompt)
@@ -82,7 +83,7 @@ class Text:
         self.finished: str | None = None
         """`stop`: a stop token or string; `length`: as long as it may be; `error`: see there."""
         self.error: Exception | None = None
-        """What `decode` raised."""
+        """What its prompt, its logits or `decode` raised."""
         self.hidden: Tensor | None = None
         """[C], of the model's last layer, from which the last token was chosen; for drafters that
         need it."""
@@ -143,11 +144,12 @@ class Text:
 
     def choose(self, logits: Tensor, tree: TokenTree) -> tuple[list[int], list[int]]:
         """Walk down the tree: logits [1 + N, V] behind the last token and behind each node, to the
-        accepted nodes and the tokens that follow: theirs, then one more."""
+        accepted nodes and the tokens that follow: theirs, then one more, which is NO_TOKEN where
+        the logits are NaN or infinite."""
         if self.sampling.is_plain:
-            return tree.walk(logits.argmax(1).tolist())
+            return tree.walk(pick(logits).tolist())
         paths = [(), *tree.paths()]
-        chosen = self.sampler.scores(logits, self.tokens, paths).argmax(1).tolist()
+        chosen = pick(self.sampler.scores(logits, self.tokens, paths)).tolist()
         if not self.sampling.typical or not len(tree):
             return tree.walk(chosen)
         allowed = self.sampler.typical(logits, self.tokens, paths)
@@ -162,27 +164,36 @@ class Text:
     def take(
         self, new: Sequence[int], tree: TokenTree, path: Sequence[int], logits: Tensor
     ) -> Piece:
-        """Go on by what `choose` has said, as far as the text goes on; not at all if `decode`
-        raises, which ends it with `error`."""
+        """Go on by what `choose` has said, as far as the text goes on. It ends with `error` if
+        `decode` raises, then without any of it; and before a NO_TOKEN."""
         new = list(new[: self.num_left])
+        chosen = [token for token in new if token != NO_TOKEN]
         try:
-            new, text = self._say(new)
+            said, text = self._say(chosen, ends=len(chosen) < len(new))
         except Exception as error:
-            self.finished, self.error = "error", error
-            return Piece((), finished="error")
-        self.tokens += new
+            return self.fail(error)
+        if self.finished == "error":
+            behind = [0, *(1 + node for node in path)][len(said)]
+            self.error = _no_token(logits[behind], len(self.tokens) + len(said))
+        self.tokens += said
         self.rounds += 1
         self.drafted.update(tree.depths)
-        self.accepted.update(range(1, min(len(path), len(new)) + 1))
-        return Piece(tuple(new), text, self._alternatives(new, path, logits), self.finished)
+        self.accepted.update(range(1, min(len(path), len(said)) + 1))
+        return Piece(tuple(said), text, self._alternatives(said, path, logits), self.finished)
+
+    def fail(self, error: Exception) -> Piece:
+        """End here, because of this."""
+        self.finished, self.error = "error", error
+        return Piece((), finished="error")
 
     def rest(self) -> None:
         """Let go of what only the next round needs. It can do without."""
         self.sampler.forget()
         self.hidden = None
 
-    def _say(self, new: list[int]) -> tuple[list[int], str]:
-        """Those of the new tokens that belong to the text, and what is certain of it now."""
+    def _say(self, new: list[int], *, ends: bool) -> tuple[list[int], str]:
+        """Those of the new tokens that belong to the text, and what is certain of it now. `ends`:
+        no token can be chosen after them."""
         text = ""
         for i, token in enumerate(new):
             stops = token in self.sampling.stop_ids
@@ -195,8 +206,12 @@ class Text:
                 break
         if self.finished is None and len(new) == self.num_left:
             self.finished = "length"
+        elif self.finished is None and ends:
+            self.finished = "error"
         if self.finished is not None and self._stream is not None:
             text += self._stream.flush()
+            if self._stream.stopped:
+                self.finished = "stop"
         return new, text
 
     def _alternatives(
@@ -207,9 +222,23 @@ class Text:
         behind = [0, *(1 + node for node in path)][: len(new)]
         log_p = logits[behind].double().log_softmax(1)
         best = log_p.topk(self.logprobs, dim=1)
+        taken = torch.tensor(new, dtype=torch.int64, device=log_p.device)[:, None]
+        columns = torch.cat([log_p.gather(1, taken), best.values, best.indices.double()], dim=1)
         return tuple(
-            Alternatives(float(row[token]), tuple(zip(ids, values, strict=True)))
-            for row, token, ids, values in zip(
-                log_p, new, best.indices.tolist(), best.values.tolist(), strict=True
-            )
+            Alternatives(row[0], tuple(zip(map(int, row[1 + k :]), row[1 : 1 + k], strict=True)))
+            for k, row in ((self.logprobs, row) for row in columns.tolist())  # one transfer
         )
+
+
+def _no_token(logits: Tensor, position: int) -> ModelError:
+    """Why no token can be chosen from logits [V]."""
+    if bool(logits.isfinite().any()) and not bool(logits.isnan().any() or logits.isposinf().any()):
+        return ModelError(
+            f"the sampling settings leave no token with a finite score for position {position} of "
+            "the text, prompt included; check min_tokens, the stop tokens and the penalties"
+        )
+    kind = "NaN" if bool(logits.isnan().any()) else "infinite"
+    return ModelError(
+        f"the model gave {kind} logits for position {position} of the text, prompt included, so no "
+        "token can be chosen; check its weights, or load it in a wider dtype"
+    )

@@ -31,14 +31,14 @@ _KEY = b"linearized.blocks"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """What a shard's metadata says of it."""
+    """What the metadata of a shard says about it."""
 
     block: int
     blocks: int
     tokens: int
-    """In the blocks, ends of documents included."""
+    """Number of tokens in the blocks, ends of documents included."""
     dropped: int
-    """Tokens after the last whole block, fewer than one block."""
+    """Number of tokens after the last whole block; they are left out."""
     documents: int
     tokenizer: str
     """Fingerprint of the tokenizer that made the ids."""
@@ -65,7 +65,8 @@ def pack(
 
 
 def write_shard(path: Path, rows: NDArray[np.int32], info: ShardInfo) -> None:
-    """Complete or not there at all, also if two workers write the same shard."""
+    """Write a shard. The file is complete or not there at all, also if two workers write the same
+    one."""
     assert rows.shape == (info.blocks, info.block) and rows.size == info.tokens
     flat = pa.array(np.ascontiguousarray(rows).reshape(-1), pa.int32())
     column = pa.FixedSizeListArray.from_arrays(flat, info.block)

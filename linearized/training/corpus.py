@@ -27,7 +27,7 @@ STDLIB = "stdlib"
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _COMPRESSED = {".gz", ".bz2", ".zst", ".xz", ".lz4"}
 _KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-"""Suffix: builder of the datasets library. Every other file is one text."""
+"""The builder of the datasets library for each suffix. Every other file is read as one text."""
 
 
 def read(source: str, *, text_column: str | None = None, split: str = "train") -> pa.Table:
@@ -56,7 +56,8 @@ def read(source: str, *, text_column: str | None = None, split: str = "train") -
 
 
 def fingerprint(source: str, split: str = "train") -> str:
-    """Changes when a local file of the source does; the name alone counts for a dataset."""
+    """A hash that changes when a local file of the source changes. For a Hugging Face dataset it
+    depends on the name only."""
     digest = hashlib.blake2b(f"{source} {split}".encode(), digest_size=16)
     for document, path in (_files(source) or {}).items():
         stat = path.stat()
@@ -65,8 +66,8 @@ def fingerprint(source: str, split: str = "train") -> str:
 
 
 def held_out(document: str, fraction: float) -> bool:
-    """Whether a document is kept from training: a function of its name alone, so the same on every
-    machine and in every corpus that holds it."""
+    """Whether a document is kept from training. The answer depends on the document's name only, so
+    it is the same on every machine and in every corpus."""
     return _position(document) < fraction
 
 

@@ -20,7 +20,7 @@ from linearized.models import linear_modules
 
 
 class Objective(nn.Module):
-    """Predict the next token: cross-entropy, nats a token."""
+    """Predicts the next token. The loss is the cross-entropy, in nats per token."""
 
     needs_teacher = False
 
@@ -49,10 +49,10 @@ class Objective(nn.Module):
 
 
 class Transfer(Objective):
-    """Attention transfer: each layer's linear attention, given what the teacher's layer was
-    given, reproduces what the teacher's layer gave. Trains attention modules only. The loss is
-    the squared error relative to the teacher's output, averaged over layers, so that no layer
-    outweighs another. (Zhang et al., "LoLCATs", 2024.)"""
+    """Attention transfer: each layer's linear attention gets the input of the teacher's layer and
+    learns to give its output. Only attention modules are trained. The loss is the squared error
+    relative to the teacher's output, averaged over layers, so that no layer outweighs another.
+    (Zhang et al., "LoLCATs", 2024.)"""
 
     needs_teacher = True
 
@@ -88,8 +88,8 @@ class Transfer(Objective):
 
 
 class Distillation(Objective):
-    """Half cross-entropy on the text, half Kullback–Leibler divergence from the teacher's
-    distribution, nats a token. The teacher may be the softmax model or any other with the same
+    """Half of the loss is the cross-entropy on the text, half the Kullback–Leibler divergence from
+    the teacher's distribution, in nats per token. The teacher may be any model with the same
     vocabulary."""
 
     needs_teacher = True
@@ -102,8 +102,9 @@ class Distillation(Objective):
 
 
 class Imitation(Objective):
-    """Say what the teacher says, right or wrong: the Kullback–Leibler divergence from its
-    distribution alone, nats a token. For drafts (Zhou et al., "DistillSpec", ICLR 2024)."""
+    """Learns to say what the teacher says, right or wrong. The loss is the Kullback–Leibler
+    divergence from its distribution alone, in nats per token. Drafts are trained so. (Zhou et al.,
+    "DistillSpec", ICLR 2024.)"""
 
     needs_teacher = True
 
@@ -114,10 +115,10 @@ class Imitation(Objective):
 
 
 class Medusa(Objective):
-    """Heads on the teacher guess what it will say after the next token; the teacher stays as it is.
-    The loss is the divergence from its own distribution there, where Cai et al. ("Medusa", 2.2.1)
-    have the text's cross-entropy; each head's is weighted 0.8 times the one's before it, as theirs.
-    """
+    """Trains heads on the teacher that guess what it will say after the next token. The teacher
+    stays as it is. The loss is the divergence from the teacher's own distribution there; Cai et al.
+    ("Medusa", 2.2.1) use the cross-entropy on the text. Each head weighs 0.8 times as much as the
+    one before it, as in their work."""
 
     needs_teacher = True
     DECAY = 0.8
@@ -145,7 +146,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over [B, T] of KL(wanted ‖ said) of two logits, in float32."""
+    """The Kullback–Leibler divergence of `logits` from `wanted`, both [B, T, V], in float32,
+    averaged over B and T."""
     return F.kl_div(
         logits.float().log_softmax(-1).flatten(0, 1),
         wanted.float().log_softmax(-1).flatten(0, 1),
@@ -155,5 +157,6 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean over [B, T-1] of the next token's negative log-likelihood, in float32."""
+    """The negative log-likelihood of the next token under `logits` [B, T, V], in float32, averaged
+    over the B·(T-1) predictions."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())

@@ -14,18 +14,19 @@ from linearized.models import new_parameters
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optim:
-    """AdamW, with linear warm-up and a cosine down to a tenth."""
+    """Settings of AdamW. The learning rate warms up linearly and then follows a cosine down to a
+    tenth."""
 
     lr: float
     new_lr: float = 1e-2
-    """For what linearizing added. It starts at zero, and under Adam a parameter moves at most
-    lr × steps: at a fine-tuning rate it would starve."""
+    """Learning rate of the parameters that linearizing added. They start at zero, and Adam moves a
+    parameter by at most lr × steps: a fine-tuning rate would hardly move them."""
     warmup: int = 20
-    """Steps."""
+    """Number of steps of the warm-up."""
     weight_decay: float = 0.1
-    """Of matrices; vectors and new parameters have none."""
+    """Weight decay of matrices. Vectors and new parameters have none."""
     clip: float = 1.0
-    """Gradient norm."""
+    """Largest norm of the gradient; larger ones are scaled down to it."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "new_lr", "clip"):
@@ -36,14 +37,15 @@ class Optim:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     def scale(self, step: int, steps: int) -> float:
-        """What multiplies every group's learning rate at this step."""
+        """The factor of every group's learning rate at this step, of `steps`."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         progress = min((step - self.warmup) / max(steps - self.warmup, 1), 1.0)
         return 0.55 + 0.45 * math.cos(math.pi * progress)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups for torch and DeepSpeed optimizers, of what requires a gradient."""
+        """Parameter groups for torch and DeepSpeed optimizers. They hold the parameters that
+        require a gradient."""
         new = {id(p) for p in new_parameters(model)}
         trained = [p for p in model.parameters() if p.requires_grad]
         old = [p for p in trained if id(p) not in new]

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, ModelError
-from linearized.identity import forget
 from linearized.models import check_decoder
 from linearized.slots import NAME, SUBMODULE, assign_slots
 from linearized.training.objective import cross_entropy
@@ -27,18 +26,19 @@ from linearized.training.objective import cross_entropy
 QKV, OUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
 UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 PER_HEAD = ("global", "grouped", "local")
-"""Attentions whose parameters have one row a head and nothing else."""
+"""Variants whose parameters have one row per head and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """What is kept."""
+    """How much of a model is kept."""
 
     layers: int
     kv_heads: int
-    """Key/value heads; the query heads that they serve stay with them."""
+    """Number of key/value heads that are kept in each layer, with the query heads that they serve.
+    """
     channels: int
-    """Of each feed-forward layer."""
+    """Number of channels that are kept in each feed-forward layer."""
 
 
 def prune(model: PreTrainedModel, batches: Iterable[Tensor], cut: Cut) -> PreTrainedModel:
@@ -51,7 +51,6 @@ def prune(model: PreTrainedModel, batches: Iterable[Tensor], cut: Cut) -> PreTra
     _check(model, cut)
     importances = _importances(model, layers, batches)
     smaller = copy.deepcopy(model).requires_grad_(False)
-    forget(smaller)
     middle = torch.stack([one.layer for one in importances[1:-1]] or [torch.zeros(())])
     best = middle.topk(max(cut.layers - 2, 0)).indices + 1
     kept = sorted({0, len(layers) - 1, *best.tolist()})[: cut.layers]

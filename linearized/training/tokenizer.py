@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
-"""Between documents, and what generation stops at; the beginning of a text is the same place."""
+"""The token between documents. Generation stops at it, and texts begin after it."""
 PAD = "<|pad|>"
-"""Not END: whoever masks the loss at padding would mask every end, and nothing would learn to stop.
-"""
+"""The padding token. It is not END: masking the loss at padding would then mask every end of text,
+and no model would learn to stop."""
 SMALLEST = 256 + 2
-"""Entries of a byte-level vocabulary that has merged nothing."""
+"""Number of entries of a byte-level vocabulary without any merges."""
 
 # Words with the one character before them, numbers in threes, and, unlike GPT-2's pattern, runs of
 # line ends together with the punctuation before and the indentation after them: `):\n        ` is
@@ -107,12 +107,12 @@ def load(name: Path | str) -> PreTrainedTokenizerFast:
 
 
 def fingerprint(folder: Path | str) -> str:
-    """Equal for folders that turn the same text into the same ids."""
+    """A hash that is equal for folders that turn the same text into the same ids."""
     return hashlib.blake2b(_json(folder), digest_size=16).hexdigest()
 
 
 class Encoder:
-    """The text-to-ids half of a tokenizer folder. Special tokens are text to it."""
+    """Turns texts into ids as a tokenizer folder does. It reads special tokens as plain text."""
 
     def __init__(self, folder: Path | str) -> None:
         self._backend = tokenizers.Tokenizer.from_buffer(_json(folder))
@@ -122,7 +122,7 @@ class Encoder:
         self._backend.encode_special_tokens = True
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, nothing put before or after."""
+        """The ids of each text, without any token before or after it."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

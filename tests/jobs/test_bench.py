@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import linearized
 from jobs import baselines, bench_decode, bench_models, bench_ops
-from jobs.measure import Bar, Timing, in_turns, peak_bytes
+from jobs.measure import Bar, Timing, in_turns, peak_bytes, processor
 from linearized import ops
 from linearized.errors import DataError
 from linearized.medusa import MedusaHeads
@@ -82,6 +82,27 @@ def test_bars():
     assert Bar("speed", None, 2).met is None
 
 
+@pytest.mark.parametrize(
+    "info,name,instructions",
+    [
+        (
+            "processor: 0\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: Intel(R) Xeon(R)\n"
+            "flags\t\t: fpu avx2 avx512f amx_bf16 amx_tile amx_int8 avx512_bf16\n\n"
+            "processor: 1\nmodel name\t: another\nflags\t\t: fpu\n",
+            "Intel(R) Xeon(R) (family 6, model 207)",
+            ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8"),
+        ),
+        ("model name: AMD EPYC 7B13\nflags: fpu avx2", "AMD EPYC 7B13", ("avx2",)),
+        ("processor: 0\nFeatures: fp asimd bf16", None, ("asimd", "bf16")),
+        ("", None, ()),
+    ],
+)
+def test_a_processor_and_its_instructions(info, name, instructions):
+    found, have = processor(info)
+    assert have == instructions
+    assert found == name if name else isinstance(found, str)
+
+
 def numbers(value: object) -> list[float]:
     if isinstance(value, dict):
         return [x for item in value.values() for x in numbers(item)]
@@ -95,6 +116,7 @@ def numbers(value: object) -> list[float]:
     [
         ("jobs.bench_ops", {"forward", "forward_backward", "steps"}),
         ("jobs.bench_models", {"constant", "decode", "trees", "prefill"}),
+        ("jobs.bench_quick", {"steps", "prompts", "shares", "texts"}),
     ],
 )
 def test_the_last_line_is_all_of_it(module, parts):
@@ -109,7 +131,9 @@ def test_the_last_line_is_all_of_it(module, parts):
     found = numbers(record["results"])
     assert len(found) > 20
     assert all(math.isfinite(x) and x > 0 for x in found)
-    assert record["machine"]["threads"] >= 1 and record["date"] and record["commit"]
+    machine = record["machine"]
+    assert machine["device"] and " ".join(machine["instructions"]) in done.stdout.splitlines()[0]
+    assert machine["threads"] >= 1 and record["date"] and record["commit"]
     assert all({"name", "value", "bound", "met"} <= set(bar) for bar in record["bars"])
 
 

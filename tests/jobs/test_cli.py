@@ -165,7 +165,7 @@ def test_run(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["which recipe", "tiny, large"]),
+        ([], ["name a recipe", "tiny, large"]),
         (["huge"], ["'huge'", "tiny, large"]),
         (["tiny", "seed=x"], ["seed", "'x'"]),
     ],

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import linearized
-from jobs import generate
+from jobs import cli, generate
 from jobs.generate import GenerateConfig
 from linearized.errors import ConfigError, DataError, LinearizedError, RequestError
 from linearized.speculative import Sampling
@@ -162,7 +162,7 @@ def test_a_draft_with_another_tokenizer_is_refused(folder, tmp_path):
         generate.main(GenerateConfig(model=folder, prompt="the", drafter=(str(other),)))
 
 
-def test_the_end_of_text_and_the_first_choice(folder, tmp_path):
+def test_the_end_of_text(folder, tmp_path):
     model = linearized.load(folder)
     said = run(folder, tmp_path, LINES)[0]["new_tokens"]
     model.generation_config.eos_token_id = said[3]
@@ -172,7 +172,54 @@ def test_the_end_of_text_and_the_first_choice(folder, tmp_path):
     end = said.index(said[3]) + 1
     assert run(ends, tmp_path, LINES)[0]["new_tokens"] == said[:end]
     assert run(ends, tmp_path, LINES, ignore_eos=True)[0]["new_tokens"] == said
-    sampling = Sampling(temperature=0.9, seed=4)
-    both = run(folder, tmp_path, LINES, n=2, sampling=sampling)
-    later = run(folder, tmp_path, LINES, sampling=replace(sampling, choice=1))
-    assert later == [line for line in both if line["choice"] == 1]
+
+
+def test_every_text_has_a_choice_number_of_its_own(folder, tmp_path):
+    """By which it can be had again, alone."""
+    sampling = Sampling(temperature=0.9, seed=4, choice=3)
+    lines = [LINES[0], LINES[0], LINES[1]]
+    found = run(folder, tmp_path, lines, n=2, sampling=sampling)
+    assert [(line["index"], line["choice"]) for line in found] == [
+        (0, 3), (0, 4), (1, 5), (1, 6), (2, 7), (2, 8),
+    ]  # fmt: skip
+    assert len({tuple(line["new_tokens"]) for line in found}) == 6
+    for line in found[2:]:
+        own = replace(sampling, choice=line["choice"])
+        again = run(folder, tmp_path, [lines[line["index"]]], sampling=own)[0]
+        assert again == {**line, "index": 0}
+
+
+def test_stop_tokens_and_stop_strings_that_name_them(folder, tokenizer, tmp_path):
+    ends = tokenizer.eos_token_id
+    settings = {"sampling": Sampling(temperature=1.0, logit_bias={ends: 6.0}, seed=1)}
+    plain = run(folder, tmp_path, LINES[:1], ignore_eos=True, **settings)[0]
+    size = plain["new_tokens"].index(ends) + 1
+    assert 1 < size < 20
+    by_string = run(
+        folder, tmp_path, LINES[:1], ignore_eos=True, stop=("<|endoftext|>",), **settings
+    )
+    settings["sampling"] = replace(settings["sampling"], stop_ids={ends})
+    for (line,) in (by_string, run(folder, tmp_path, LINES[:1], **settings)):
+        assert (line["new_tokens"], line["finish_reason"]) == (plain["new_tokens"][:size], "stop")
+        assert line["text"] == tokenizer.decode(line["new_tokens"][:-1])
+    config = cli.override(GenerateConfig(prompt="the"), ["sampling.stop_ids=[5, 6]"])
+    assert config.sampling.stop_ids == {5, 6}
+
+
+def test_a_model_that_gives_no_numbers(folder, tmp_path):
+    """A line says so; the others are written as ever."""
+    model = linearized.load(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(broken)
+    lines = [{"tokens": [5, 6, 7]}, LINES[0]]
+    bad, good = run(broken, tmp_path, lines)
+    assert (bad["finish_reason"], bad["new_tokens"]) == ("error", [])
+    assert "NaN logits for position 3" in bad["error"]
+    assert good["new_tokens"] == run(folder, tmp_path, LINES[:1])[0]["new_tokens"]
+    with pytest.raises(LinearizedError, match="the model gave NaN logits"):
+        model.model.norm.weight.data[0] = float("nan")
+        model.save_pretrained(broken)
+        generate.main(GenerateConfig(model=broken, prompt="the"))

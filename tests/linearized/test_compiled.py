@@ -12,11 +12,13 @@ import torch
 import transformers
 
 import linearized
+from linearized import packing
 from linearized.compiled import is_compiled
 from linearized.errors import ConfigError, ModelError
 from linearized.medusa import MedusaHeads
 from linearized.models import shortened, sketch
 from linearized.packing import unpack
+from linearized.products import Choice, available
 from linearized.speculative import LayersDrafter, MedusaDrafter, ModelDrafter, NgramDrafter
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
@@ -73,8 +75,19 @@ def test_rows_and_nodes_of_any_number(linear):
             torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture
+def layouts(monkeypatch):
+    """Packing lays out every weight, whatever is fastest on this machine."""
+
+    def always(layers, dtype, pack):
+        return {tuple(one.weight.shape): Choice.always("onednn") for one in layers}
+
+    monkeypatch.setattr(packing, "fastest", always)
+
+
 @needs_compiler
-def test_with_packed_weights_and_in_copies(linear):
+@pytest.mark.skipif(not available(), reason="this torch has no oneDNN")
+def test_with_packed_weights_and_in_copies(linear, layouts):
     model = linear(dtype=torch.float32, layers=1)
     tokens = torch.randint(1, 50, (1, 9))
     want = linearized.extend(model, tokens, linearized.new_state(model))
@@ -97,7 +110,8 @@ class Doubled(torch.nn.Linear):
 
 
 @needs_compiler
-def test_a_model_that_changes_afterwards(linear, programs):
+@pytest.mark.skipif(not available(), reason="this torch has no oneDNN")
+def test_a_model_that_changes_afterwards(linear, programs, layouts):
     """New weights, packed ones, others of the same names: each is noticed."""
     model = linear(dtype=torch.float32, layers=1)
     tokens = torch.randint(1, 50, (1, 9))
@@ -205,7 +219,7 @@ def test_what_cannot_be_compiled_says_why(linear, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_texts_of_fast_models_are_the_plain_ones(linear, rows):
+def test_texts_of_fast_models_are_the_plain_ones(linear, layouts, rows):
     """What is served: packed, compiled, planned, several drafters, many texts, across groups."""
     model, draft = linear(dtype=torch.float32), linear(dtype=torch.float32, layers=1, seed=3)
     prompts = [[7, 3, 5], [1], [*range(2, 40)], [9] * 8]

@@ -194,7 +194,8 @@ def test_the_state_of_a_hybrid_says_that_it_grows():
             linearized.extend(model, tokens_of(1, length), state)
             sizes[name].append(state.nbytes)
         again = linearized.DecodeState.from_bytes(state.to_bytes())
-        assert again.nbytes == state.nbytes
+        assert again.shapes() == state.shapes()
+        assert again.nbytes <= state.nbytes, "no room for tokens that are not there"
         follow = tokens_of(1, 5)
         assert_close(
             linearized.extend(model, follow, again), linearized.extend(model, follow, state)

@@ -29,6 +29,27 @@ def test_bytes_round_trip(linear):
     assert torch.equal(want, linearized.extend(model, tokens, back))
 
 
+@pytest.mark.parametrize("layers", [None, [0]])
+def test_equal_states_give_equal_bytes(linear, llama, layers):
+    """However often, and whatever lies beyond the end of a hybrid's history."""
+    model = linear()
+    if layers is not None:
+        config = linearized.LinearConfig(attention="grouped", group=8, layers=layers)
+        model = linearized.linearize(llama().double(), config)
+    state = extended(model, 21, batch=2)
+    if state.history is not None:
+        longer = state.clone()
+        longer.history.reserve(64)
+        longer.history.keys[:, :, :, 21:] = 5.0
+        longer.history.values[:, :, :, 21:] = float("nan")
+        assert longer.to_bytes() == state.to_bytes()
+    blobs = {state.to_bytes() for _ in range(30)} | {state.clone().to_bytes()}
+    back = linearized.DecodeState.from_bytes(state.to_bytes())
+    assert blobs == {back.to_bytes()}
+    state.layers.values[0, 0, 0, 0, 0] += 1
+    assert state.to_bytes() not in blobs
+
+
 @pytest.mark.parametrize(
     "damage",
     [

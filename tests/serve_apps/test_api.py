@@ -46,6 +46,23 @@ def test_prompts(prompt, prompts):
     assert request(prompt=prompt).prompts == prompts
 
 
+def test_each_prompt_has_a_choice_number_of_its_own():
+    jobs = request(prompt=["a", "a", "b"]).generations(seed=7)
+    assert [job.sampling for job in jobs] == [
+        Sampling(temperature=1.0, seed=7, choice=i) for i in range(3)
+    ]
+
+
+def test_stop_tokens():
+    (job,) = request(stop_token_ids=[5, 0, 5]).generations(seed=7)
+    assert job.sampling.stop_ids == {0, 5}
+    assert request(stop_token_ids=None) == request(stop_token_ids=[]) == request()
+    for wrong in (5, ["a"], [1.5], [True], [-1], [[1]], list(range(129)), "5", {"5": 1}):
+        error = refusal({**OK, "stop_token_ids": wrong})
+        assert (error.status, error.param) == (400, "stop_token_ids")
+        assert error.message.startswith("stop_token_ids must be a list of at most 128 token ids")
+
+
 def test_null_asks_for_the_default():
     asked = request(temperature=None, stop=None, seed=None, logprobs=None, stream_options=None)
     assert asked == request()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 
 import pytest
@@ -168,6 +169,34 @@ async def test_the_end_of_text_ends_it(folders, tokenizer):
             assert (end.reason, end.completion_tokens) == ("stop", ids.index(ids[9]) + 1)
 
 
+async def test_stop_tokens_and_stop_strings_that_name_special_tokens(folders, tokenizer):
+    async with replica(folders) as target:
+        seen = [event async for event in target.complete(job(max_tokens=30))]
+        ids = [token for event in seen if isinstance(event, Delta) for token in event.tokens]
+        size = ids.index(ids[9]) + 1
+        for speculate in ("ngram", "none"):
+            wanted = job(max_tokens=30, speculate=speculate, sampling=Sampling(stop_ids={ids[9]}))
+            cut, end = await read(target, wanted)
+            assert (end.reason, end.completion_tokens) == ("stop", size)
+            assert cut == tokenizer.decode(ids[: size - 1])
+        target._stop_ids = frozenset()
+        sampling = Sampling(temperature=1.0, logit_bias={tokenizer.eos_token_id: 9.0}, seed=1)
+        whole, end = await read(target, job(max_tokens=30, sampling=sampling))
+        assert end.reason == "length"
+        cut, end = await read(
+            target, job(max_tokens=30, sampling=sampling, stop=(tokenizer.eos_token,))
+        )
+        assert end.reason == "stop" and whole.startswith(cut) and end.completion_tokens < 30
+
+
+async def test_a_model_that_gives_no_numbers_is_named(folders):
+    async with replica(folders) as target:
+        target._model.model.norm.register_forward_hook(lambda norm, given, out: out * math.nan)
+        with pytest.raises(LinearizedError, match="in the middle of a text") as caught:
+            await read(target, job())
+        assert "the model gave NaN logits" in str(caught.value.__cause__)
+
+
 async def test_max_tokens_none_at_all(folders):
     async with replica(folders) as target:
         seen = [event async for event in target.complete(job(max_tokens=0, echo=True))]
@@ -192,6 +221,7 @@ async def test_token_ids_are_a_prompt_too(folders, tokenizer):
         ({"prompt": PROMPT * 50}, "prompt", "context_length_exceeded"),
         ({"max_tokens": 100}, "max_tokens", "context_length_exceeded"),
         ({"speculate": "model"}, "speculate", "invalid_value"),
+        ({"sampling": Sampling(stop_ids={3, 10_000})}, "stop_token_ids", "invalid_value"),
     ],
 )
 async def test_refused(folders, values, param, code):

@@ -13,11 +13,17 @@ from linearized.state import GroupState
 
 
 def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
-    """Take T more tokens into the state, in place; see `reference.fold_`. All layers at once, too:
-    state, k and v [L, B, …]. Rows may lie apart from each other."""
-    layers = _stacked(state)
+    """Take T more tokens into the state, in place; see `backends.Backend`. Rows may lie apart from
+    each other."""
+    layers = state.stacked
     k, v = (x if x.ndim == 5 else x[None] for x in (k, v))
+    if k.dtype != state.keys.dtype or v.dtype != state.values.dtype:  # inside autocast
+        k, v = k.to(state.keys.dtype), v.to(state.values.dtype)
     num_tokens = k.shape[3]
+    if state.length.device.type != "cpu":  # to look who closes a group would wait for a GPU
+        _close(layers, k, v, mask, look=False)
+        state.length.add_(num_tokens if mask is None else mask.sum(1))
+        return
     lengths = state.length.tolist()
     counts = [num_tokens] * len(lengths) if mask is None else mask.sum(1).tolist()
     closing = [
@@ -38,14 +44,6 @@ def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -
             if name != "length":
                 getattr(layers, name).index_copy_(1, rows, tensor)
     state.length.add_(num_tokens if mask is None else mask.sum(1))
-
-
-def _stacked(state: GroupState) -> GroupState:
-    """Views, [L, B, …]."""
-    if state.memory.ndim == 5:
-        return state
-    tensors = {name: x[None] for name, x in state.tensors().items()}
-    return GroupState(**{**tensors, "length": state.length})
 
 
 def _rows(layers: GroupState, rows: Tensor) -> GroupState:
@@ -93,8 +91,10 @@ def _slide(tail: Tensor, v: Tensor, mask: Tensor | None) -> None:
     tail.copy_(torch.cat([tail, newest], dim=3).gather(3, index))
 
 
-def _close(layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    """Add what fills a group to the memory, keep the rest; every row fills one."""
+def _close(
+    layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None, look: bool = True
+) -> None:
+    """Add what fills a group to the memory, keep the rest."""
     num_layers, _, group = k.shape[0], k.shape[1], layers.group
     features = layers.memory.shape[3]
     if group == 1 and mask is None:  # every token fills one
@@ -103,7 +103,7 @@ def _close(layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> Non
         return
     length = layers.length.repeat(num_layers)
     repeated = None if mask is None else mask.repeat(num_layers, 1)
-    grid = Grid.of(k.shape[3], group, length=length, mask=repeated)
+    grid = Grid.of(k.shape[3], group, length=length, mask=repeated, look=look)
     keys = grid.prepend(grid.place(k.flatten(0, 1)), layers.keys.flatten(0, 1))  # L·B K S X
     values = grid.prepend(grid.place(v.flatten(0, 1)), layers.values.flatten(0, 1))
     count = torch.full_like(length, k.shape[3]) if repeated is None else repeated.sum(1)

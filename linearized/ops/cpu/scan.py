@@ -24,7 +24,7 @@ def scan(
     v: Tensor,  # [B, K, S, U]
     *,
     form: Form,
-    unit: bool,  # divide queries and keys by their norms first
+    unit_norm: bool,  # divide queries and keys by their norms first
     alpha: Tensor | None,  # [H]
     taps: Tensor | None,  # [H, M]; not causal: [H, 2M-1]
     memory: Tensor | None,  # [B, K, F, U], before slot 0
@@ -33,9 +33,9 @@ def scan(
     valid: Tensor | None = None,  # [B, S], for softmax in both directions
 ) -> Tensor:
     """Outputs [B, H, S, U] of the tokens on a grid."""
-    walk = Walk.of(q, k, v, form=form, unit=unit, taps=taps, start=start, valid=valid)
+    walk = Walk.of(q, k, v, form=form, unit_norm=unit_norm, taps=taps, start=start, valid=valid)
     if memory is None:
-        wide = torch.promote_types(k.dtype, torch.float32)
+        wide = torch.promote_types(v.dtype, torch.float32)
         memory = k.new_zeros(*k.shape[:2], form.features, v.shape[3], dtype=wide)
     if before is None:
         before = v.new_zeros(*v.shape[:2], walk.num_tail, v.shape[3])
@@ -59,7 +59,9 @@ class _Scan(torch.autograd.Function):
         before: Tensor,
     ) -> Tensor:
         memories = [memory]
-        out = v.new_empty(*q.shape[:3], _out_width(walk.form, q, v))
+        batch, heads, num_slots, _ = q.shape
+        # Heads beside each other in memory, where models want them.
+        out = v.new_empty(batch, num_slots, heads, _out_width(walk.form, q, v)).transpose(1, 2)
         for first, last in walk.segments():
             part = slice(first * walk.chunk, last * walk.chunk)
             past = _past(v, before, part.start, walk.num_tail)
@@ -78,6 +80,9 @@ class _Scan(torch.autograd.Function):
         q, k, v, alpha, taps, before, *memories = ctx.saved_tensors
         whole = {"q": q, "k": k, "v": v, "alpha": alpha, "taps": taps, "past": before}
         to = {name: torch.zeros_like(x) for name, x in whole.items() if x is not None}
+        for name in ("alpha", "taps"):  # a sum over all segments
+            if name in to:
+                to[name] = to[name].to(memories[-1].dtype)
         to_memory = torch.zeros_like(memories[-1])
         for index, (first, last) in reversed(list(enumerate(walk.segments()))):
             part = slice(first * walk.chunk, last * walk.chunk)
@@ -85,7 +90,7 @@ class _Scan(torch.autograd.Function):
             inputs |= {"past": _past(v, before, part.start, walk.num_tail)}
             inputs |= {"q": q[:, :, part], "k": k[:, :, part], "v": v[:, :, part]}
             leaves = {n: x.detach().requires_grad_() for n, x in inputs.items() if x is not None}
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
                 ends = attend_segment(**{**inputs, **leaves}, walk=walk, first=first)
             grads = torch.autograd.grad(
                 ends, list(leaves.values()), (grad[:, :, part], to_memory), materialize_grads=True
@@ -96,6 +101,9 @@ class _Scan(torch.autograd.Function):
             for name, piece in found.items():
                 target = to[name] if name in ("alpha", "taps") else to[name][:, :, part]
                 target += piece
+        for name, x in (("alpha", alpha), ("taps", taps)):
+            if x is not None:
+                to[name] = to[name].to(x.dtype)
         order = ("q", "k", "v", "alpha", "taps")
         return None, *(to.get(name) for name in order), to_memory, to["past"]
 

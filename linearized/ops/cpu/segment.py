@@ -27,7 +27,7 @@ class Walk:
     """What does not change from segment to segment."""
 
     form: Form
-    unit: bool
+    unit_norm: bool
     chunk: int
     num_slots: int
     num_chunks: int
@@ -46,7 +46,7 @@ class Walk:
         v: Tensor,
         *,
         form: Form,
-        unit: bool,
+        unit_norm: bool,
         taps: Tensor | None,
         start: Tensor | None,
         valid: Tensor | None,
@@ -61,7 +61,7 @@ class Walk:
             step = max(fits, 1)
         num_taps = 1 if taps is None else taps.shape[1]
         num_tail = num_taps - 1 if form.causal else num_taps // 2
-        return cls(form, unit, chunk, q.shape[2], num_chunks, step, num_tail, start, valid)
+        return cls(form, unit_norm, chunk, q.shape[2], num_chunks, step, num_tail, start, valid)
 
     def segments(self) -> list[tuple[int, int]]:
         """Chunks [first, last) of each."""
@@ -94,14 +94,19 @@ def attend_segment(
     walk: Walk,
     first: int,  # chunk
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of one segment, and the memory after it."""
+    """Outputs of one segment, added up in the memory's type and rounded once, and the memory after
+    it."""
     form, chunk = walk.form, walk.chunk
     num_slots = q.shape[2]
     missing = -num_slots % chunk
     if missing:
         q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-    if walk.unit:
+    dtype, wide = v.dtype, memory.dtype
+    if walk.unit_norm:
         q, k = unit(q), unit(k)
+    if dtype != wide or q.dtype != wide:  # sums of half precision, each rounded, drift apart
+        q, k, v, past = q.to(wide), k.to(wide), v.to(wide), past.to(wide)
+    alpha, taps = (None if x is None else x.to(wide) for x in (alpha, taps))
     batch, heads, padded, _ = q.shape
     kv_heads, chunks = k.shape[1], padded // chunk
     repeats = heads // kv_heads
@@ -129,7 +134,7 @@ def attend_segment(
         if far is not None and walk.num_tail:
             out += _convolve(far, _windows(values, past, walk, first))
     out = out.view(batch, kv_heads, chunks, repeats, chunk, -1).transpose(2, 3)
-    return out.reshape(batch, heads, padded, -1)[:, :, :num_slots], memory
+    return out.reshape(batch, heads, padded, -1)[:, :, :num_slots].to(dtype), memory
 
 
 def _memories(
@@ -140,9 +145,9 @@ def _memories(
     width = values.shape[-1]
     if not num_features:
         return memory.new_zeros(batch, kv_heads, chunks, 0, width), memory
-    added = (features.transpose(-1, -2) @ values).to(memory.dtype)  # B K C F U
+    added = features.transpose(-1, -2) @ values  # B K C F U
     reads, carries = walk.prefix(first, first + chunks, features.device)
-    sums = reads.to(memory.dtype) @ added.view(batch, kv_heads, chunks, -1)
+    sums = reads.to(added.dtype) @ added.view(batch, kv_heads, chunks, -1)
     sums = sums.view(batch, kv_heads, chunks + 1, num_features, width)
     if carries is None:
         sums += memory[:, :, None]
@@ -155,7 +160,7 @@ def _sum(weights: Tensor | None, values: Tensor, scaled: Tensor, memories: Tenso
     """Of the pairs in a chunk and of those before it, [B, K, C, R·G, U]."""
     if not scaled.shape[-1] and weights is not None:
         return weights @ values
-    read = (scaled.to(memories.dtype) @ memories).to(values.dtype)
+    read = scaled @ memories
     if weights is not None:
         read.flatten(0, 2).baddbmm_(weights.flatten(0, 2), values.flatten(0, 2))
     return read
@@ -224,10 +229,10 @@ def _slots(
     width = queries.shape[-1]
     keys, values = values[..., :width], values[..., width:]
     scores = _masked(queries @ keys.transpose(-1, -2), causal)
-    picks = queries @ memories[..., :width].to(queries.dtype).transpose(-1, -2)
+    picks = queries @ memories[..., :width].transpose(-1, -2)
     picks = (picks + scores @ features).softmax(-1)
     weights = _masked(picks @ features.transpose(-1, -2), causal)
-    return weights @ values + picks @ memories[..., width:].to(queries.dtype)
+    return weights @ values + picks @ memories[..., width:]
 
 
 def _convolve(far: Tensor, windows: Tensor) -> Tensor:

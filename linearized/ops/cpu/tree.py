@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearized.ops.form import Form
-from linearized.ops.nodes import Nodes
+from linearized.ops.layout import Layout
 from linearized.state import GroupState
 
 
@@ -19,28 +19,33 @@ def attend_tree(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    nodes: Nodes,
+    layout: Layout,
     state: GroupState,
     *,
     form: Form,
     alpha: Tensor | None,
     taps: Tensor | None,
 ) -> Tensor:
-    """Outputs [B, H, N, U] of N tree nodes; see `reference.attend_tree`."""
+    """Outputs [B, H, N, U] of N tree nodes; see `backends.Backend`."""
     batch, heads, num_nodes, width = q.shape
     kv_heads, num_features = k.shape[1], form.features
     rows = heads // kv_heads * num_nodes
 
-    def grown(x: Tensor, more: Tensor) -> Tensor:  # [B, K, S or M-1, X], [B, K, N, X]
-        return torch.cat([x, more], dim=2).flatten(0, 1)
-
-    num_slots = nodes.same.shape[2] - num_nodes
-    keys = grown(state.keys[:, :, :num_slots], k)
-    values = grown(state.values[:, :, :num_slots], v)
+    dtype, wide = v.dtype, torch.promote_types(v.dtype, state.memory.dtype)
+    if (
+        dtype != wide or q.dtype != wide
+    ):  # sums of half precision, each rounded, drift apart from a sequence's
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if taps is not None and taps.dtype != wide:
+        taps = taps.to(wide)
+    num_slots = layout.same.shape[2] - num_nodes
+    keys = _joined(state.keys[:, :, :num_slots], k)
+    values = _joined(state.values[:, :, :num_slots], v)
+    memory = state.memory.flatten(0, 1)
     queries = q.reshape(batch * kv_heads, rows, width)
     if form.inside == "slots":
-        memory = state.memory.flatten(0, 1)
-        return _slots(queries, keys, values, nodes, memory).view(batch, heads, num_nodes, -1)
+        out = _slots(queries, keys, values, layout, memory)
+        return out.view(batch, heads, num_nodes, -1).to(dtype)
     features = queries[..., width - num_features :]
     if alpha is not None and num_features:
         scaled = q[..., width - num_features :] * alpha[:, None, None]
@@ -49,30 +54,32 @@ def attend_tree(
     shape = (batch, heads, num_nodes, keys.shape[1])
     local = torch.bmm(queries[..., :inside], keys[..., :inside].transpose(1, 2)).view(shape)
     across = None
-    if num_features and (form.inside == "linear" or nodes.crosses):
+    if num_features and (form.inside == "linear" or layout.crosses):
         if inside == width:  # the same scores
             across = local if alpha is None else local * alpha[:, None, None]
         else:
             far = keys[..., width - num_features :].transpose(1, 2)
             across = torch.bmm(features, far).view(shape)
-    weights = _weights(form, local, across, nodes)
+    weights = _weights(form, local, across, layout)
     out = torch.bmm(weights.view(batch * kv_heads, rows, -1), values)
     if num_features:
-        memory = state.memory.flatten(0, 1)
-        if memory.dtype == out.dtype:
-            out.baddbmm_(features, memory)
-        else:
-            out += torch.bmm(features.to(memory.dtype), memory).to(out.dtype)
+        out.baddbmm_(features, memory)
     if taps is not None:
-        reach = F.pad(taps, (0, 1))[:, nodes.lags].transpose(0, 1)  # B H N M-1+N
+        reach = F.pad(taps, (0, 1))[:, layout.lags].transpose(0, 1)  # B H N M-1+N
         reach = reach.reshape(batch * kv_heads, rows, -1)
-        out.baddbmm_(reach, grown(state.tail, v))
-    return out.view(batch, heads, num_nodes, -1)
+        out.baddbmm_(reach, _joined(state.tail, v))
+    out = out.view(batch, heads, num_nodes, -1)
+    return out if dtype == wide else out.to(dtype)
 
 
-def _weights(form: Form, local: Tensor, across: Tensor | None, nodes: Nodes) -> Tensor:
+def _joined(old: Tensor, new: Tensor) -> Tensor:
+    """[B, K, S or M-1, X] of the state and [B, K, N, X] of the nodes, in the wider type."""
+    return torch.cat([old, new], dim=2).flatten(0, 1)
+
+
+def _weights(form: Form, local: Tensor, across: Tensor | None, layout: Layout) -> Tensor:
     """[B, H, N, S+N]; `across` has α in it, and is None where no pair of nodes needs it."""
-    same, earlier = nodes.same[:, None], nodes.earlier[:, None]
+    same, earlier = layout.same[:, None], layout.earlier[:, None]
     if form.inside == "linear":
         assert across is not None
         return across * (same | earlier)
@@ -89,18 +96,17 @@ def _weights(form: Form, local: Tensor, across: Tensor | None, nodes: Nodes) -> 
     return weights if across is None else weights.addcmul_(across, earlier.to(across.dtype))
 
 
-def _slots(q: Tensor, features: Tensor, values: Tensor, nodes: Nodes, memory: Tensor) -> Tensor:
+def _slots(q: Tensor, features: Tensor, values: Tensor, layout: Layout, memory: Tensor) -> Tensor:
     """Linformer: pick among the memory's rows, and be answered by them."""
-    batch, num_nodes, width = len(nodes.same), nodes.same.shape[1], q.shape[2]
-    seen = (nodes.same | nodes.earlier)[:, None, None]  # B 1 1 N S+N
+    batch, num_nodes, width = len(layout.same), layout.same.shape[1], q.shape[2]
+    seen = (layout.same | layout.earlier)[:, None, None]  # B 1 1 N S+N
     keys, values = values[..., :width], values[..., width:]
-    rows = memory.to(q.dtype)
 
     def masked(weights: Tensor) -> Tensor:  # [B·K, R·N, S+N]
         apart = weights.view(batch, -1, weights.shape[1] // num_nodes, *seen.shape[3:])
         return (apart * seen).view(weights.shape)
 
     scores = masked(q @ keys.transpose(1, 2))
-    picks = (q @ rows[..., :width].transpose(1, 2) + scores @ features).softmax(-1)
+    picks = (q @ memory[..., :width].transpose(1, 2) + scores @ features).softmax(-1)
     weights = masked(picks @ features.transpose(1, 2))
-    return weights @ values + picks @ rows[..., width:]
+    return weights @ values + picks @ memory[..., width:]

@@ -1,12 +1,13 @@
 """Committing tokens to the state on a GPU, in place. Knows rows of state; knows no trees.
 
-B rows, K key/value heads, T tokens, G group size, X key width (the last F columns are features), U
-value width (the last E columns are the convolution's), M taps.
+L layers, B rows, K key/value heads, T tokens, G group size, X key width (the last F columns are
+features), U value width (the last E columns are the convolution's), M taps.
 
 The open group's tokens and the new ones are one line; token i of it is closed if i is less than
-`closed`, the whole groups on that line. Two launches, each for all rows at once: `close` reads the
-open group and adds what is closed to the memory; `append`, after it, moves the rest into the slots
-and the tail. Neither asks the GPU for a length, so that a commit can be captured in a graph.
+`closed`, the whole groups on that line. Two launches, each for all layers and rows at once: `close`
+reads the open group and adds what is closed to the memory; `append`, after it, moves the rest into
+the slots and the tail. Neither asks the GPU for a length, so that a commit can be captured in a
+graph.
 """
 
 from __future__ import annotations
@@ -17,53 +18,61 @@ from torch import Tensor
 
 from linearized.errors import ConfigError
 from linearized.ops.kernels.blocks import add_dot, load, store, total
-from linearized.ops.kernels.plan import block, check_device, numbers, on, rowwise, strides
+from linearized.ops.kernels.launch import block, check_device, numbers, on, rowwise
 from linearized.state import GroupState
 
 ROWS = 32
 
 
 def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
-    """Take T more tokens into the state, in place; see `ops/reference.py`.
+    """Take T more tokens into the state, in place; see `backends.Backend`.
 
     Raises:
         ConfigError: tensors on no GPU.
     """
     check_device(v)
-    if not k.shape[2]:
-        return
     _check_rows(state)
-    k, v = rowwise(k.to(state.keys.dtype)), rowwise(v.to(state.values.dtype))
+    layers = state.stacked
+    k, v = (x if x.ndim == 5 else x[None] for x in (k, v))
+    if not k.shape[3]:
+        return
+    k, v = rowwise(k.to(layers.keys.dtype)), rowwise(v.to(layers.values.dtype))
     mask = None if mask is None else mask.bool().contiguous()
+    num_layers, batch, kv_heads, num_tokens, key_width = k.shape
     shapes = {
-        "kv_heads": k.shape[1],
-        "group": state.group,
-        "key_width": k.shape[3],
-        "value_width": v.shape[3],
+        "kv_heads": kv_heads,
+        "group": layers.group,
+        "key_width": key_width,
+        "value_width": v.shape[4],
         "rows": ROWS,
     }
-    pairs, memory = k.shape[0] * k.shape[1], state.memory
+    pairs, memory = num_layers * batch * kv_heads, layers.memory
     with on(memory.device):
         if memory.numel():
-            features, tile = block(memory.shape[2]), min(block(v.shape[3]), 64)
+            features, tile = block(memory.shape[3]), min(block(v.shape[4]), 64)
             tile_f = min(features, 128)
-            close[(pairs, -(-v.shape[3] // tile), -(-memory.shape[2] // tile_f))](
-                k, v, mask, state.length, state.keys, state.values, memory,
-                *strides(k), *strides(v), *strides(state.keys), *strides(state.values),
-                *strides(memory), k.shape[2],
-                **shapes, features=memory.shape[2], feature_tile=tile_f, tile=tile,
+            close[(pairs, -(-v.shape[4] // tile), -(-memory.shape[3] // tile_f))](
+                k, v, mask, layers.length, layers.keys, layers.values, memory,
+                *_strides(k), *_strides(v), *_strides(layers.keys), *_strides(layers.values),
+                *_strides(memory), num_tokens, batch,
+                **shapes, features=memory.shape[3], feature_tile=tile_f, tile=tile,
                 **numbers(memory.dtype), num_warps=4, num_stages=1,
             )  # fmt: skip
         append[(pairs,)](
-            k, v, mask, state.length, state.keys, state.values, state.tail,
-            *strides(k), *strides(v), *strides(state.keys), *strides(state.values),
-            *strides(state.tail), k.shape[2],
-            **shapes, num_tail=state.taps - 1, tail_width=state.tail.shape[3],
-            key_block=block(k.shape[3]), value_block=block(v.shape[3]),
-            tail_block=block(state.taps - 1), tile=min(block(state.tail.shape[3]), 32),
+            k, v, mask, layers.length, layers.keys, layers.values, layers.tail,
+            *_strides(k), *_strides(v), *_strides(layers.keys), *_strides(layers.values),
+            *_strides(layers.tail), num_tokens, batch,
+            **shapes, num_tail=layers.taps - 1, tail_width=layers.tail.shape[4],
+            key_block=block(key_width), value_block=block(v.shape[4]),
+            tail_block=block(layers.taps - 1), tile=min(block(layers.tail.shape[4]), 32),
             num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
-    state.length.add_(k.shape[2] if mask is None else mask.sum(1))
+    state.length.add_(num_tokens if mask is None else mask.sum(1))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of layers, rows, heads and slots."""
+    return x.stride(0), x.stride(1), x.stride(2), x.stride(3)
 
 
 def _check_rows(state: GroupState) -> None:
@@ -73,6 +82,14 @@ def _check_rows(state: GroupState) -> None:
                 f"the rows of a state that is written in place lie in one piece; {name} has "
                 f"strides {tensor.stride()}: make it contiguous"
             )
+
+
+@triton.jit
+def place(pair, batch, kv_heads: tl.constexpr):
+    """A program's layer, row and head."""
+    row = pair // kv_heads
+    head = pair % kv_heads
+    return (row // batch).to(tl.int64), (row % batch).to(tl.int64), head.to(tl.int64)
 
 
 @triton.jit
@@ -107,26 +124,27 @@ def measure(mask_ptr, length_ptr, b, num_tokens, group: tl.constexpr, rows: tl.c
 @triton.jit
 def close(
     k_ptr, v_ptr, mask_ptr, length_ptr, keys_ptr, values_ptr, memory_ptr,
-    k_batch, k_head, k_slot, v_batch, v_head, v_slot,
-    keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
-    memory_batch, memory_head, memory_slot, num_tokens,
+    k_layer, k_batch, k_head, k_slot, v_layer, v_batch, v_head, v_slot,
+    keys_layer, keys_batch, keys_head, keys_slot,
+    values_layer, values_batch, values_head, values_slot,
+    memory_layer, memory_batch, memory_head, memory_slot, num_tokens, batch,
     kv_heads: tl.constexpr, group: tl.constexpr,
     key_width: tl.constexpr, value_width: tl.constexpr, rows: tl.constexpr,
     features: tl.constexpr, feature_tile: tl.constexpr, tile: tl.constexpr,
     wide: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Add what is closed to the memory. Program: (row and head, value tile, feature tile)."""
+    """Add what is closed to the memory. Program: (layer, row and head; tiles)."""
     pair = tl.program_id(0)
-    b, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    layer, b, head = place(pair, batch, kv_heads)
     filled, line, closed = measure(mask_ptr, length_ptr, b, num_tokens, group, rows)
     if closed == 0:
         return
     skipped: tl.constexpr = key_width - features
-    k_ptr += b * k_batch + head * k_head + skipped
-    v_ptr += b * v_batch + head * v_head
-    keys_ptr += b * keys_batch + head * keys_head + skipped
-    values_ptr += b * values_batch + head * values_head
-    memory_ptr += b * memory_batch + head * memory_head
+    k_ptr += layer * k_layer + b * k_batch + head * k_head + skipped
+    v_ptr += layer * v_layer + b * v_batch + head * v_head
+    keys_ptr += layer * keys_layer + b * keys_batch + head * keys_head + skipped
+    values_ptr += layer * values_layer + b * values_batch + head * values_head
+    memory_ptr += layer * memory_layer + b * memory_batch + head * memory_head
     columns_f = tl.program_id(2) * feature_tile + tl.arange(0, feature_tile)
     columns_u = tl.program_id(1) * tile + tl.arange(0, tile)
     index = tl.arange(0, rows)
@@ -149,24 +167,25 @@ def close(
 @triton.jit
 def append(
     k_ptr, v_ptr, mask_ptr, length_ptr, keys_ptr, values_ptr, tail_ptr,
-    k_batch, k_head, k_slot, v_batch, v_head, v_slot,
-    keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
-    tail_batch, tail_head, tail_slot, num_tokens,
+    k_layer, k_batch, k_head, k_slot, v_layer, v_batch, v_head, v_slot,
+    keys_layer, keys_batch, keys_head, keys_slot,
+    values_layer, values_batch, values_head, values_slot,
+    tail_layer, tail_batch, tail_head, tail_slot, num_tokens, batch,
     kv_heads: tl.constexpr, group: tl.constexpr,
     key_width: tl.constexpr, value_width: tl.constexpr, rows: tl.constexpr,
     num_tail: tl.constexpr, tail_width: tl.constexpr,
     key_block: tl.constexpr, value_block: tl.constexpr,
     tail_block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Move what is not closed into the slots, and the tail on. Program: row and head."""
+    """Move what is not closed into the slots, and the tail on. Program: layer, row and head."""
     pair = tl.program_id(0)
-    b, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    layer, b, head = place(pair, batch, kv_heads)
     filled, line, closed = measure(mask_ptr, length_ptr, b, num_tokens, group, rows)
-    k_ptr += b * k_batch + head * k_head
-    v_ptr += b * v_batch + head * v_head
-    keys_ptr += b * keys_batch + head * keys_head
-    values_ptr += b * values_batch + head * values_head
-    tail_ptr += b * tail_batch + head * tail_head
+    k_ptr += layer * k_layer + b * k_batch + head * k_head
+    v_ptr += layer * v_layer + b * v_batch + head * v_head
+    keys_ptr += layer * keys_layer + b * keys_batch + head * keys_head
+    values_ptr += layer * values_layer + b * values_batch + head * values_head
+    tail_ptr += layer * tail_layer + b * tail_batch + head * tail_head
     columns_x, columns_u = tl.arange(0, key_block), tl.arange(0, value_block)
     index = tl.arange(0, rows)
     if closed > 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearized.ops.kernels import backward, forward, replay
-from linearized.ops.kernels.plan import Plan, block, new, numbers, strides
+from linearized.ops.kernels.launch import Launch, block, new, numbers, strides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Inputs:
 
 
 def carry(
-    plan: Plan,
+    launch: Launch,
     sums: Tensor,
     first: Tensor | None,
     last: Tensor | None,
@@ -53,97 +53,101 @@ def carry(
 ) -> None:
     """Running sums over segments [B, K, P, D, E], in place."""
     size, tile = sums.shape[3] * sums.shape[4], 1024
-    _, num_groups, _, step, num_segments = plan.walk
+    _, num_groups, _, step, num_segments = launch.walk
     forward.carry[(sums.shape[0] * sums.shape[1], -(-size // tile))](
         sums, first, last, start, num_groups, step, num_segments, size,
-        kv_heads=sums.shape[1], per_chunk=plan.chunk // plan.group, reverse=reverse, tile=tile,
+        kv_heads=sums.shape[1], per_chunk=launch.chunk // launch.group, reverse=reverse, tile=tile,
         **numbers(sums.dtype),
     )  # fmt: skip
 
 
-def memories(plan: Plan, x: Inputs, wants_memory: bool) -> tuple[Tensor | None, Tensor]:
+def memories(launch: Launch, x: Inputs, wants_memory: bool) -> tuple[Tensor | None, Tensor]:
     """dS that each segment is given from those after it, and the gradient of the first memory."""
     q, k, v = x.q, x.k, x.v
     wide = torch.promote_types(v.dtype, torch.float32)
-    if not plan.features or (plan.num_segments == 1 and not wants_memory):
+    if not launch.features or (launch.num_segments == 1 and not wants_memory):
         return None, v.new_empty(0, dtype=wide)
-    shape = (*k.shape[:2], plan.num_segments, k.shape[3], v.shape[3])
+    shape = (*k.shape[:2], launch.num_segments, k.shape[3], v.shape[3])
     sums = v.new_empty(shape, dtype=wide)
-    tiling = plan.tiling(plan.key_block, plan.value_block, plan.key_block)
-    backward.sum_queries[plan.grid(k, plan.value_width, tiling)](
-        q, x.g, x.q_norm, x.alpha, x.start, sums, *strides(q), *strides(x.g), *plan.walk,
-        key_block=plan.key_block, **x.shared, **plan.blocking, **tiling, **x.constants,
+    tiling = launch.tiling(launch.key_block, launch.value_block, launch.key_block)
+    backward.sum_queries[launch.grid(k, launch.value_width, tiling)](
+        q, x.g, x.q_norm, x.alpha, x.start, sums, *strides(q), *strides(x.g), *launch.walk,
+        key_block=launch.key_block, **x.shared, **launch.blocking, **tiling, **x.constants,
     )  # fmt: skip
     first = v.new_empty((*k.shape[:2], *shape[3:]) if wants_memory else (0,), dtype=wide)
-    carry(plan, sums, None, first if wants_memory else None, x.start, reverse=True)
+    carry(launch, sums, None, first if wants_memory else None, x.start, reverse=True)
     return sums, first
 
 
-def queries(plan: Plan, x: Inputs, memories: Tensor | None) -> tuple[Tensor, Tensor]:
+def queries(launch: Launch, x: Inputs, memories: Tensor | None) -> tuple[Tensor, Tensor]:
     """dq and dα."""
     g, q, k, v, alpha = x.g, x.q, x.k, x.v, x.alpha
-    if not plan.key_width:
+    if not launch.key_width:
         return new(q, q).zero_(), v.new_zeros(0 if alpha is None else len(alpha))
-    tiling = plan.tiling(plan.value_block, plan.key_block, 2 * (plan.key_block + plan.value_block))
-    grid = plan.grid(q, plan.key_width, tiling)
+    tiling = launch.tiling(
+        launch.value_block, launch.key_block, 2 * (launch.key_block + launch.value_block)
+    )
+    grid = launch.grid(q, launch.key_width, tiling)
     wide = torch.promote_types(v.dtype, torch.float32)
     dq = new(q, q)
     dalpha = None if alpha is None else v.new_empty(q.shape[0], q.shape[1], *grid[1:], dtype=wide)
     replay.query_gradients[grid](
         q, k, v, g, x.q_norm, x.k_norm, alpha, memories, x.start, dq, dalpha,
-        *strides(q), *strides(k), *strides(v), *strides(g), *strides(dq), *plan.walk,
-        key_block=plan.key_block, value_block=plan.value_block,
-        **x.heads, **plan.blocking, **plan.weights, **tiling, **x.constants,
+        *strides(q), *strides(k), *strides(v), *strides(g), *strides(dq), *launch.walk,
+        key_block=launch.key_block, value_block=launch.value_block,
+        **x.heads, **launch.blocking, **launch.weights, **tiling, **x.constants,
     )  # fmt: skip
     total = v.new_empty(0)
     if alpha is not None and dalpha is not None:
         total = dalpha.sum((0, 2, 3)).to(alpha.dtype)
-    if tiling["tile"] < plan.key_block:
+    if tiling["tile"] < launch.key_block:
         _project(dq, q, x.q_norm)
     return dq, total
 
 
-def keys(plan: Plan, x: Inputs, later: Tensor | None) -> Tensor:
+def keys(launch: Launch, x: Inputs, later: Tensor | None) -> Tensor:
     """dk."""
     g, q, k, v = x.g, x.q, x.k, x.v
-    if not plan.key_width:
+    if not launch.key_width:
         return new(k, k).zero_()
-    tiling = plan.tiling(plan.value_block, plan.key_block, 2 * (plan.key_block + plan.value_block))
+    tiling = launch.tiling(
+        launch.value_block, launch.key_block, 2 * (launch.key_block + launch.value_block)
+    )
     dk = new(k, k)
-    backward.key_gradients[plan.grid(k, plan.key_width, tiling)](
+    backward.key_gradients[launch.grid(k, launch.key_width, tiling)](
         q, k, v, g, x.q_norm, x.k_norm, x.alpha, later, x.start, dk,
-        *strides(q), *strides(k), *strides(v), *strides(g), *strides(dk), *plan.walk,
-        key_block=plan.key_block, value_block=plan.value_block,
-        **x.shared, **plan.blocking, **plan.weights, **tiling, **x.constants,
+        *strides(q), *strides(k), *strides(v), *strides(g), *strides(dk), *launch.walk,
+        key_block=launch.key_block, value_block=launch.value_block,
+        **x.shared, **launch.blocking, **launch.weights, **tiling, **x.constants,
     )  # fmt: skip
-    if tiling["tile"] < plan.key_block:
+    if tiling["tile"] < launch.key_block:
         _project(dk, k, x.k_norm)
     return dk
 
 
-def values(plan: Plan, x: Inputs, later: Tensor | None) -> Tensor:
+def values(launch: Launch, x: Inputs, later: Tensor | None) -> Tensor:
     """dv."""
     g, q, k = x.g, x.q, x.k
-    tiling = plan.tiling(plan.key_block, plan.value_block, 2 * plan.key_block)
+    tiling = launch.tiling(launch.key_block, launch.value_block, 2 * launch.key_block)
     dv = new(x.v, x.v)
-    backward.value_gradients[plan.grid(k, plan.value_width, tiling)](
+    backward.value_gradients[launch.grid(k, launch.value_width, tiling)](
         q, k, g, x.q_norm, x.k_norm, x.alpha, x.taps, later, x.start, dv,
-        *strides(q), *strides(k), *strides(g), *strides(dv), *plan.walk,
-        key_block=plan.key_block, **x.shared, **plan.blocking, **plan.weights,
-        **plan.convolution(x.taps), **tiling, **x.constants,
+        *strides(q), *strides(k), *strides(g), *strides(dv), *launch.walk,
+        key_block=launch.key_block, **x.shared, **launch.blocking, **launch.weights,
+        **launch.convolution(x.taps), **tiling, **x.constants,
     )  # fmt: skip
     return dv
 
 
-def taps(plan: Plan, x: Inputs) -> Tensor:
+def taps(launch: Launch, x: Inputs) -> Tensor:
     """dtaps: the diagonals of Σ g_t·v_j, by the places of t and j in a block."""
     g, v, taps = x.g, x.v, x.taps
     if taps is None:
         return v.new_empty(0)
     batch, heads, num_slots, _ = g.shape
-    rows, convolution = plan.rows, plan.convolution(taps)
+    rows, convolution = launch.rows, launch.convolution(taps)
     num_blocks = -(-num_slots // rows)
-    step = -(-num_blocks // plan.num_segments)
+    step = -(-num_blocks // launch.num_segments)
     num_segments = -(-num_blocks // step)
     window = convolution["window"]
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -151,8 +155,9 @@ def taps(plan: Plan, x: Inputs) -> Tensor:
     past = v.new_empty(batch, heads, num_segments, rows, window, dtype=wide)
     replay.sum_lags[(batch * heads, num_segments)](
         v, g, x.before, x.start, near, past, *strides(v), *strides(g),
-        num_slots, plan.walk[1], num_blocks, step, num_segments,
-        value_width=plan.value_width, group=plan.group, rows=rows, value_block=plan.value_block,
+        num_slots, launch.walk[1], num_blocks, step, num_segments,
+        value_width=launch.value_width, value_block=launch.value_block,
+        group=launch.group, rows=rows,
         **x.heads, **convolution, **numbers(v.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     sums = torch.cat([past.sum((0, 2)), near.sum((0, 2))], dim=2)  # H rows window+rows
@@ -161,7 +166,7 @@ def taps(plan: Plan, x: Inputs) -> Tensor:
     return sums.gather(2, places.expand(heads, -1, -1)).sum(1).to(taps.dtype)
 
 
-def before(plan: Plan, x: Inputs) -> Tensor:
+def before(launch: Launch, x: Inputs) -> Tensor:
     """The gradient of the values before slot 0: at most M-1 by M-1 pairs."""
     g, v, values = x.g, x.v, x.before
     if values is None or x.taps is None:
@@ -174,7 +179,7 @@ def before(plan: Plan, x: Inputs) -> Tensor:
     weights = F.pad(x.taps, (0, 1)).to(wide)[:, lags.clamp(max=num_tail + 1)]
     near = g[:, :, :reach].to(wide)
     if x.start is not None:
-        near = near * (x.start[:, slots // plan.group] == 0)[:, None, :, None]
+        near = near * (x.start[:, slots // launch.group] == 0)[:, None, :, None]
     found = weights.transpose(1, 2) @ near  # B H M-1 E
     return found.unflatten(1, (v.shape[1], -1)).sum(2).to(values.dtype)
 

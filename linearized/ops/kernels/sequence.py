@@ -32,9 +32,10 @@ from torch import Tensor
 
 from linearized.errors import ConfigError
 from linearized.ops.form import Form
+from linearized.ops.grid import over_grid
 from linearized.ops.kernels import forward, gradients
-from linearized.ops.kernels.plan import (
-    Plan,
+from linearized.ops.kernels.launch import (
+    Launch,
     block,
     check,
     contiguous,
@@ -45,9 +46,44 @@ from linearized.ops.kernels.plan import (
     rowwise,
     strides,
 )
+from linearized.state import GroupState
 
 CHUNK = 64
 """Slots of a group where groups make no difference."""
+
+
+def attend_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: GroupState | None = None,
+    *,
+    form: Form,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    unit_norm: bool = False,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """Outputs [B, H, T, U] of T tokens that follow the state's in time; see `backends.Backend`.
+
+    Raises:
+        ConfigError: a form, width or device that the kernels do not do.
+    """
+    return over_grid(
+        scan,
+        CHUNK,
+        q,
+        k,
+        v,
+        state,
+        form=form,
+        alpha=alpha,
+        taps=taps,
+        unit_norm=unit_norm,
+        mask=mask,
+        segments=segments,
+    )
 
 
 def scan(
@@ -56,7 +92,7 @@ def scan(
     v: Tensor,  # [B, K, S, E]
     *,
     form: Form,
-    unit: bool,  # divide queries and keys by their norms first
+    unit_norm: bool,  # divide queries and keys by their norms first
     alpha: Tensor | None,  # [H]
     taps: Tensor | None,  # [H, M]
     memory: Tensor | None,  # [B, K, D, E], before slot 0
@@ -94,7 +130,7 @@ def scan(
         group,
         form.inside,
         features,
-        unit,
+        unit_norm,
     )
     return out
 
@@ -117,18 +153,18 @@ def _scan(
     """Outputs, what queries and keys are multiplied by to have norm 1, [B, H, S] and [B, K, S],
     and the memory that each segment is given, [B, K, P, D, E]; empty where there is none."""
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
-    plan = Plan.of(q, k, v, group, inside, features)
+    launch = Launch.of(q, k, v, group, inside, features)
     before, start, taps = contiguous(before), contiguous(start), contiguous(taps)
     with on(v.device):
-        q_norm, k_norm = _norms(plan, q, unit), _norms(plan, k, unit)
-        memories = _memories(plan, k, v, given(k_norm), memory, start)
+        q_norm, k_norm = _norms(launch, q, unit), _norms(launch, k, unit)
+        memories = _memories(launch, k, v, given(k_norm), memory, start)
         out = new(q, v)
-        tiling = plan.tiling(plan.key_block, plan.value_block, 2 * plan.key_block)
-        forward.outputs[plan.grid(q, plan.value_width, tiling)](
+        tiling = launch.tiling(launch.key_block, launch.value_block, 2 * launch.key_block)
+        forward.outputs[launch.grid(q, launch.value_width, tiling)](
             q, k, v, given(q_norm), given(k_norm), alpha, taps, given(memories), before, start, out,
-            *strides(q), *strides(k), *strides(v), *strides(out), *plan.walk,
-            heads=q.shape[1], kv_heads=k.shape[1], key_block=plan.key_block,
-            **plan.blocking, **plan.weights, **plan.convolution(taps), **tiling,
+            *strides(q), *strides(k), *strides(v), *strides(out), *launch.walk,
+            heads=q.shape[1], kv_heads=k.shape[1], key_block=launch.key_block,
+            **launch.blocking, **launch.weights, **launch.convolution(taps), **tiling,
             **numbers(v.dtype),
         )  # fmt: skip
     return out, q_norm, k_norm, memories
@@ -149,13 +185,13 @@ def _(
     features: bool,
     unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = Plan.of(q, k, v, group, inside, features)
-    q_norm, k_norm = _new_norms(plan, q, unit), _new_norms(plan, k, unit)
-    return new(q, v), q_norm, k_norm, _new_memories(plan, k, v, memory)
+    launch = Launch.of(q, k, v, group, inside, features)
+    q_norm, k_norm = _new_norms(launch, q, unit), _new_norms(launch, k, unit)
+    return new(q, v), q_norm, k_norm, _new_memories(launch, k, v, memory)
 
 
-def _norms(plan: Plan, x: Tensor, unit: bool) -> Tensor:
-    norms = _new_norms(plan, x, unit)
+def _norms(launch: Launch, x: Tensor, unit: bool) -> Tensor:
+    norms = _new_norms(launch, x, unit)
     if norms.numel():
         batch, heads, num_slots, width = x.shape
         forward.invert_norms[(batch * heads, -(-num_slots // 32))](
@@ -166,38 +202,38 @@ def _norms(plan: Plan, x: Tensor, unit: bool) -> Tensor:
     return norms
 
 
-def _new_norms(plan: Plan, x: Tensor, unit: bool) -> Tensor:
+def _new_norms(launch: Launch, x: Tensor, unit: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[:3] if unit and plan.key_width else (0,), dtype=wide)
+    return x.new_empty(x.shape[:3] if unit and launch.key_width else (0,), dtype=wide)
 
 
 def _memories(
-    plan: Plan,
+    launch: Launch,
     k: Tensor,
     v: Tensor,
     k_norm: Tensor | None,
     memory: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
-    memories = _new_memories(plan, k, v, memory)
-    if plan.num_segments > 1 and memories.numel():
-        tiling = plan.tiling(plan.key_block, plan.value_block, plan.key_block)
-        pairs, _, tiles = plan.grid(k, plan.value_width, tiling)
-        forward.sum_keys[(pairs, plan.num_segments - 1, tiles)](
-            k, v, k_norm, start, memories, *strides(k), *strides(v), *plan.walk,
-            kv_heads=k.shape[1], key_block=plan.key_block,
-            **plan.blocking, **tiling, **numbers(v.dtype),
+    memories = _new_memories(launch, k, v, memory)
+    if launch.num_segments > 1 and memories.numel():
+        tiling = launch.tiling(launch.key_block, launch.value_block, launch.key_block)
+        pairs, _, tiles = launch.grid(k, launch.value_width, tiling)
+        forward.sum_keys[(pairs, launch.num_segments - 1, tiles)](
+            k, v, k_norm, start, memories, *strides(k), *strides(v), *launch.walk,
+            kv_heads=k.shape[1], key_block=launch.key_block,
+            **launch.blocking, **tiling, **numbers(v.dtype),
         )  # fmt: skip
     if memories.numel():
-        gradients.carry(plan, memories, contiguous(memory), None, start, reverse=False)
+        gradients.carry(launch, memories, contiguous(memory), None, start, reverse=False)
     return memories
 
 
-def _new_memories(plan: Plan, k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:
+def _new_memories(launch: Launch, k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:
     wide = torch.promote_types(v.dtype, torch.float32)
-    if not plan.features or (plan.num_segments == 1 and memory is None):
+    if not launch.features or (launch.num_segments == 1 and memory is None):
         return v.new_empty(0, dtype=wide)
-    shape = (k.shape[0], k.shape[1], plan.num_segments, k.shape[3], v.shape[3])
+    shape = (k.shape[0], k.shape[1], launch.num_segments, k.shape[3], v.shape[3])
     return v.new_empty(shape, dtype=wide)
 
 
@@ -220,7 +256,7 @@ def _scan_backward(
     wants_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, alpha, taps, memory and before; empty for what is not there."""
-    plan = Plan.of(q, k, v, group, inside, features)
+    launch = Launch.of(q, k, v, group, inside, features)
     inputs = gradients.Inputs(
         g=rowwise(g),
         q=rowwise(q),
@@ -234,12 +270,12 @@ def _scan_backward(
         start=contiguous(start),
     )
     with on(v.device):
-        later, dmemory = gradients.memories(plan, inputs, wants_memory)
-        dq, dalpha = gradients.queries(plan, inputs, given(memories))
-        dk = gradients.keys(plan, inputs, later)
-        dv = gradients.values(plan, inputs, later)
-        dtaps = gradients.taps(plan, inputs)
-    return dq, dk, dv, dalpha, dtaps, dmemory, gradients.before(plan, inputs)
+        later, dmemory = gradients.memories(launch, inputs, wants_memory)
+        dq, dalpha = gradients.queries(launch, inputs, given(memories))
+        dk = gradients.keys(launch, inputs, later)
+        dv = gradients.values(launch, inputs, later)
+        dtaps = gradients.taps(launch, inputs)
+    return dq, dk, dv, dalpha, dtaps, dmemory, gradients.before(launch, inputs)
 
 
 @_scan_backward.register_fake

@@ -1,8 +1,8 @@
 """Token trees on top of a state, on a GPU. Knows nodes; writes nothing but outputs.
 
 B batch, H query heads, K key/value heads, R = H/K, N nodes, D key width, E value width, G group
-size, M taps. `Nodes` says for each pair whether it is of one group, of different groups, or unseen,
-so that a batch of different trees is one launch.
+size, M taps. `Layout` says for each pair whether it is of one group, of different groups, or
+unseen, so that a batch of different trees is one launch.
 
 `many` takes blocks of rows (a query head's node each; those of one key/value head together, so
 that its memory is read once) through four sums: memory, open group, nodes, tail. `one` is the step
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from linearized.ops.form import Form
 from linearized.ops.kernels.blocks import add_dot, dot, load, total
-from linearized.ops.kernels.plan import block, check, new, numbers, on, rowwise, strides
-from linearized.ops.nodes import Nodes
+from linearized.ops.kernels.launch import block, check, new, numbers, on, rowwise, strides
+from linearized.ops.layout import Layout
 from linearized.state import GroupState
 
 AT_ONCE = 16384
@@ -29,20 +29,20 @@ def attend_tree(
     q: Tensor,  # [B, H, N, D]
     k: Tensor,  # [B, K, N, D]
     v: Tensor,  # [B, K, N, E]
-    nodes: Nodes,
+    layout: Layout,
     state: GroupState,
     *,
     form: Form,
     alpha: Tensor | None,
     taps: Tensor | None,
 ) -> Tensor:
-    """Outputs [B, H, N, E] of N tree nodes; see `ops/reference.py`. Has no gradient.
+    """Outputs [B, H, N, E] of N tree nodes; see `backends.Backend`. Has no gradient.
 
     Raises:
         ConfigError: a form or device that the kernels do not do.
     """
     check(form, q.shape[3], v)
-    nodes = nodes.at(state.group)
+    layout = layout.at(state.group)
     q, k, v = (rowwise(x.detach().to(state.values.dtype)) for x in (q, k, v))
     keys, values, memory = rowwise(state.keys), rowwise(state.values), rowwise(state.memory)
     tail = None if taps is None or taps.shape[1] == 1 else rowwise(state.tail)
@@ -71,7 +71,7 @@ def attend_tree(
     }
     tensors = (
         q, k, v, keys, values, memory, tail,
-        nodes.same.contiguous(), nodes.earlier.contiguous(), nodes.lags.contiguous(),
+        layout.same.contiguous(), layout.earlier.contiguous(), layout.lags.contiguous(),
         alpha if features else None, None if taps is None else taps.contiguous(), out,
         *strides(q), *strides(k), *strides(v), *strides(keys), *strides(values), *strides(memory),
         *strides(state.tail), *strides(out),

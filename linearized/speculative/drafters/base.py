@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+from weakref import ref
+
+from transformers import PreTrainedModel
 
 from linearized.config import is_whole
 from linearized.errors import ConfigError
+from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
-
-if TYPE_CHECKING:
-    from linearized.speculative.engine import Engine
-
 
 Trust = Callable[[float, int], float]
 """How often a guess is right that the drafter finds so probable, and the first, second, … best."""
@@ -61,8 +61,14 @@ class Drafter(ABC):
         """A tree each, maybe an empty one. A text has grown since the last time it was asked for,
         maybe by more than what was guessed."""
 
-    def join(self, engine: Engine) -> None:
-        """It will draft for the texts of this engine."""
+    @property
+    def identity(self) -> Hashable:
+        """Equal for drafters that guess alike: what was learnt of one holds for the other. No
+        drafter is like another, unless its class says so."""
+        return ref(self)
+
+    def join(self, model: PreTrainedModel, pool: Pool[Text]) -> None:
+        """It will draft for this target, whose states of the texts are in `pool`."""
         return
 
     def forget(self, text: Text) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from linearized.speculative.chooser import Place, scored
 from linearized.speculative.drafters.base import Ask
 from linearized.speculative.tree import TokenTree
 
@@ -34,13 +35,35 @@ def grow(
             tokens.append([*growth.tokens, *[0] * missing])
             parents.append([*growth.parents, *[-1] * missing])
         logits = forward(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
-        for row, growth in enumerate(growths):
-            if level < growth.ask.depth:
-                growth.add(logits[row], min(width, growth.ask.nodes), floor)
-            else:
+        for growth in growths:
+            if level >= growth.ask.depth:
                 growth.frontier = []
+        for growth, guesses in zip(growths, _guesses(growths, logits, width), strict=True):
+            growth.add(guesses, min(width, growth.ask.nodes), floor)
         if not any(growth.frontier for growth in growths):
             return
+
+
+Guesses = list[tuple[list[float], list[int]]]
+"""Behind each node of a frontier: probabilities, best first, and their tokens."""
+
+
+def _guesses(growths: Sequence[Growth], logits: Tensor, width: int) -> list[Guesses]:
+    """For each growth, from logits [B, N, V]; one transfer to the host for all of them."""
+    rows, places = [], []
+    for number, growth in enumerate(growths):
+        first = number * logits.shape[1] + growth.num_tail
+        rows += [first + guess for guess in growth.frontier]  # -1: the last token
+        places += [Place(growth.ask.text, growth.path(guess)) for guess in growth.frontier]
+    found = []
+    # With the shared noise in them, the scores tell how sure this very guess is.
+    for _, scores in scored(logits.flatten(0, 1), rows, places):
+        best = scores.log_softmax(1).topk(min(width, scores.shape[1]), dim=1)
+        found.append(torch.cat([best.values.exp().double(), best.indices.double()], dim=1))
+    lines = iter(torch.cat(found).tolist()) if found else iter(())
+    halves = ((line[: len(line) // 2], line[len(line) // 2 :]) for line in lines)
+    split = ((steps, [int(token) for token in tokens]) for steps, tokens in halves)
+    return [[next(split) for _ in growth.frontier] for growth in growths]
 
 
 @dataclass(slots=True)
@@ -68,26 +91,24 @@ class Growth:
         self.num_tail = len(self.tokens)
         self.frontier = [-1]
 
-    def add(self, logits: Tensor, width: int, floor: float) -> None:
-        """A level more, from logits [N, V] at the nodes."""
+    def path(self, guess: int) -> tuple[int, ...]:
+        """Tokens down to this guess; -1: none."""
+        return self.paths[guess] if guess >= 0 else ()
+
+    def add(self, guesses: Guesses, width: int, floor: float) -> None:
+        """A level more, from guesses behind each node of the frontier."""
         if not self.frontier:
             return
-        text, last = self.ask.text, self.num_tail - 1
-        nodes = [last if guess < 0 else self.num_tail + guess for guess in self.frontier]
+        nodes = [self.num_tail + guess for guess in self.frontier]
         above = [
             (1.0, 1.0, ())
             if guess < 0
             else (self.scores[guess], self.chances[guess], self.paths[guess])
             for guess in self.frontier
         ]
-        # With the shared noise in them, the scores tell how sure this very guess is.
-        scores = text.sampler.scores(logits[nodes], text.tokens, [path for _, _, path in above])
-        best = scores.log_softmax(1).topk(min(width, scores.shape[1]), dim=1)
         found = [
             (above[row][1] * self.ask.trust(step, rank), row, step, token)
-            for row, (steps, tokens) in enumerate(
-                zip(best.values.exp().tolist(), best.indices.tolist(), strict=True)
-            )
+            for row, (steps, tokens) in enumerate(guesses)
             for rank, (step, token) in enumerate(zip(steps, tokens, strict=True))
             if step > 0
         ]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from linearized.errors import ModelError
 from linearized.models import shortened, sketch
 from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.drafters.growth import Growth, grow
+from linearized.speculative.pool import Pool
+from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
-
-if TYPE_CHECKING:
-    from linearized.speculative.engine import Engine
 
 FILE = "layers.json"
 FORMAT = "linearized-layers/1"
@@ -37,7 +36,7 @@ class LayersDrafter(Drafter):
         self.depth = depth
         self.width = width
         self.floor = floor
-        self._engine: Engine | None = None
+        self._target: tuple[PreTrainedModel, Pool[Text]] | None = None
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> LayersDrafter:
@@ -55,24 +54,28 @@ class LayersDrafter(Drafter):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"cannot read {path} ({error}); run jobs.layers first") from error
 
-    def join(self, engine: Engine) -> None:
+    @property
+    def identity(self) -> Hashable:
+        return type(self), self.layers, self.depth, self.width, self.floor
+
+    def join(self, model: PreTrainedModel, pool: Pool[Text]) -> None:
         """
         Raises:
             ModelError: the target has no such layers.
         """
-        shortened(engine.model, self.layers)
-        self._engine = engine
+        shortened(model, self.layers)
+        self._target = model, pool
 
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
-        assert self._engine is not None, "it drafts for the texts of an engine"
-        engine = self._engine
+        assert self._target is not None, "it drafts for the texts of an engine"
+        model, pool = self._target
         by_text = {ask.text: Growth(ask, len(ask.text.tokens) - 1) for ask in asks}
-        rows = engine.pool.arrange(list(by_text))
-        state = engine.pool.first(len(rows))
+        rows = pool.arrange(list(by_text))
+        state = pool.first(len(rows))
 
         def forward(tokens: Tensor, parents: Tensor) -> Tensor:
-            return sketch(engine.model, tokens, parents, state, layers=self.layers)
+            return sketch(model, tokens, parents, state, layers=self.layers)
 
         growths = [by_text[text] for text in rows]
-        grow(growths, forward, width=self.width, floor=self.floor, device=engine.model.device)
+        grow(growths, forward, width=self.width, floor=self.floor, device=model.device)
         return [by_text[ask.text].tree() for ask in asks]

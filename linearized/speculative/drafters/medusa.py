@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Hashable, Sequence
 from typing import ClassVar
+from weakref import ref
 
 import torch
 from transformers import PreTrainedModel
@@ -21,16 +23,22 @@ class MedusaDrafter(Drafter):
     needs_hidden: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel, heads: MedusaHeads) -> None:
-        """
+        """`heads` stay as they are; where the model has another type or device, a copy drafts.
+
         Raises:
             ModelError: the heads were trained on another model.
         """
         heads.check(fingerprint(model))
-        self.heads = heads.to(model.device, model.dtype)
+        self.heads = _like(heads, model)
+        self._given = ref(heads)
         self.depth = heads.num_heads
         output_matrix(model)  # there is one
         self._output = model.get_output_embeddings()
         self._shapes: dict[tuple[int, int], Shape] = {}
+
+    @property
+    def identity(self) -> Hashable:
+        return type(self), self._given
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
@@ -60,3 +68,10 @@ class MedusaDrafter(Drafter):
             known = self.heads.accuracies[:depth]
             self._shapes[depth, nodes] = Shape.sparse(known, nodes)
         return self._shapes[depth, nodes]
+
+
+def _like(heads: MedusaHeads, model: PreTrainedModel) -> MedusaHeads:
+    parameters = list(heads.parameters())
+    if all(one.device == model.device and one.dtype == model.dtype for one in parameters):
+        return heads
+    return copy.deepcopy(heads).to(model.device, model.dtype)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from linearized.errors import ConfigError
 from linearized.models import commit, decoder, extend, verify
 from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.drafters.growth import Growth, grow
+from linearized.speculative.limits import longest_text
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 from linearized.state import Pending
-
-if TYPE_CHECKING:
-    from linearized.speculative.engine import Engine
 
 CHUNK = 512
 """Tokens read at once."""
@@ -42,18 +40,25 @@ class ModelDrafter(Drafter):
         self.width = width
         self.floor = floor
         """Guesses whose whole path is less likely right are left out."""
+        self._longest = longest_text(self.model)
         self._pool: Pool[Text] = Pool(self.model)
         self._read: dict[Text, int] = {}
         """Tokens of each text that are in its state."""
-        self._last: tuple[list[tuple[Text, TokenTree]], Pending] | None = None
-        """What it has keys and values of, on top of each state, and may be committed."""
+        self._last: tuple[list[tuple[Growth, int]], Pending] | None = None
+        """What it has keys and values of, on top of each state, and may be committed: so many
+        tokens of these trees."""
+        self._given = model
 
-    def join(self, engine: Engine) -> None:
+    @property
+    def identity(self) -> Hashable:
+        return type(self), ref(self._given), self.depth, self.width, self.floor
+
+    def join(self, model: PreTrainedModel, pool: Pool[Text]) -> None:
         """
         Raises:
             ConfigError: the target has another vocabulary.
         """
-        mine, theirs = self.model.config.vocab_size, engine.model.config.vocab_size
+        mine, theirs = self.model.config.vocab_size, model.config.vocab_size
         if mine != theirs:
             raise ConfigError(
                 f"the draft's vocabulary has {mine} tokens, the target's {theirs}; they must share "
@@ -62,27 +67,35 @@ class ModelDrafter(Drafter):
 
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         self._commit()
-        for ask in asks:
+        known = [ask for ask in asks if self._can_read(ask)]
+        if not known:
+            return [TokenTree.empty] * len(asks)
+        for ask in known:
             self._catch_up(ask.text)
-        order = self._pool.arrange([ask.text for ask in asks])
-        by_text = {ask.text: Growth(ask, self._read[ask.text]) for ask in asks}
+        order = self._pool.arrange([ask.text for ask in known])
+        by_text = {ask.text: Growth(ask, self._read[ask.text]) for ask in known}
         self._grow([by_text[text] for text in order])
-        return [by_text[ask.text].tree() for ask in asks]
+        trees = {text: growth.tree() for text, growth in by_text.items()}
+        return [trees.get(ask.text, TokenTree.empty) for ask in asks]
 
     def forget(self, text: Text) -> None:
-        self._commit()
-        if text in self._pool:
-            self._pool.remove(text)
-            del self._read[text]
+        try:
+            self._commit()
+        finally:
+            if text in self._pool:
+                self._pool.remove(text)
+                del self._read[text]
+
+    def _can_read(self, ask: Ask) -> bool:
+        """Text and tree, with a table of positions that may be shorter than the target's."""
+        return self._longest is None or len(ask.text.tokens) + ask.depth <= self._longest
 
     def _grow(self, growths: list[Growth]) -> None:
+        state = self._pool.first(len(growths))
+
         def forward(tokens: Tensor, parents: Tensor) -> Tensor:
-            logits, pending = verify(self.model, tokens, parents, self._pool.first(len(growths)))
-            verified = [
-                (growth.ask.text, TokenTree(tuple(growth.tokens), tuple(growth.parents)))
-                for growth in growths
-            ]
-            self._last = verified, pending
+            logits, pending = verify(self.model, tokens, parents, state)
+            self._last = [(growth, len(growth.tokens)) for growth in growths], pending
             return logits
 
         grow(growths, forward, width=self.width, floor=self.floor, device=self.model.device)
@@ -91,17 +104,18 @@ class ModelDrafter(Drafter):
         """Of what was verified last, all that the texts have taken up."""
         if self._last is None:
             return
-        trees, pending = self._last
+        read, pending = self._last
         self._last = None
-        paths = []
-        for text, tree in trees:
+        texts, paths = [growth.ask.text for growth, _ in read], []
+        for text, (growth, size) in zip(texts, read, strict=True):
+            tree = TokenTree(tuple(growth.tokens[:size]), tuple(growth.parents[:size]))
             paths.append(tree.follow(text.tokens[self._read[text] : -1]))  # the last: the next root
         self._pool.ahead(max(map(len, paths)))
-        state = self._pool.first(len(trees))
+        state = self._pool.first(len(texts))
         try:
             commit(state, pending, paths)
         finally:  # as far as it came
-            self._read.update(zip((text for text, _ in trees), state.length.tolist(), strict=True))
+            self._read.update(zip(texts, state.length.tolist(), strict=True))
 
     def _catch_up(self, text: Text) -> None:
         """Read all but the last few tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from weakref import WeakKeyDictionary
 
 from linearized.errors import ConfigError
@@ -22,6 +22,10 @@ class NgramDrafter(Drafter):
         self.depth = depth
         self.sizes = range(longest, shortest - 1, -1)
         self._indices: WeakKeyDictionary[Text, _Index] = WeakKeyDictionary()
+
+    @property
+    def identity(self) -> Hashable:
+        return type(self), self.depth, self.sizes
 
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         return [self._propose(ask) for ask in asks]

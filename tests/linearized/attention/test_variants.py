@@ -14,6 +14,7 @@ from linearized.attention.base import LinearAttention
 from linearized.attention.yoso import _slope
 from linearized.config import ATTENTIONS, LinearConfig
 from linearized.errors import ConfigError
+from linearized.tree import ancestors
 
 GROUP, TAPS, WIDTH, VALUES = 8, 5, 6, 4
 
@@ -176,10 +177,10 @@ def test_prefill_is_chunks_is_a_chain_of_nodes(name, backend):
             args = q[:, :, part], k[:, :, part], v[:, :, part]
             out, keys, values = made(*args, state=state)
             assert_close(out, whole[:, :, part])
-            if backend == "cpu":
-                chain = torch.arange(-1, out.shape[2] - 1).expand(2, -1)
-                nodes = ops.Nodes.of(chain, state.length, group=state.group, taps=state.taps)
-                assert_close(made(*args, state=state, nodes=nodes)[0], whole[:, :, part])
+            chain = torch.arange(-1, out.shape[2] - 1).expand(2, -1)
+            visible = ancestors(chain)
+            layout = ops.Layout.of(visible, state.length, group=state.group, taps=state.taps)
+            assert_close(made(*args, state=state, layout=layout)[0], whole[:, :, part])
             ops.fold_(state, keys, values, backend=backend)
 
 
@@ -191,7 +192,7 @@ def test_each_document_of_a_row_is_as_alone(name, kind):
     q, k, v = (x.requires_grad_() for x in inputs(60))
     segments = torch.tensor([[0] * 9 + [1] * 33 + [2] * 18, [3] * 41 + [0] * 19])
     mask = torch.ones(2, 60, dtype=torch.bool)
-    mask[0, :4] = mask[0, 20:23] = mask[1, 55:] = False
+    mask[0, :4] = mask[0, 9:11] = mask[0, 20:23] = mask[1, 55:] = False
     packed, _, _ = made(q, k, v, segments=segments, mask=mask)
     grad = torch.randn_like(packed)
     together = torch.autograd.grad(packed, (q, k, v), grad, allow_unused=True)
@@ -314,6 +315,45 @@ def test_lower_precision(name, dtype, tolerance):
     out, _, _ = made.to(dtype)(q.to(dtype), k.to(dtype), v.to(dtype))
     assert out.dtype == dtype
     assert_close(out.double(), want, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "cross"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_autocast(name, kind, dtype):
+    """Weights of any type, sums in float32, outputs and gradients of each tensor's own type."""
+    made = module(name, kind).to(dtype)
+    attention = CrossAttention(made) if kind == "cross" else made
+    q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in inputs(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v)[0]
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+    wide = module(name, kind).to(dtype).float()
+    attention = CrossAttention(wide) if kind == "cross" else wide
+    want = attention(q.float(), k.float(), v.float())[0]
+    assert_close(out.double(), want.double(), 4e-3)
+    for x in (v, *(p for p in made.parameters() if p.requires_grad)):
+        assert x.grad is not None and x.grad.dtype == x.dtype and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.no_grad()
+def test_decoding_inside_autocast(name):
+    """The state stays in the model's type, whatever it is folded."""
+    made = module(name).to(torch.bfloat16)
+    q, k, v = (x.to(torch.bfloat16) for x in inputs(20))
+    state = made.empty_state(2, dtype=torch.bfloat16, device=torch.device("cpu"))
+    types = {name: tensor.dtype for name, tensor in state.tensors().items()}
+    outs = []
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = made(q, k, v)[0]
+        for part in (slice(0, 1), slice(1, 14), slice(14, 20)):
+            out, keys, values = made(q[:, :, part], k[:, :, part], v[:, :, part], state=state)
+            ops.fold_(state, keys, values)
+            outs.append(out)
+    assert {name: tensor.dtype for name, tensor in state.tensors().items()} == types
+    assert_close(torch.cat(outs, dim=2).double(), whole.double(), 3e-2)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)

@@ -21,9 +21,10 @@ from triton.runtime import JITFunction
 
 from linearized.ops import kernels
 from linearized.ops.form import Form
-from linearized.ops.kernels import fold, plan, sequence
-from linearized.ops.nodes import Nodes
+from linearized.ops.kernels import fold, launch, sequence
+from linearized.ops.layout import Layout
 from linearized.state import GroupState
+from linearized.tree import ancestors
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -54,7 +55,7 @@ def record(
         launches.append((kernel, args, kwargs))
 
     JITFunction.run = run
-    plan.check_device = fold.check_device = lambda x: None
+    launch.check_device = fold.check_device = lambda x: None
     batch, heads, kv_heads, slots = 2, 4 * repeats, 4, 2048
     inner = group if inside != "linear" else 64
 
@@ -85,14 +86,20 @@ def record(
     form = Form(group=state.group, inside=inside, features=width)
     for count in (1, 64):
         parents, length = torch.full((batch, count), -1), torch.zeros(batch, dtype=torch.int64)
-        nodes = Nodes.of(parents, length, group=state.group, taps=taps)
+        layout = Layout.of(ancestors(parents), length, group=state.group, taps=taps)
         q, k, v = (
             rows(heads, count, width),
             rows(kv_heads, count, width),
             rows(kv_heads, count, values),
         )
-        kernels.attend_tree(q, k, v, nodes, state, form=form, alpha=alpha, taps=weights)
-    kernels.fold_(state, k, v, empty(batch, 64, of=torch.bool))
+        kernels.attend_tree(q, k, v, layout, state, form=form, alpha=alpha, taps=weights)
+    mask = empty(batch, 64, of=torch.bool)
+    kernels.fold_(state, k, v, mask)
+    layers = GroupState(
+        *(x.expand(3, *x.shape) for x in (state.memory, state.keys, state.values, state.tail)),
+        state.length,
+    )
+    kernels.fold_(layers, k.expand(3, *k.shape), v.expand(3, *v.shape), mask)
     return launches
 
 
@@ -119,13 +126,13 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
 def main(dtype: str, capability: str, settings: str) -> None:
     warnings.simplefilter("ignore")
     found: dict[str, dict[str, Any]] = {}
-    for launch in record(dtype=getattr(torch, dtype), **json.loads(settings)):
-        code, options = source(launch)
+    for call in record(dtype=getattr(torch, dtype), **json.loads(settings)):
+        code, options = source(call)
         compiled = triton.compile(
             code, target=GPUTarget("cuda", int(capability), 32), options=options
         )
         found[code.hash()] = {
-            "name": launch[0].__name__,
+            "name": call[0].__name__,
             "shared": compiled.metadata.shared,
         }
     print(json.dumps(list(found.values())))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from linearized import ops
 from linearized.errors import ConfigError, StateError
-from linearized.ops import Form, Nodes, reference
+from linearized.ops import Form, Layout, reference
 from linearized.ops.cpu import segment
 from linearized.state import GroupState
+from linearized.tree import ancestors
 
 KINDS = ["relu2", "softmax", "laplace", "linear", "none", "slots"]
 
@@ -132,14 +133,15 @@ def test_states_and_trees(
          for _ in range(2)]
     )  # fmt: skip
     state = states[0]
-    nodes = Nodes.of(parents, state.length, group=state.group, taps=state.taps)
-    fast = ops.linear_attention(*tree, **made, state=state, nodes=nodes)
-    assert_close(fast, reference.attend_tree(*tree, parents, state, **made))
-    trimmed = Nodes.of(parents, state.length, group=state.group, taps=state.taps, trim=True)
-    assert trimmed.same.shape[2] <= nodes.same.shape[2]
-    assert_close(ops.linear_attention(*tree, **made, state=state, nodes=trimmed), fast)
+    visible = ancestors(parents)
+    layout = Layout.of(visible, state.length, group=state.group, taps=state.taps)
+    fast = ops.linear_attention(*tree, **made, state=state, layout=layout)
+    assert_close(fast, reference.attend_tree(*tree, layout, state, **made))
+    trimmed = Layout.of(visible, state.length, group=state.group, taps=state.taps, trim=True)
+    assert trimmed.same.shape[2] <= layout.same.shape[2]
+    assert_close(ops.linear_attention(*tree, **made, state=state, layout=trimmed), fast)
     for name in ("same", "earlier", "lags", "positions"):
-        assert torch.equal(getattr(trimmed.at(state.group), name), getattr(nodes, name))
+        assert torch.equal(getattr(trimmed.at(state.group), name), getattr(layout, name))
     assert other["form"] == made["form"]
 
 

@@ -22,9 +22,10 @@ if not CUDA:
 from linearized.errors import ConfigError  # noqa: E402
 from linearized.ops import kernels  # noqa: E402
 from linearized.ops.form import Form  # noqa: E402
-from linearized.ops.kernels import plan  # noqa: E402
-from linearized.ops.nodes import Nodes  # noqa: E402
+from linearized.ops.kernels import launch, sequence  # noqa: E402
+from linearized.ops.layout import Layout  # noqa: E402
 from linearized.state import GroupState  # noqa: E402
+from linearized.tree import ancestors  # noqa: E402
 
 if not CUDA:
     del os.environ["TRITON_INTERPRET"]
@@ -107,8 +108,8 @@ class Case:
         return replace(self, **{name: leaf(name, x) for name, x in self.tensors().items()})
 
     def scan(self) -> Tensor:
-        return kernels.scan(
-            self.q, self.k, self.v, form=self.form, unit=self.unit, alpha=self.alpha,
+        return sequence.scan(
+            self.q, self.k, self.v, form=self.form, unit_norm=self.unit, alpha=self.alpha,
             taps=self.taps, memory=self.memory, before=self.before, start=self.start,
         )  # fmt: skip
 
@@ -229,7 +230,7 @@ EXACT = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.b
 
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "SHORTEST", 16)
+    monkeypatch.setattr(launch, "SHORTEST", 16)
 
 
 @pytest.fixture
@@ -265,8 +266,8 @@ def test_scan_in_other_types(dtype: torch.dtype, short_segments: None) -> None:
 @interpreted
 def test_tiles_narrower_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of queries and keys are projected in a pass of their own."""
-    tiling = plan.Plan.tiling
-    monkeypatch.setattr(plan.Plan, "tiling", lambda *x: {**tiling(*x), "tile": 16})
+    tiling = launch.Launch.tiling
+    monkeypatch.setattr(launch.Launch, "tiling", lambda *x: {**tiling(*x), "tile": 16})
     check(Case.of(70, past=True))
     check(Case.of(33, unit=False, inside="none"))
 
@@ -435,10 +436,10 @@ def check_tree(
     if not case.form.features:
         state = replace(state, memory=state.memory[:, :, :0])
     tree = torch.tensor(parents, device=device)
-    places = Nodes.of(tree, state.length, group=group, taps=num_taps)
+    layout = Layout.of(ancestors(tree), state.length, group=group, taps=num_taps)
     q, k, v = (x[:, :, past:].to(dtype) for x in (case.q, case.k, case.v))
     out = kernels.attend_tree(
-        q, k, v, places, state, form=case.form, alpha=case.alpha, taps=case.taps
+        q, k, v, layout, state, form=case.form, alpha=case.alpha, taps=case.taps
     )
     for row, length in enumerate(lengths):
         for node in range(0, nodes, 1 if nodes < 30 else 7):

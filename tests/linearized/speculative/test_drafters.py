@@ -185,6 +185,20 @@ def test_heads_survive_saving_and_know_their_target(linear, tmp_path):
         MedusaHeads.from_pretrained(tmp_path / "nowhere")
 
 
+def test_heads_keep_their_type_on_a_target_of_another(linear):
+    model = linear(dtype=torch.float32)
+    heads = random_heads(model)
+    assert MedusaDrafter(model, heads).heads is heads
+    double = linear(dtype=torch.float64)
+    heads.target = linearized.fingerprint(double)
+    before = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
+    drafter = MedusaDrafter(double, heads)
+    assert all(tensor.dtype == torch.float64 for tensor in drafter.heads.parameters())
+    assert drafter.heads.accuracies == heads.accuracies
+    for name, tensor in heads.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+
+
 def test_untrained_heads_guess_what_the_target_does(linear):
     model = linear(dtype=torch.float32)
     heads = MedusaHeads.on(model, 2, linearized.fingerprint(model))
@@ -295,3 +309,23 @@ def test_a_drafter_that_can_guess_nothing_is_refused(linear):
 def test_the_search_needs_texts_of_some_length(linear):
     with pytest.raises(ConfigError, match=r"at least 16 tokens, got \[4, 15\]"):
         search(linear(), torch.ones(4, 15, dtype=torch.int64))
+
+
+def test_drafters_alike_have_one_identity(linear, llama):
+    model, draft = linear(), llama(seed=3).double()
+    heads = random_heads(model)
+    made = [
+        lambda: ModelDrafter(draft),
+        lambda: ModelDrafter(draft, depth=3),
+        lambda: ModelDrafter(llama(seed=3).double()),  # nobody else keeps it
+        lambda: LayersDrafter([0]),
+        lambda: LayersDrafter([1]),
+        lambda: Reads([0]),
+        lambda: NgramDrafter(),
+        lambda: NgramDrafter(longest=5),
+        lambda: MedusaDrafter(model, heads),
+    ]
+    first, second = [make() for make in made], [make() for make in made]
+    assert len({one.identity for one in first}) == len(made)
+    same = [a.identity == b.identity for a, b in zip(first, second, strict=True)]
+    assert same == [True, True, False, True, True, True, True, True, True]

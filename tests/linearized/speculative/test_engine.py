@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+import transformers
 
 import linearized
 from linearized.errors import ConfigError, RequestError
@@ -174,12 +175,12 @@ def test_a_tree_of_which_nothing_pays_is_learnt_from_too(linear):
 
     class Wrong(Random):
         def propose(self, asks):
-            return [TokenTree.chain([1, 2], [0.5, 0.25]) for _ in asks]
+            return [TokenTree.chain([1, 2], [0.2, 0.1]) for _ in asks]
 
     engine = Engine(model, drafters=[Wrong(), NgramDrafter()], rows=1)
-    engine.plan(Costs((1, 2), (1, 2, 32), ((1.0, 90.0, 99.0), (1.0, 90.0, 99.0))))
+    engine.plan(Costs((1, 2), (1, 2, 32), ((1.0, 1.5, 9.0), (1.0, 1.5, 9.0))))
     heard: list[int] = []
-    planner = engine._drafting[0]._planner
+    planner = engine._drafting[0].planner
     observe = planner.observe
     planner.observe = lambda *args: (heard.append(len(args[1])), observe(*args))
     engine.add(Text(PROMPT, sampling=Sampling(), max_new_tokens=60))
@@ -261,23 +262,23 @@ def test_memory_limits_rows_and_texts(linear, llama):
         Engine(model, memory=100)
     hybrid = llama()
     linearized.linearize(hybrid, linearized.LinearConfig(attention="grouped", layers=(0,)))
-    engine = Engine(hybrid, rows=2, memory=60_000, max_nodes=4)
-    want = [alone(hybrid, p, Sampling(), 8) for p in (PROMPT, PROMPT * 5, PROMPT * 9)]
+    limit = Engine(hybrid, rows=2).pool.bytes_at(100)
+    engine = Engine(hybrid, rows=2, memory=limit, max_nodes=4)
+    want = [alone(hybrid, p, Sampling(), 8) for p in (PROMPT, PROMPT * 5)]
     texts = [Text(p, sampling=Sampling(), max_new_tokens=8) for p in (PROMPT, PROMPT * 5)]
     for text in texts:
         engine.add(text)
+    most = 0
     while engine.busy:
         engine.step()
-        assert engine.pool.bytes_at(0) <= 60_000
-    assert [text.new_tokens for text in texts] == want[:2]
+        most = max(most, engine.pool.first(engine.pool.num_rows).nbytes)
+    assert engine.pool.bytes_at(0) < most <= limit
+    assert [text.new_tokens for text in texts] == want
     with pytest.raises(RequestError, match="bytes of state"):
         engine.add(Text(PROMPT * 60, sampling=Sampling(), max_new_tokens=8))
-    tight = Engine(hybrid, memory=engine.pool.bytes_at(18) // 2, rows=1, max_nodes=4)
+    tight = Engine(hybrid, memory=engine.pool.bytes_at(0) // 2, rows=1, max_nodes=4)
     tight.plan(Costs((1,), (1,), ((1.0,),)))  # nothing to rehearse with
-    short = Text([1], sampling=Sampling(), max_new_tokens=8)
-    tight.add(short)
-    run(tight)
-    assert short.new_tokens == alone(hybrid, [1], Sampling(), 8)
+    assert not tight.busy
 
 
 @pytest.mark.parametrize("rows, batches", [(1, [1]), (2, [2, 1]), (8, [8, 2, 1])])
@@ -330,45 +331,203 @@ def test_a_draft_that_is_the_target_is_always_right(linear, llama):
             assert text.rounds == 9 and text.accepted.total() == 32, text.accepted
 
 
-def test_a_drafter_that_fails_takes_nothing_from_any_text(linear):
-    """Whoever goes on after it finds all texts whole."""
+class Failing(Random):
+    def __init__(self, where: str, after: int = 3) -> None:
+        super().__init__()
+        self.where, self.after, self.calls = where, after, 0
+        self.forgotten: list[Text] = []
+
+    def propose(self, asks):
+        self.calls += 1
+        if self.where == "propose" and self.calls >= self.after:
+            raise MemoryError
+        if self.where == "too few":
+            return []
+        return super().propose(asks)
+
+    def forget(self, text):
+        self.forgotten.append(text)
+        if self.where == "forget":
+            raise MemoryError
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("where", ["propose", "too few", "forget"])
+def test_a_drafter_that_fails_is_not_asked_again(linear, caplog, where, planned):
+    """Texts go on without it; all drafters hear of those that have ended."""
     model = linear(group=8)
     wanted = [([1, 2, 3], 3), ([4, 5], 12), ([4, 5], 12)]
     want = [alone(model, prompt, Sampling(), length) for prompt, length in wanted]
-
-    class Failing(Random):
-        def __init__(self, where):
-            super().__init__()
-            self.where, self.calls = where, itertools.count(1)
-
-        def propose(self, asks):
-            if self.where == "propose" and next(self.calls) % 3 == 0:
-                raise MemoryError
-            return super().propose(asks)
-
-        def forget(self, text):
-            if self.where == "forget":
-                raise MemoryError
-
     stop = want[1][4]
-    ends = [cut(tokens, stop) for tokens in want]
-    for where, stops in (("propose", ()), ("forget", ()), ("forget", (stop,))):
-        engine = Engine(model, drafters=[Failing(where)], rows=3)
+    for stops in ((), (stop,)):
+        failing, other = Failing(where), Failing("nowhere")
+        engine = Engine(model, drafters=[failing, other], rows=3)
+        if planned:
+            engine.plan(Costs((1,), (1,), ((1.0,),)))
         sampling = Sampling(stop_ids=frozenset(stops))
         texts = [Text(p, sampling=sampling, max_new_tokens=n) for p, n in wanted]
         for text in texts:
             engine.add(text)
-        failures = 0
-        while engine.busy:
-            try:
-                engine.step()
-            except MemoryError:
-                failures += 1
-        assert failures and [text.new_tokens for text in texts] == (ends if stops else want)
-    engine = Engine(model, drafters=[Failing("propose")], rows=2)
-    with pytest.raises(MemoryError):
-        engine.plan(Costs((1,), (1,), ((1.0,),)))
-    assert not engine.busy
+        run(engine)
+        ends = [cut(tokens, stop) for tokens in want] if stops else want
+        assert [text.new_tokens for text in texts] == ends
+        assert set(texts) <= set(failing.forgotten) and set(texts) <= set(other.forgotten)
+        assert not len(engine.pool)
+        asked = failing.calls
+        engine.add(Text([4, 5], sampling=sampling, max_new_tokens=12))
+        run(engine)
+        assert failing.calls == asked
+    assert caplog.text.count("Failing could not") == 2
+
+
+def test_a_draft_that_cannot_let_go_keeps_no_row(linear, monkeypatch):
+    model = linear(group=8)
+    drafter = ModelDrafter(model, depth=3)
+    engine = Engine(model, drafters=[drafter], rows=2)
+    texts = [Text(PROMPT, sampling=Sampling(), max_new_tokens=20) for _ in range(2)]
+    for text in texts:
+        engine.add(text)
+    for _ in range(3):
+        engine.step()
+
+    def commit(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("linearized.speculative.drafters.model.commit", commit)
+    run(engine)
+    assert not len(drafter._pool) and not drafter._read
+    assert {tuple(text.new_tokens) for text in texts} == {
+        tuple(alone(model, PROMPT, Sampling(), 20))
+    }
+
+
+def gpt2(positions: int = 64) -> transformers.PreTrainedModel:
+    """Its positions are a table."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=61, n_positions=positions, n_embd=32, n_layer=2, n_head=4,
+        initializer_range=0.2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval().double()
+    linearized.linearize(model, linearized.LinearConfig(attention="grouped", group=8))
+    return model
+
+
+def test_texts_longer_than_the_models_positions_are_refused():
+    model = gpt2()
+    want = alone(model, [5] * 44, Sampling(), 20)
+    engine = Engine(model, drafters=[Random(), ModelDrafter(gpt2(32))])
+    longest = Text([5] * 44, sampling=Sampling(), max_new_tokens=20)
+    engine.add(longest)
+    engine.step()
+    for prompt, length, param in ((44, 21, "max_tokens"), (65, 1, "prompt")):
+        with pytest.raises(RequestError, match="positions for 64 tokens, .* shorten one") as found:
+            engine.add(Text([5] * prompt, sampling=Sampling(), max_new_tokens=length))
+        assert found.value.param == param
+    run(engine)
+    assert longest.new_tokens == want and len(longest.tokens) == 64
+    tiny = Engine(gpt2(16), drafters=[Random()])
+    tiny.plan(Costs((1,), (1,), ((1.0,),)))  # nothing to rehearse with
+
+
+def test_a_tree_that_leads_beyond_the_positions_is_left_out(caplog):
+    """A guess may be wrong in any way."""
+    model = gpt2(32)
+
+    class Deep(Random):
+        def propose(self, asks):
+            return [TokenTree.chain([1] * 13) for _ in asks]
+
+    engine = Engine(model, drafters=[Deep()])
+    texts = [Text([5] * n, sampling=Sampling(), max_new_tokens=12) for n in (20, 3)]
+    want = [alone(model, [5] * n, Sampling(), 12) for n in (20, 3)]
+    for text in texts:
+        engine.add(text)
+    run(engine)
+    assert [text.new_tokens for text in texts] == want
+
+
+@pytest.mark.parametrize("where", ["extend", "verify"])
+def test_a_text_that_cannot_be_read_or_verified_ends_alone(linear, monkeypatch, caplog, where):
+    model = linear(group=8)
+    bad = 60
+    real = getattr(linearized, where)
+
+    def fails(model, tokens, *args, **settings):
+        if bad in tokens:
+            raise IndexError("out of positions")
+        return real(model, tokens, *args, **settings)
+
+    sampled = Sampling(temperature=0.9, logit_bias={bad: -100.0}, seed=3)
+    want = [alone(model, p, sampled, 20) for p in ([1, 2, 3], [7, 8])]
+    monkeypatch.setattr(f"linearized.speculative.engine.{where}", fails)
+    engine = Engine(model, drafters=[Random(vocab=60)], rows=3, chunk=3)
+    broken = [4, bad, 4] if where == "extend" else [4, 4, bad]
+    prompts = ([1, 2, 3], broken, [7, 8])
+    texts = [Text(p, sampling=sampled, max_new_tokens=20) for p in prompts]
+    for text in texts:
+        engine.add(text)
+    pieces = []
+    while engine.busy:
+        pieces += engine.step()
+    assert [texts[0].new_tokens, texts[2].new_tokens] == want
+    assert texts[1].finished == "error" and str(texts[1].error) == "out of positions"
+    assert [(t, p.finished) for t, p in pieces if t is texts[1]] == [(texts[1], "error")]
+    assert not len(engine.pool)
+
+
+def test_a_text_that_cannot_be_chosen_for_ends_alone(linear, monkeypatch, caplog):
+    model = linear(group=8)
+    sampled = Sampling(temperature=0.9, seed=3)
+    want = alone(model, PROMPT, sampled)
+    good = Text(PROMPT, sampling=sampled, max_new_tokens=30)
+    bad = Text(PROMPT, sampling=sampled, max_new_tokens=30)
+
+    def adjusted(*args):
+        raise ValueError("no such penalty")
+
+    monkeypatch.setattr(bad.sampler, "adjusted", adjusted)
+    engine = Engine(model, drafters=[Random()], rows=2)
+    engine.add(bad)
+    engine.add(good)
+    run(engine)
+    assert bad.finished == "error" and str(bad.error) == "no such penalty"
+    assert good.new_tokens == want
+
+
+def test_a_text_whose_state_does_not_fit_ends_alone(linear, monkeypatch):
+    model = linear(group=8)
+    engine = Engine(model, rows=2)
+    add = engine.pool.add
+
+    def fails(text, state=None):
+        if len(text.tokens) == 5:
+            raise MemoryError("no room")
+        add(text, state)
+
+    monkeypatch.setattr(engine.pool, "add", fails)
+    bad = Text([1] * 5, sampling=Sampling(), max_new_tokens=5)
+    good = Text(PROMPT, sampling=Sampling(), max_new_tokens=30)
+    engine.add(bad)
+    engine.add(good)
+    run(engine)
+    assert bad.finished == "error" and str(bad.error) == "no room"
+    assert good.new_tokens == alone(model, PROMPT, Sampling())
+
+
+def test_texts_whose_logits_are_no_numbers_end_with_an_error(linear):
+    model = linear(group=8)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = float("nan")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().nan_to_num(0.1))
+    engine = Engine(model, rows=2)
+    bad = Text([3, 60], sampling=Sampling(), max_new_tokens=20)
+    good = Text(PROMPT, sampling=Sampling(logit_bias={60: -1e4}), max_new_tokens=20)
+    engine.add(bad)
+    engine.add(good)
+    run(engine)
+    assert bad.finished == "error" and not bad.new_tokens and "NaN" in str(bad.error)
+    assert good.finished == "length"
 
 
 def cut(tokens: list[int], stop: int) -> list[int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
+from tokenizers import decoders, models, normalizers
 
 import linearized
 from linearized.errors import ConfigError, ModelError, RequestError
@@ -19,7 +23,9 @@ from linearized.speculative import (
     Text,
     TokenTree,
 )
+from linearized.speculative.detokenizer import Detokenizer
 from linearized.speculative.drafters import Ask
+from linearized.speculative.generate import decoding
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
 
@@ -207,9 +213,106 @@ def test_stop_strings(linear, tokenizer, drafted):
         assert stop in tokenizer.decode(found) and stop not in tokenizer.decode(found[:-1])
     found = generate(model, prompt, stop=["never there"], **settings)
     assert found == plain
-    stop = text[3:6]
-    found = generate(model, prompt, stop=stop, min_tokens=30, **settings)
-    assert len(found) > 30 or stop not in tokenizer.decode(plain[30:])
+    assert generate(model, prompt, stop=None, **settings) == plain
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_min_tokens_come_before_a_stop_string(linear, tokenizer, drafted):
+    """It is found where it stands behind them, and not before."""
+    model = linear(vocab=len(tokenizer), group=8)
+    prompt = tokenizer("the quick")["input_ids"]
+    settings = {"max_new_tokens": 40, "stop_ids": (), "tokenizer": tokenizer}
+    plain = generate(model, prompt, **settings)
+    settings["drafter"] = Knowing(prompt + plain, right=7) if drafted else None
+    ends = [len(tokenizer.decode(plain[:n])) for n in range(41)]
+    text = tokenizer.decode(plain)
+    stop = next(one for one in text[ends[30] :] if one in text[: ends[30]] and one.isascii())
+    want = next(n for n in range(31, 41) if stop in text[ends[30] : ends[n]])
+    assert len(generate(model, prompt, stop=stop, **settings)) < 30
+    assert generate(model, prompt, stop=stop, min_tokens=30, **settings) == plain[:want]
+
+
+def test_a_stop_string_may_name_a_special_token(linear, tokenizer):
+    model = linear(vocab=len(tokenizer), group=8)
+    prompt = tokenizer("the quick")["input_ids"]
+    (end,) = tokenizer("<|endoftext|>")["input_ids"]
+    settings = {"max_new_tokens": 20, "stop_ids": (), "tokenizer": tokenizer}
+    bias = {"logit_bias": {end: 4.0}, "temperature": 1.0, "seed": 3}
+    plain = generate(model, prompt, **settings, **bias)
+    assert 0 < plain.index(end) < 18
+    for stop in ("<|endoftext|>", [tokenizer.decode(plain[: plain.index(end)]) + "<|endoftext|>"]):
+        found = generate(model, prompt, stop=stop, **settings, **bias)
+        assert found == plain[: plain.index(end) + 1]
+
+
+def test_equal_prompts_get_texts_of_their_own(linear):
+    """Each of which can be had again alone; with any drafter."""
+    model = linear()
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "seed": 5, "stop_ids": ()}
+    texts = generate(model, [PROMPT] * 4, **settings)
+    assert len(set(map(tuple, texts))) == 4
+    for drafter in (None, "ngram", model):
+        again = [generate(model, PROMPT, choice=i, drafter=drafter, **settings) for i in range(4)]
+        assert again == texts
+        assert generate(model, [PROMPT] * 2, choice=2, **settings) == texts[2:]
+    greedy = generate(model, [PROMPT] * 2, max_new_tokens=12)
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram", Random(61, seed=1)])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_gives_no_numbers(linear, tokenizer, drafter, temperature):
+    model = linear(vocab=len(tokenizer))
+    model.model.norm.weight.data[0] = float("nan")
+    settings = {"max_new_tokens": 9, "temperature": temperature, "drafter": drafter}
+    for stop in ((), "never there"):
+        with pytest.raises(
+            ModelError, match="the model gave NaN logits for position 3 of the text"
+        ):
+            linearized.generate(model, [1, 2, 3], stop=stop, tokenizer=tokenizer, **settings)
+
+
+def test_a_draft_that_gives_no_numbers_changes_nothing(linear):
+    model, draft = linear(), linear(layers=1)
+    draft.model.norm.weight.data[0] = float("nan")
+    for temperature in (0.0, 0.8):
+        settings = {"max_new_tokens": 12, "temperature": temperature}
+        want = generate(model, PROMPT, **settings)
+        assert generate(model, PROMPT, drafter=draft, **settings) == want
+
+
+def byte_fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """As Llama-2, Mistral and Gemma have it."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcde."]
+    vocab = {name: token for token, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<unk>", "<s>", "</s>"],
+    )  # fmt: skip
+
+
+def test_what_is_known_of_a_tokenizer(tokenizer):
+    plain, fallback = decoding(tokenizer), decoding(byte_fallback_tokenizer())
+    assert plain.hidden == {0: "<|endoftext|>"} and plain.joint is False
+    assert fallback.hidden == {0: "<unk>", 1: "<s>", 2: "</s>"} and fallback.joint is True
+    text = "a 😀日本.\n b"
+    ids = byte_fallback_tokenizer()(text)["input_ids"]
+    assert fallback(ids) == text
+    stream = Detokenizer(fallback)
+    assert "".join(map(stream.push, ids)) + stream.flush() == text
+    words = tokenizers.Tokenizer(models.WordPiece({"a": 0, "'": 1, "b": 2, "[UNK]": 3}))
+    words.decoder = decoders.WordPiece(cleanup=False)
+    cleaning = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", clean_up_tokenization_spaces=True
+    )
+    assert cleaning.decode([0, 1, 2]) == "a'b" and decoding(cleaning)([0, 1, 2]) == "a ' b"
 
 
 def test_arrays_and_tensors_are_prompts(linear):
@@ -264,8 +367,32 @@ def test_times_are_measured_once(linear, monkeypatch):
     for prompts in ([[1, 2]], [[3]], [[1], [2], [3]], [[4], [5], [6]]):
         linearized.generate(model, prompts, max_new_tokens=3, drafter="ngram")
     assert [engine.pool.num_rows for engine in measured] == [1, 3]
-    linearized.pack(model)  # other times
+    module = sys.modules[linearized.generate.__module__]
+    monkeypatch.setattr(module, "is_packed", lambda model: True)  # other times
     linearized.generate(model, [1], max_new_tokens=3, drafter="ngram")
     assert len(measured) == 3
     linearized.generate(model, [1, 2, 3, 4], max_new_tokens=3, drafter=[])
     assert len(measured) == 3  # nobody drafts
+
+
+def test_what_was_learnt_is_kept_for_the_next_call(linear, monkeypatch):
+    """Drafters alike do not rehearse again, and are planned by who knows them."""
+    model, draft = linear(dtype=torch.float32), linear(layers=1, seed=3, dtype=torch.float32)
+    engines: list[Engine] = []
+    rehearsed: list[Engine] = []
+    plan, rehearse = Engine.plan, Engine._rehearse
+    monkeypatch.setattr(Engine, "plan", lambda it, known: (engines.append(it), plan(it, known))[1])
+    monkeypatch.setattr(Engine, "_rehearse", lambda it: (rehearsed.append(it), rehearse(it))[1])
+    for drafter in (draft, "ngram", draft, "ngram", NgramDrafter(depth=3), draft):
+        linearized.generate(model, [1, 2], max_new_tokens=9, drafter=drafter)
+    first, ngrams, _, _, other, _ = engines
+    assert rehearsed == [first, ngrams, other]
+    planners = [engine._drafting[0].planner for engine in engines]
+    assert planners[0] is planners[2] is planners[5] and planners[1] is planners[3]
+    assert len({*planners}) == 3
+    assert {engine._clock for engine in engines} == {first._clock}
+    assert not any(planner._texts for planner in planners)
+    with pytest.raises(ConfigError):  # and also after a call that failed
+        linearized.generate(model, [1, 2], max_new_tokens=9, drafter=draft, logit_bias={999: 1.0})
+    linearized.generate(model, [1, 2], max_new_tokens=9, drafter=draft)
+    assert len(rehearsed) == 3 and engines[-1]._drafting[0].planner is planners[0]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
+import torch
 
 from linearized.speculative import Sampling, Text, TokenTree
-from linearized.speculative.costs import Clock, Costs
+from linearized.speculative.costs import Clock, Costs, clock_of
 from linearized.speculative.planner import Planner
 
 FLAT = Costs((1, 8), (1, 32), ((1.0, 2.0), (2.0, 6.0)))
@@ -58,10 +60,13 @@ def rounds(
                 accepted += 1
             planner.observe(one, tree, [0] * accepted + [1], depth)
             seconds += spent
+        took = FLAT.verify(1, 1 + len(tree))
         if clock is not None:
             cold = 1.5 if depths[-2:-1] and depths[-2] else 1.0  # after a round with drafts
-            took = FLAT.verify(1, 1 + len(tree)) * (1.0 if depth else cold)
+            took *= 1.0 if depth else cold
             clock.took(1, len(tree), took, drafted=bool(depth))
+        if depth:
+            planner.gave(1, 1, tokens=accepted, nodes=len(tree), seconds=took)
         seconds += FLAT.verify(1, 1 + len(tree))
         tokens += 1 + accepted
     return {"seconds": seconds, "tokens": tokens, "drafted": drafted, "depths": depths}
@@ -195,16 +200,6 @@ def test_slow_first_rounds_do_not_speak_for_drafts_for_good(slow):
     assert fresh.seconds(1, 0, drafted=False) == pytest.approx(1.0)
 
 
-def test_rounds_without_drafts_are_timed_again_ever_more_rarely():
-    fresh = clock()
-    planner = Planner(fresh, max_depth=8, max_nodes=16)
-    rounds(planner, 0.95, 20, drafting=0.1, clock=fresh)
-    depths = rounds(planner, 0.95, 1500, drafting=0.1, seed=1, clock=fresh)["depths"]
-    plain = [i for i, depth in enumerate(depths) if not depth]
-    assert 4 * 5 <= len(plain) <= 4 * 8
-    assert all(b - a in (1, 64, 128, 256) for a, b in itertools.pairwise(plain))
-
-
 def test_without_drafts_a_round_takes_no_longer_than_with_some():
     fresh = Clock(FLAT)
     for _ in range(3):
@@ -259,3 +254,11 @@ def test_a_level_costs_what_its_time_gives_otherwise():
     for _ in range(4):
         planner.took(8, 1, 99.0, levels=1, nodes=1)
     assert planner.follow(8) == 1.0
+
+
+def test_a_devices_clock_is_read_once_it_is_idle(monkeypatch):
+    seen = []
+    monkeypatch.setattr("torch.accelerator.synchronize", seen.append)
+    assert clock_of(torch.device("cpu")) is time.perf_counter
+    now = clock_of(torch.device("cuda:1"))
+    assert now() <= now() and seen == [torch.device("cuda:1")] * 2

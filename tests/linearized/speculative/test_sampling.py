@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from linearized.errors import ConfigError
 from linearized.speculative import Sampler, Sampling, TokenTree
-from linearized.speculative.noise import gumbel
+from linearized.speculative.noise import gumbel, gumbel_of
+from linearized.speculative.sampling import NO_TOKEN, pick
 
 
 def test_noise_is_a_pure_function_of_its_key():
@@ -191,11 +192,11 @@ def test_noise_is_worked_out_once_for_draft_and_target(monkeypatch):
     """Whichever level of a tree asks first."""
     rows = []
 
-    def counted(seed, positions, *args, **settings):
-        rows.extend(positions)
-        return gumbel(seed, positions, *args, **settings)
+    def counted(keys, *args, **settings):
+        rows.extend(position for _, _, position in keys)
+        return gumbel_of(keys, *args, **settings)
 
-    monkeypatch.setattr("linearized.speculative.sampling.gumbel", counted)
+    monkeypatch.setattr("linearized.speculative.sampling.gumbel_of", counted)
     sampler = Sampler(Sampling(temperature=1.0), num_prompt=1)
     text = [1]
     while len(text) < 60:
@@ -236,6 +237,17 @@ def test_noise_depends_on_seed_choice_and_position_alone():
     assert torch.equal(found[1], longer[0]) and not torch.equal(found[0], found[1])
     other = Sampling(temperature=1.0, seed=5, choice=1)
     assert not torch.isclose(scores(other, logits, paths=[(), ()]), found).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_best_token_or_none(dtype):
+    scores = torch.tensor([[1.0, 3, 3], [math.nan, 1, 2], [2, math.inf, 0], [-math.inf] * 3])
+    for rows, want in (
+        (scores, [1, NO_TOKEN, NO_TOKEN, NO_TOKEN]),
+        (scores[None, :1], [[1]]),
+        (torch.tensor([[-math.inf, -5, -math.inf]]), [1]),
+    ):
+        assert pick(rows.to(dtype)).tolist() == want
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How the nodes of token trees lie to each other and to the state. Knows parents and positions;
+"""How the nodes of token trees lie to each other and to the state. Knows positions and groups;
 knows nothing of keys and values.
 
 B batch, N tree nodes, G group size, S slots of the open group that are looked at, M convolution
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearized.tree import ancestors
+FEW = 32
+"""Up to this many tokens on top of a state go as a tree that is a chain: less to set up."""
 
 
 @dataclass(frozen=True, slots=True)
-class Nodes:
+class Layout:
     """The same for every layer, so worked out once a pass."""
 
     positions: Tensor
@@ -34,18 +35,12 @@ class Nodes:
 
     @classmethod
     def of(
-        cls, parents: Tensor, length: Tensor, *, group: int, taps: int, trim: bool = False
-    ) -> Nodes:
-        """`parents` [B, N], `length` [B], `taps` the number M (1 without a convolution). S is G.
-        With `trim`, which only the `cpu` backend has use for, it is looked at what there is: S is
-        no more than what a row has filled, and `crosses` is exact."""
-        return cls.among(ancestors(parents), length, group=group, taps=taps, trim=trim)
-
-    @classmethod
-    def among(
         cls, visible: Tensor, length: Tensor, *, group: int, taps: int, trim: bool = False
-    ) -> Nodes:
-        """The same from what `ancestors` gives, [B, N, N]."""
+    ) -> Layout:
+        """`visible` [B, N, N] as in `tree.Tree`, `length` [B] tokens in the state, `taps` the
+        number M (1 without a convolution). S is G. With `trim` it is looked at what there is: S is
+        no more than what a row has filled, and `crosses` is exact. That spares work, but on a GPU
+        looking waits."""
         positions = length[:, None] + visible.sum(-1) - 1  # B N
         groups = positions // group
         num_slots = int((length % group).max()) if trim else group
@@ -65,7 +60,14 @@ class Nodes:
             lags=torch.cat([to_tail, to_nodes], dim=2).clamp(max=taps),
         )
 
-    def at(self, num_slots: int) -> Nodes:
+    @property
+    def visible(self) -> Tensor:
+        """[B, N, N], is node m an ancestor of node n, or n itself?"""
+        num_nodes = self.same.shape[1]
+        seen = self.same | self.earlier
+        return seen[:, :, seen.shape[2] - num_nodes :]
+
+    def at(self, num_slots: int) -> Layout:
         """The same with this many slots, at least S, of the open group looked at."""
         num_nodes = self.same.shape[1]
         trimmed = self.same.shape[2] - num_nodes

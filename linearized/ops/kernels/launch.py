@@ -52,7 +52,7 @@ def check_device(x: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Launch:
     """How one call is cut up. Worked out from shapes alone, so that a gradient finds the memories
     where the outputs left them."""
 
@@ -74,7 +74,7 @@ class Plan:
     itemsize: int
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, group: int, inside: str, features: bool) -> Plan:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, group: int, inside: str, features: bool) -> Launch:
         num_slots, widest = q.shape[2], max(q.shape[3], v.shape[3])
         rows = 64 if v.dtype.itemsize <= 2 or widest <= 128 else 32
         chunk = group * max(rows // group, 1)
