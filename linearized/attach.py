@@ -24,6 +24,7 @@ from linearized.cache import let_generate
 from linearized.callbacks import no_position_bias
 from linearized.config import LinearConfig
 from linearized.head import widen_head
+from linearized.rope import fix_rope
 from linearized.slots import (
     NAME,
     SUBMODULE,
@@ -117,6 +118,7 @@ def _attach_first() -> None:
     def attach_first(self: PreTrainedModel) -> None:
         settings = getattr(self.config, NAME, None)
         if settings and attention_modules(self) and not linear_modules(self):
+            fix_rope(self)  # saved before that was done when linearizing
             attach(self, LinearConfig.from_dict(settings))
             self.config._attn_implementation = NAME
         if settings:

@@ -208,8 +208,8 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """All arguments by their names."""
     if not args:
         return kwargs
-    names = inspect.signature(module.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    _self, *names = inspect.signature(type(module).forward).parameters
+    return {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
 
 
 def _cache(kwargs: dict[str, Any]) -> tuple[str, Any]:

@@ -70,7 +70,8 @@ def _settings(config: Any) -> Iterator[dict[str, Any]]:
 def _fix(settings: dict[str, Any], config: Any) -> None:
     kind = settings.get("rope_type", "default")
     if kind == "longrope":
-        long = config.max_position_embeddings > settings["original_max_position_embeddings"]
+        limit = config.max_position_embeddings
+        long = limit > settings.get("original_max_position_embeddings", limit)
         settings["short_factor"] = settings["long_factor"] = (
             settings["long_factor"] if long else settings["short_factor"]
         )

@@ -53,7 +53,7 @@ def positions_after(length: Tensor | None, mask: Tensor) -> Tensor:
 
 
 def takes_positions(module: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(module.forward).parameters
+    return "position_ids" in inspect.signature(type(module).forward).parameters
 
 
 def refuse_documents(kwargs: dict[str, Any]) -> None:

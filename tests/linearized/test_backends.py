@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import linearized
+from linearized.models import linear_modules
 
-NOT_YET = "folds of stacked layers and trees do not hear of backends other than cpu yet"
+STEPS = ["extend 1", "extend 32", "extend 33", "verify", "commit", "generate"]
 
 
 @torch.no_grad()
@@ -28,6 +29,8 @@ def used(model, step: str) -> dict[str, torch.Tensor]:
         linearized.extend(model, tokens[:, :13], state)
         parents = torch.tensor([[-1, 0, 0, 1, 3], [-1, -1, 1, 2, 3]])
         found["nodes"], pending = linearized.verify(model, tokens[:, 20:25], parents, state)
+        (first, *_) = linear_modules(model).values()
+        assert pending.fresh.backend == first.linear_attention.backend
         if step == "commit":
             linearized.commit(state, pending, [[0, 1, 3], [1]])
     else:
@@ -38,9 +41,6 @@ def used(model, step: str) -> dict[str, torch.Tensor]:
     return found
 
 
-STEPS = ["extend 1", "extend 32", "extend 33", "verify", "commit", "generate"]
-
-
 def assert_same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     assert found.keys() == want.keys()
     for name, tensor in want.items():
@@ -48,9 +48,7 @@ def assert_same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("backend", [
-    "cpu", pytest.param("reference", marks=pytest.mark.xfail(strict=False, reason=NOT_YET)),
-])  # fmt: skip
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_backend_is_the_model(linear, backend, step):
     model = linear(dtype=torch.float64)
     want = used(model, step)
@@ -58,13 +56,11 @@ def test_a_backend_is_the_model(linear, backend, step):
     assert_same(used(model, step), want)
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.xfail(strict=False, reason=NOT_YET)
-def test_triton_is_the_model(linear, step, tmp_path):
+def test_triton_is_the_model(linear, tmp_path):
     """In a process of its own, where Triton's interpreter stands in for the GPU."""
     model = linear(dtype=torch.float32, layers=1)
     model.save_pretrained(tmp_path)
-    torch.save(used(model, step), tmp_path / "want.pt")
+    torch.save({step: used(model, step) for step in STEPS}, tmp_path / "want.pt")
     script = f"""
 import importlib.util, torch, linearized
 spec = importlib.util.spec_from_file_location("test_backends", {__file__!r})
@@ -72,7 +68,8 @@ tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
 model = linearized.load({str(tmp_path)!r})
 linearized.set_backend(model, "triton")
-tests.assert_same(tests.used(model, {step!r}), torch.load({str(tmp_path / "want.pt")!r}))
+for step, want in torch.load({str(tmp_path / "want.pt")!r}).items():
+    tests.assert_same(tests.used(model, step), want)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(

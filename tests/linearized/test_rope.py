@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -66,3 +68,17 @@ def test_a_kind_that_nobody_knows_how_to_fix_is_refused():
     with pytest.raises(ModelError, match="'dynamic' with alpha"):
         linearized.linearize(model, CONFIG)
     assert model.model.rotary_emb is rotary and model.config is config
+
+
+def test_folders_from_before_angles_were_fixed(tmp_path):
+    model = linearized.linearize(made("longrope", double=False), CONFIG)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": LONG}))
+    loaded = linearized.load(tmp_path)
+    text, settings = list(range(3, 27)), {"max_new_tokens": 20, "stop_ids": []}
+    want = linearized.generate(model, text, **settings)
+    assert linearized.generate(loaded, text, **settings) == want
+    rotary = loaded.model.rotary_emb
+    assert torch.equal(rotary.inv_freq, model.model.rotary_emb.inv_freq)
+    assert torch.equal(rotary.original_inv_freq, rotary.inv_freq)
