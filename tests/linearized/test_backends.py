@@ -56,11 +56,12 @@ def test_a_backend_is_the_model(linear, backend, step):
     assert_same(used(model, step), want)
 
 
-def test_triton_is_the_model(linear, tmp_path):
+@pytest.mark.parametrize("steps", [["commit"], pytest.param(STEPS, marks=pytest.mark.slow)])
+def test_triton_is_the_model(linear, steps, tmp_path):
     """In a process of its own, where Triton's interpreter stands in for the GPU."""
     model = linear(dtype=torch.float32, layers=1)
     model.save_pretrained(tmp_path)
-    torch.save({step: used(model, step) for step in STEPS}, tmp_path / "want.pt")
+    torch.save({step: used(model, step) for step in steps}, tmp_path / "want.pt")
     script = f"""
 import importlib.util, torch, linearized
 spec = importlib.util.spec_from_file_location("test_backends", {__file__!r})
