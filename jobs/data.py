@@ -1,4 +1,4 @@
-"""Turn text into packed token blocks: read, split by document, tokenize, pack, write Parquet.
+"""Turn text into token blocks: read, split by document, tokenize, fill blocks, write Parquet.
 
 Writes to `out`: tokenizer/, train/*.parquet, held_out/*.parquet and data.json, all of it or
 nothing. With several nodes, `out` must be on storage that all of them see. A second run with the
@@ -27,7 +27,7 @@ from cluster.session import session
 from jobs import cli
 from linearized.errors import ConfigError, DataError
 from linearized.training import corpus, tokenizer
-from linearized.training.blocks import FORMAT, ShardInfo, pack, write_shard
+from linearized.training.blocks import FORMAT, ShardInfo, fill, write_shard
 
 TOKENIZER_BYTES = 2**28
 """A tokenizer is trained on at most about this much text, documents evenly spaced."""
@@ -122,7 +122,7 @@ def _write(config: DataConfig, folder: Path) -> dict[str, Any]:
         "source": config.source,
     }
     tokenized = time.perf_counter()
-    counts = _pack(splits, folder, end, info)
+    counts = _fill(splits, folder, end, info)
     for name, count in counts.items():
         if count["blocks"] == 0:
             raise DataError(
@@ -130,7 +130,7 @@ def _write(config: DataConfig, folder: Path) -> dict[str, Any]:
                 f"one block of {config.block}; bring more text, or change block or held_out"
             )
     seconds = {"read": read - began, "tokenizer": tokenized - read}
-    seconds |= {"pack": time.perf_counter() - tokenized, "total": time.perf_counter() - began}
+    seconds |= {"fill": time.perf_counter() - tokenized, "total": time.perf_counter() - began}
     return {
         "format": FORMAT,
         **info,
@@ -157,7 +157,7 @@ def _tokenizer(config: DataConfig, train: pa.Table, folder: Path) -> int:
         return int(tokenizer.train(texts(), config.vocab_size, folder).eos_token_id)
 
 
-def _pack(
+def _fill(
     splits: dict[str, pa.Table], folder: Path, end: int, info: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
     """Write the shards of all splits in parallel; the counts of each split.
@@ -177,7 +177,7 @@ def _pack(
             shards.append(pa.table(columns))
     total = sum(map(len, shards))
     done = 0
-    with Progress("data: tokenize and pack", total=total, unit="documents") as progress:
+    with Progress("data: tokenize and fill blocks", total=total, unit="documents") as progress:
         settings = {"folder": str(folder / "tokenizer"), "end": end, "info": info}
         for shard in _dataset(shards, settings):
             for name in counts[shard["split"]]:
@@ -215,21 +215,21 @@ def _dataset(shards: Sequence[pa.Table], settings: dict[str, Any]) -> Iterator[d
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # A table becomes a block, and batch_size=None hands a block over whole.
-    pack_shard: Any = _pack_shard
+    fill_shard: Any = _fill_shard
     with session(log_to_driver=False):
         dataset = ray.data.from_arrow(list(shards)).map_batches(
-            pack_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
+            fill_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
         )
         yield from dataset.iter_rows()
 
 
-def _pack_shard(shard: pa.Table, *, folder: str, end: int, info: dict[str, Any]) -> pa.Table:
+def _fill_shard(shard: pa.Table, *, folder: str, end: int, info: dict[str, Any]) -> pa.Table:
     """Runs in a worker of one CPU."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     paths, splits = set(shard["path"].to_pylist()), set(shard["split"].to_pylist())
     assert len(paths) == len(splits) == 1, "Ray Data split or joined shards"
     documents = tokenizer.Encoder(folder)(shard["text"].to_pylist())
-    rows, dropped = pack(documents, block=info["block"], end=end)
+    rows, dropped = fill(documents, block=info["block"], end=end)
     counts = ShardInfo(
         blocks=len(rows),
         tokens=rows.size,

@@ -121,11 +121,11 @@ def main(
         raise typer.Exit(1)
     signal.signal(signal.SIGTERM, _interrupt)
     report = Report(out, machine, device)
-    plans = {name: PARTS[name](device, out) for name in names}
-    for name, steps in plans.items():
+    chosen = {name: PARTS[name](device, out) for name in names}
+    for name, steps in chosen.items():
         report.begin(name, steps)
     try:
-        for name, steps in plans.items():
+        for name, steps in chosen.items():
             for step in steps:
                 print(f"{name}: {step.name} …", flush=True)
                 found = report.run(name, step, limit or step.limit)

@@ -4,7 +4,7 @@ LinearizedError
 ├── ConfigError        a setting has a value that cannot work
 ├── ModelError         a model cannot be linearized, loaded or driven as asked
 ├── StateError         a decode state does not fit the model or call it is given to
-├── DataError          a corpus, tokenizer or packed file cannot be read
+├── DataError          a corpus, tokenizer or file of blocks cannot be read
 ├── RequestError       one generation request cannot be served (carries the parameter's name)
 ├── ClusterError       a Ray cluster did not start, answer or end
 └── JobError           a submitted job failed (carries its name, status and last log lines)

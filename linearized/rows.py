@@ -19,8 +19,8 @@ from linearized.errors import ModelError
 from linearized.slots import attention_modules, slot_of
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
-_PACKING = (*_BOUNDS, "max_length_q", "max_length_k", "seq_idx")
-"""What transformers' collators hand to models whose kernels know packed rows."""
+_COLLATED = (*_BOUNDS, "max_length_q", "max_length_k", "seq_idx")
+"""What transformers' collators hand to models whose kernels know several documents in a row."""
 
 
 def lay_out(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def lay_out(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     known by `cu_seq_lens_q`, by `seq_idx`, or, where no attention mask is given, by `position_ids`
     that do not go on."""
     segments = _segments(kwargs)
-    kwargs = {name: value for name, value in kwargs.items() if name not in _PACKING}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _COLLATED}
     if segments is not None:
         kwargs["segment_ids"] = segments
     if kwargs.get("position_ids") is None and takes_positions(module):
@@ -61,7 +61,7 @@ def refuse_documents(kwargs: dict[str, Any]) -> None:
     Raises:
         ModelError: several documents are to go into one state.
     """
-    given = [name for name in ("segment_ids", *_PACKING) if kwargs.get(name) is not None]
+    given = [name for name in ("segment_ids", *_COLLATED) if kwargs.get(name) is not None]
     if given:
         raise ModelError(
             f"{given[0]} puts several documents in a row, and a decode state holds one: decode "

@@ -6,6 +6,7 @@ stands before its child.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,22 @@ class Tree:
         parents = torch.arange(-1, num_tokens - 1, device=tokens.device).expand(rows, -1)
         visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=tokens.device).tril()
         return cls(tokens, parents, visible.expand(rows, -1, -1))
+
+    @classmethod
+    def side_by_side(
+        cls, trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device
+    ) -> Tree:
+        """Trees of the host, as (tokens, parents), as wide as the widest: what is beyond a tree is
+        nobody's parent. They are known to be trees, so nobody waits for a device to look."""
+        widest = max(len(tokens) for tokens, _ in trees)
+        tokens = [[*tokens, *[0] * (widest - len(tokens))] for tokens, _ in trees]
+        parents = [[*parents, *[-1] * (widest - len(parents))] for _, parents in trees]
+        lines = torch.tensor(parents)
+        found = cls(torch.tensor(tokens), lines, ancestors(lines))
+        if device.type == "cpu":
+            return found
+        moved = (x.to(device, non_blocking=True) for x in (found.tokens, lines, found.visible))
+        return cls(*moved)
 
     @property
     def shape(self) -> torch.Size:

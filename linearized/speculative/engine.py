@@ -16,10 +16,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from linearized.config import is_whole
 from linearized.errors import ConfigError, RequestError, StateError
-from linearized.models import check_decoder, check_state, commit, extend, new_state, verify
+from linearized.fold import accept
+from linearized.models import check_decoder, check_state, new_state
 from linearized.speculative.chooser import Choice, choose
 from linearized.speculative.costs import Clock, Costs, clock_of
 from linearized.speculative.drafters.base import Drafter
@@ -35,10 +36,13 @@ from linearized.speculative.drafting import Draft, Drafting
 from linearized.speculative.experience import Experience
 from linearized.speculative.limits import longest_text
 from linearized.speculative.pool import Pool
+from linearized.speculative.reading import Reading
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Piece, Text
 from linearized.speculative.tree import TokenTree
-from linearized.state import DecodeState, Pending
+from linearized.state import DecodeState, Fresh
+from linearized.step import step
+from linearized.tree import Tree
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +62,8 @@ class _Verified:
     trees: list[TokenTree]
     state: DecodeState
     logits: Tensor
-    pending: Pending
+    fresh: Fresh
+    hidden: Tensor | None
 
 
 class Engine:
@@ -94,7 +99,7 @@ class Engine:
         self._drafting = [Drafting(drafter, max_nodes, now=self._now) for drafter in drafters]
         self._chunk = chunk
         self._waiting: dict[Text, DecodeState | None] = {}
-        self._reading: deque[Text] = deque()
+        self._reading = Reading(model, self.pool)
         self._decoding: list[Text] = []
         self._needs_hidden = any(drafter.needs_hidden for drafter in drafters)
         self.seconds: dict[str, float] = defaultdict(float)
@@ -105,7 +110,7 @@ class Engine:
     @property
     def texts(self) -> list[Text]:
         """All that have not ended."""
-        return [*self._decoding, *self._reading, *self._waiting]
+        return [*self._decoding, *self._reading.texts, *self._waiting]
 
     @property
     def decoding(self) -> list[Text]:
@@ -115,11 +120,11 @@ class Engine:
     @property
     def reading(self) -> bool:
         """Is there a prompt that has not been read?"""
-        return bool(self._reading or self._waiting)
+        return bool(self._reading.texts or self._waiting)
 
     @property
     def busy(self) -> bool:
-        return bool(self._decoding or self._reading or self._waiting)
+        return bool(self._decoding) or self.reading
 
     def measure(self) -> Costs:
         """What forwards take here, before there is any text; also gets all sizes warm.
@@ -232,13 +237,14 @@ class Engine:
             if text in self.pool:
                 self.pool.remove(text)
                 self._decoding = [one for one in self._decoding if one is not text]
-                self._reading = deque(one for one in self._reading if one is not text)
+            self._reading.drop(text)
             self._waiting.pop(text, None)
             text.rest()
         for text in texts:
             for drafting in self._drafting:
                 drafting.forget(text)
 
+    @torch.no_grad()
     def step(self) -> Pieces:
         """One round: what each text gained. Texts that have ended are gone afterwards. A text
         whose prompt cannot be read, whose tokens cannot be verified or decoded, or whose logits
@@ -296,7 +302,7 @@ class Engine:
         paths = [[0, *(1 + node for node in choice.path)] for choice in choices]
         try:
             with self._timed("commit"):
-                commit(batch.state, batch.pending, paths)
+                accept(batch.state, batch.fresh, paths)
         except Exception as error:  # nobody knows what of it is in their states
             return [(text, text.fail(error)) for text in batch.texts]
         pieces: Pieces = []
@@ -306,8 +312,8 @@ class Engine:
             if choice.error is not None:
                 pieces.append((text, text.fail(choice.error)))
                 continue
-            if batch.pending.hidden is not None:
-                text.hidden = batch.pending.hidden[i, paths[i][-1]].clone()
+            if batch.hidden is not None:
+                text.hidden = batch.hidden[i, paths[i][-1]].clone()
             pieces.append((text, text.take(choice.new, tree, choice.path, batch.logits[i])))
             if tree is drafts[text][-1].tree:
                 self._observe(text, drafts[text], choice)
@@ -332,30 +338,18 @@ class Engine:
                 pieces.append((text, text.fail(error)))
                 self._drop([text])
             else:
-                self._reading.append(text)
+                self._reading.add(text, 0 if state is None else int(state.length[0]))
                 del self._waiting[text]
         return pieces
 
     def _read(self) -> Pieces:
         """A piece of the prompts. The last token of each stays out: it is its first tree's root."""
         pieces: Pieces = []
-        left = self._chunk
-        while self._reading and left > 0:
-            text = self._reading[0]
-            state = self.pool.row(text)
-            done, goal = int(state.length[0]), len(text.tokens) - 1
-            tokens = text.tokens[done : min(done + left, goal)]
-            try:
-                if tokens:
-                    ids = torch.tensor([tokens], device=self.model.device)
-                    extend(self.model, ids, state, logits_to_keep=1)
-            except Exception as error:
-                pieces.append((text, text.fail(error)))
-                self._drop([text])
-                continue
-            left -= len(tokens)
-            if done + len(tokens) == goal:
-                self._decoding.append(self._reading.popleft())
+        self._decoding = self.pool.arrange(self._decoding)
+        read, failed = self._reading.go_on(self._chunk, behind=len(self._decoding))
+        self._decoding += read
+        pieces += [(text, text.fail(error)) for text, error in failed.items()]
+        self._drop(list(failed))
         return pieces
 
     def _draft(self, texts: list[Text]) -> dict[Text, list[Draft]]:
@@ -372,23 +366,25 @@ class Engine:
         return {text: known or [Draft()] for text, known in drafts.items()}
 
     def _verify(self, texts: list[Text], trees: list[TokenTree], state: DecodeState) -> _Verified:
-        """Side by side, as wide as the widest; what is beyond a tree is nobody's parent."""
-        widest = 1 + max(map(len, trees))
-        tokens, parents = [], []
-        for text, tree in zip(texts, trees, strict=True):
-            missing = widest - 1 - len(tree)
-            tokens.append([text.tokens[-1], *tree.tokens, *[0] * missing])
-            parents.append([-1, *(parent + 1 for parent in tree.parents), *[-1] * missing])
-        device = self.model.device
-        nodes = torch.tensor(tokens, device=device), torch.tensor(parents, device=device)
-        logits, pending = verify(self.model, *nodes, state, hidden=self._needs_hidden)
-        return _Verified(texts, trees, state, logits, pending)
+        """Side by side: what is beyond a tree is nobody's parent."""
+        nodes = [
+            ((text.tokens[-1], *tree.tokens), (-1, *(parent + 1 for parent in tree.parents)))
+            for text, tree in zip(texts, trees, strict=True)
+        ]
+        found = step(
+            self.model,
+            Tree.side_by_side(nodes, self.model.device),
+            state,
+            hidden=self._needs_hidden,
+        )
+        assert found.fresh is not None
+        return _Verified(texts, trees, state, found.logits, found.fresh, found.hidden)
 
+    @torch.no_grad()
     def _forward(self, batch: int, nodes: int) -> object:
         tokens = torch.zeros(batch, nodes, dtype=torch.int64, device=self.model.device)
-        parents = torch.arange(-1, nodes - 1, device=tokens.device).expand(batch, -1)
         state = self.pool.first(batch)
-        return verify(self.model, tokens, parents, state, hidden=self._needs_hidden)
+        return step(self.model, Tree.chain(tokens), state, hidden=self._needs_hidden)
 
     def _check_idle(self, what: str) -> None:
         if self.busy:
@@ -425,7 +421,7 @@ def _choices(batch: _Verified) -> list[Choice]:
         log.exception("could not choose for %d texts at once; trying one by one", len(batch.texts))
     found: list[Choice] = []
     for i, (text, tree) in enumerate(zip(batch.texts, batch.trees, strict=True)):
-        alone = _Verified([text], [tree], batch.state, batch.logits[i : i + 1], batch.pending)
+        alone = replace(batch, texts=[text], trees=[tree], logits=batch.logits[i : i + 1])
         found += _choices(alone)
     return found
 

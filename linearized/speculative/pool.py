@@ -72,14 +72,20 @@ class Pool(Generic[Key]):
             self.keys[index] = self.keys[last]
         self.keys.pop()
 
-    def arrange(self, keys: Sequence[Key]) -> list[Key]:
-        """Bring the rows of `keys` to the front; returns them in the order that they have there."""
+    def rows(self, start: int, stop: int) -> DecodeState:
+        """Views of neighbouring rows."""
+        return self._state.rows(start, stop)
+
+    def arrange(self, keys: Sequence[Key], *, start: int = 0) -> list[Key]:
+        """Bring the rows of `keys` to the front, or behind the first `start` rows, none of which
+        is theirs. Returns the keys in the order that they have there."""
         wanted = set(keys)
-        for index in range(len(keys)):
+        stop = start + len(keys)
+        for index in range(start, stop):
             if self.keys[index] not in wanted:
                 other = next(i for i in range(index + 1, len(self)) if self.keys[i] in wanted)
                 self._swap(index, other)
-        return self.keys[: len(keys)]
+        return self.keys[start:stop]
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for texts of so many tokens, where some layers keep softmax. Views that were

@@ -1,4 +1,4 @@
-"""Token blocks: packed, stored, and drawn by step. Knows ids and Parquet; knows nothing of text.
+"""Token blocks: filled, stored, and drawn by step. Knows ids and Parquet; knows nothing of text.
 
 A block is a row of exactly `block` ids. A causal loss shifts inside the row, so it trains on
 block - 1 predictions, and rows do not overlap.
@@ -47,7 +47,7 @@ class ShardInfo:
     format: int = FORMAT
 
 
-def pack(
+def fill(
     documents: Iterable[Sequence[int]], *, block: int, end: int
 ) -> tuple[NDArray[np.int32], int]:
     """Blocks [N, block] of the documents one after another, each followed by `end`, and how many
@@ -64,17 +64,17 @@ def pack(
     return stream[:whole].reshape(-1, block), len(stream) - whole
 
 
-def write_shard(path: Path, rows: NDArray[np.int32], info: ShardInfo) -> None:
+def write_shard(file: Path, rows: NDArray[np.int32], info: ShardInfo) -> None:
     """Write a shard. The file is complete or not there at all, also if two workers write the same
     one."""
     assert rows.shape == (info.blocks, info.block) and rows.size == info.tokens
     flat = pa.array(np.ascontiguousarray(rows).reshape(-1), pa.int32())
     column = pa.FixedSizeListArray.from_arrays(flat, info.block)
     table = pa.table({"tokens": column}, metadata={_KEY: json.dumps(asdict(info))})
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         pq.write_table(table, part, compression="zstd")
-        os.replace(part, path)
+        os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from jobs.measure import Bar, Timing, in_turns, peak_bytes, processor
 from linearized import ops
 from linearized.errors import DataError
 from linearized.medusa import MedusaHeads
-from linearized.training.blocks import ShardInfo, pack, write_shard
+from linearized.training.blocks import ShardInfo, fill, write_shard
 from linearized.training.tokenizer import fingerprint
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def pair(tokenizer, tmp_path_factory) -> Path:
     heads.save_pretrained(run / "target" / "medusa")
     layers = {"format": "linearized-layers/1", "layers": [0, 2]}
     (run / "target" / "layers.json").write_text(json.dumps(layers))
-    rows, _ = pack([np.arange(3200, dtype=np.int32) % len(tokenizer)], block=96, end=0)
+    rows, _ = fill([np.arange(3200, dtype=np.int32) % len(tokenizer)], block=96, end=0)
     info = ShardInfo(
         block=96, blocks=len(rows), tokens=rows.size, tokenizer=fingerprint(run / "target"),
         documents=1, dropped=0, source="numbers", split="held_out",

@@ -13,28 +13,24 @@ from torch import Tensor
 from linearized.speculative.chooser import Place, scored
 from linearized.speculative.drafters.base import Ask
 from linearized.speculative.tree import TokenTree
+from linearized.tree import Tree
 
 
 def grow(
     growths: Sequence[Growth],
-    forward: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[[Tree], Tensor],
     *,
     width: int,
     floor: float,
     device: torch.device,
 ) -> None:
-    """Until no guess is worth following. `forward(tokens, parents)`, both [B, N], gives logits
-    [B, N, V] of a tree on top of each text's state; rows are padded with nobody's parents. `width`:
+    """Until no guess is worth following. `forward` gives logits [B, N, V] of a tree on top of each
+    text's state; rows are padded with nobody's parents. `width`:
     guesses that are followed on each level; `floor`: how likely a guess's whole path must be right
     for it to be in the tree."""
     for level in range(max(growth.ask.depth for growth in growths)):
-        widest = max(len(growth.tokens) for growth in growths)
-        tokens, parents = [], []
-        for growth in growths:
-            missing = widest - len(growth.tokens)
-            tokens.append([*growth.tokens, *[0] * missing])
-            parents.append([*growth.parents, *[-1] * missing])
-        logits = forward(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
+        nodes = [(growth.tokens, growth.parents) for growth in growths]
+        logits = forward(Tree.side_by_side(nodes, device))
         for growth in growths:
             if level >= growth.ask.depth:
                 growth.frontier = []

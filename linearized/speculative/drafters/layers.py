@@ -6,16 +6,19 @@ import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearized.errors import ModelError
-from linearized.models import shortened, sketch
+from linearized.models import shortened
 from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.drafters.growth import Growth, grow
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
+from linearized.step import step
+from linearized.tree import Tree
 
 FILE = "layers.json"
 FORMAT = "linearized-layers/1"
@@ -66,6 +69,7 @@ class LayersDrafter(Drafter):
         shortened(model, self.layers)
         self._target = model, pool
 
+    @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         assert self._target is not None, "it drafts for the texts of an engine"
         model, pool = self._target
@@ -73,8 +77,10 @@ class LayersDrafter(Drafter):
         rows = pool.arrange(list(by_text))
         state = pool.first(len(rows))
 
-        def forward(tokens: Tensor, parents: Tensor) -> Tensor:
-            return sketch(model, tokens, parents, state, layers=self.layers)
+        part = shortened(model, self.layers)
+
+        def forward(tree: Tree) -> Tensor:
+            return step(part, tree, state).logits
 
         growths = [by_text[text] for text in rows]
         grow(growths, forward, width=self.width, floor=self.floor, device=model.device)

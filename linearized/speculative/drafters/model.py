@@ -10,14 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError
-from linearized.models import commit, decoder, extend, verify
+from linearized.fold import accept
+from linearized.models import decoder, extend
 from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.drafters.growth import Growth, grow
 from linearized.speculative.limits import longest_text
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
-from linearized.state import Pending
+from linearized.state import Fresh
+from linearized.step import step
+from linearized.tree import Tree
 
 CHUNK = 512
 """Tokens read at once."""
@@ -44,7 +47,7 @@ class ModelDrafter(Drafter):
         self._pool: Pool[Text] = Pool(self.model)
         self._read: dict[Text, int] = {}
         """Tokens of each text that are in its state."""
-        self._last: tuple[list[tuple[Growth, int]], Pending] | None = None
+        self._last: tuple[list[tuple[Growth, int]], Fresh] | None = None
         """What it has keys and values of, on top of each state, and may be committed: so many
         tokens of these trees."""
         self._given = model
@@ -65,6 +68,7 @@ class ModelDrafter(Drafter):
                 "one tokenizer"
             )
 
+    @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         self._commit()
         known = [ask for ask in asks if self._can_read(ask)]
@@ -93,10 +97,11 @@ class ModelDrafter(Drafter):
     def _grow(self, growths: list[Growth]) -> None:
         state = self._pool.first(len(growths))
 
-        def forward(tokens: Tensor, parents: Tensor) -> Tensor:
-            logits, pending = verify(self.model, tokens, parents, state)
-            self._last = [(growth, len(growth.tokens)) for growth in growths], pending
-            return logits
+        def forward(tree: Tree) -> Tensor:
+            found = step(self.model, tree, state)
+            assert found.fresh is not None
+            self._last = [(growth, len(growth.tokens)) for growth in growths], found.fresh
+            return found.logits
 
         grow(growths, forward, width=self.width, floor=self.floor, device=self.model.device)
 
@@ -104,7 +109,7 @@ class ModelDrafter(Drafter):
         """Of what was verified last, all that the texts have taken up."""
         if self._last is None:
             return
-        read, pending = self._last
+        read, fresh = self._last
         self._last = None
         texts, paths = [growth.ask.text for growth, _ in read], []
         for text, (growth, size) in zip(texts, read, strict=True):
@@ -113,7 +118,7 @@ class ModelDrafter(Drafter):
         self._pool.ahead(max(map(len, paths)))
         state = self._pool.first(len(texts))
         try:
-            commit(state, pending, paths)
+            accept(state, fresh, paths)
         finally:  # as far as it came
             self._read.update(zip(texts, state.length.tolist(), strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 
@@ -393,7 +394,7 @@ def test_a_draft_that_cannot_let_go_keeps_no_row(linear, monkeypatch):
     def commit(*args):
         raise MemoryError
 
-    monkeypatch.setattr("linearized.speculative.drafters.model.commit", commit)
+    monkeypatch.setattr("linearized.speculative.drafters.model.accept", commit)
     run(engine)
     assert not len(drafter._pool) and not drafter._read
     assert {tuple(text.new_tokens) for text in texts} == {
@@ -447,22 +448,23 @@ def test_a_tree_that_leads_beyond_the_positions_is_left_out(caplog):
     assert [text.new_tokens for text in texts] == want
 
 
-@pytest.mark.parametrize("where", ["extend", "verify"])
+@pytest.mark.parametrize("where", ["reading.extend", "engine.step"])
 def test_a_text_that_cannot_be_read_or_verified_ends_alone(linear, monkeypatch, caplog, where):
     model = linear(group=8)
     bad = 60
-    real = getattr(linearized, where)
+    module, _, name = where.partition(".")
+    real = getattr(importlib.import_module(f"linearized.speculative.{module}"), name)
 
-    def fails(model, tokens, *args, **settings):
-        if bad in tokens:
+    def fails(model, given, *args, **settings):
+        if bad in getattr(given, "tokens", given):
             raise IndexError("out of positions")
-        return real(model, tokens, *args, **settings)
+        return real(model, given, *args, **settings)
 
     sampled = Sampling(temperature=0.9, logit_bias={bad: -100.0}, seed=3)
     want = [alone(model, p, sampled, 20) for p in ([1, 2, 3], [7, 8])]
-    monkeypatch.setattr(f"linearized.speculative.engine.{where}", fails)
+    monkeypatch.setattr(f"linearized.speculative.{where}", fails)
     engine = Engine(model, drafters=[Random(vocab=60)], rows=3, chunk=3)
-    broken = [4, bad, 4] if where == "extend" else [4, 4, bad]
+    broken = [4, bad, 4] if name == "extend" else [4, 4, bad]
     prompts = ([1, 2, 3], broken, [7, 8])
     texts = [Text(p, sampling=sampled, max_new_tokens=20) for p in prompts]
     for text in texts:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linearized.errors import ConfigError, DataError
-from linearized.training.blocks import Blocks, ShardInfo, _order, pack, write_shard
+from linearized.training.blocks import Blocks, ShardInfo, _order, fill, write_shard
 
 END = 0
 
@@ -37,7 +37,7 @@ def folder(tmp_path):
     st.integers(2, 33),
 )
 def test_every_token_is_packed_or_counted_as_dropped(documents, block):
-    rows, dropped = pack(documents, block=block, end=END)
+    rows, dropped = fill(documents, block=block, end=END)
     stream = [token for ids in documents for token in [*ids, END]]
     assert rows.dtype == np.int32 and rows.shape[1] == block
     assert rows.flatten().tolist() == stream[: rows.size]
@@ -46,7 +46,7 @@ def test_every_token_is_packed_or_counted_as_dropped(documents, block):
 
 def test_a_block_that_predicts_nothing():
     with pytest.raises(ConfigError, match="at least 2"):
-        pack([[1]], block=1, end=END)
+        fill([[1]], block=1, end=END)
 
 
 def test_what_a_split_holds(folder):
