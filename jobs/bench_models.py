@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import linearized
-from jobs import measure
+from jobs import hybrids, measure
 from jobs.bench_ops import DTYPES
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, show, show_bars
 from linearized.cache import CACHE
@@ -101,6 +101,8 @@ def main(
     _show_constant(constant, console)
     decode = {n: _decode(twins, n, **settings) for n in sizes}
     _show_decode(decode, console)
+    mixed = {n: _hybrid(softmax, n, **settings) for n in {sizes[0], sizes[-1]}}
+    _show_hybrid(mixed, decode, console)
     trees = _trees(twins, sizes[0], **settings)
     _show_trees(trees, console)
     prefill = {n: _prefill(twins, n, chunk, **settings) for n in lengths}
@@ -109,7 +111,8 @@ def main(
     show_bars(bars, console)
     config = {"parameters": count, "hidden": hidden, "layers": layers, "chunk": chunk,
               "kv_heads": kv_heads, "dtype": dtype, "backend": backend}  # fmt: skip
-    results = {"constant": constant, "decode": decode, "trees": trees, "prefill": prefill}
+    results = {"constant": constant, "decode": decode, "hybrid": mixed, "trees": trees,
+               "prefill": prefill}  # fmt: skip
     print(last_line("bench_models", machine, config=config, results=results, bars=bars))
 
 
@@ -257,6 +260,16 @@ def _bytes(cache: transformers.Cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
+def _hybrid(softmax: PreTrainedModel, context: int, **settings: Any) -> dict[str, Any]:
+    """One layer in four keeps softmax: a step, a tree, texts plain and drafted."""
+    model = hybrids.hybrid_of(softmax)
+    return {
+        "steps": hybrids.steps(model, context, NODES, **settings),
+        "texts": hybrids.texts(model, context, **settings),
+        "bytes": hybrids.state_of(model, context).nbytes,
+    }
+
+
 @torch.no_grad()
 def _trees(
     twins: Twins, context: int, *, turns: int, budget: float, device: torch.device
@@ -324,6 +337,22 @@ def _show_decode(found: dict[int, Any], console: Console) -> None:
             ])  # fmt: skip
     columns = ["context", "", "time (quartiles)", "ours is faster", "bytes of state or cache"]
     show("Decoding, one token", columns, rows, console)
+
+
+def _show_hybrid(found: dict[int, Any], decode: dict[int, Any], console: Console) -> None:
+    """Beside the softmax twin's token, with the better of its caches."""
+    rows = []
+    for context, result in sorted(found.items()):
+        softmax = min(decode[context]["time"][name].median for name in (DYNAMIC, STATIC))
+        each = {name: timing.median / hybrids.NEW for name, timing in result["texts"].items()}
+        each |= {f"a step of {n}": timing.median for n, timing in result["steps"].items()}
+        for name, seconds in each.items():
+            rows.append([
+                f"{context:,}", name, f"{seconds * 1e3:.2f} ms", f"{softmax * 1e3:.2f} ms",
+                f"{softmax / seconds:.2f} ×", f"{result['bytes']:,}",
+            ])  # fmt: skip
+    columns = ["context", "", "a token or a step", "softmax, a token", "faster", "bytes of state"]
+    show("One softmax layer in four", columns, rows, console)
 
 
 def _faster(times: dict[str, Timing], name: str) -> str:
