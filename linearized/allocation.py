@@ -13,11 +13,11 @@ from linearized.attention import CrossAttention, LinearAttention
 from linearized.errors import ModelError, StateError
 from linearized.identity import fingerprint
 from linearized.slots import (
-    SUBMODULE,
     attention_modules,
     heads_of,
     linear_config,
     modules_by_kind,
+    variant_of,
 )
 from linearized.state import DecodeState, GroupState, History, new_stamps
 
@@ -45,13 +45,13 @@ def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
     layers = GroupState.none(batch_size, **where)
     history = memory = shift = None
     if linear := kinds["linear"]:
-        first = cast(LinearAttention, getattr(linear[0], SUBMODULE))
+        first = cast(LinearAttention, variant_of(linear[0]))
         layers = first.empty_state(len(linear), batch_size, **where)
     if softmax := kinds["softmax"]:
         _, kv_heads, width = heads_of(softmax[0], model.config)
         history = History.empty(len(softmax), batch_size, kv_heads, width, width, **where)
     if crossed := kinds["cross"]:
-        cross = cast(CrossAttention, getattr(crossed[0], SUBMODULE))
+        cross = cast(CrossAttention, variant_of(crossed[0]))
         memory = cross.empty_memory(len(crossed), batch_size, **where)
     shifted = getattr(attention_modules(model)[0], "shifted", 0)
     if shifted:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearized import ops
-from linearized.attention import CrossAttention, LinearAttention, softmax_attention
+from linearized.attention import softmax_attention
 from linearized.errors import ModelError
 from linearized.state import DecodeState, Fresh
 
@@ -49,11 +49,12 @@ class Context:
     def attend(
         self,
         slot: int,
-        attention: LinearAttention,
+        attention: nn.Module,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         scaling: float | None,
+        backend: str | None,
     ) -> Tensor:
         """Linear attention of new tokens on top of the state, [B, H, T, E]."""
         out, keys, values = attention(
@@ -61,7 +62,7 @@ class Context:
             layout=self.layout,
         )  # fmt: skip
         self.linear[slot] = keys, values
-        self.backend = attention.backend
+        self.backend = backend
         return out
 
     def attend_softmax(self, slot: int, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
@@ -77,7 +78,7 @@ class Context:
     def attend_across(
         self,
         slot: int,
-        attention: CrossAttention,
+        attention: nn.Module,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -105,8 +106,9 @@ class Context:
         num_linear = self.state.num_layers
         if len(self.linear) < num_linear:
             raise ModelError(
-                f"{len(self.linear)} of {num_linear} layers reached linear attention; was the "
-                "model's attention implementation changed after linearizing?"
+                f"{len(self.linear)} of {num_linear} linear layers found the decode state: the "
+                "model hands no keyword arguments down to them, or its attention implementation "
+                "was changed after linearizing"
             )
         return Fresh(
             layers=_stacked(self.linear) or (self.state.layers.keys, self.state.layers.values),

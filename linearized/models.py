@@ -5,29 +5,30 @@ Knows what users call; `callbacks.py` and `cache.py` know what transformers call
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from linearized import compiled, ops
 from linearized.allocation import check_state, new_state
-from linearized.attach import attach
+from linearized.attach import attach, own_config
 from linearized.attention import LinearAttention
-from linearized.config import FLASH, LinearConfig
+from linearized.config import LinearConfig
 from linearized.context import Context
 from linearized.errors import ModelError, StateError
 from linearized.fold import accept, fold
+from linearized.folder import load
 from linearized.head import widen_head
-from linearized.identity import fingerprint
+from linearized.identity import fingerprint, forget
+from linearized.probe import probe, probe_softmax
+from linearized.rope import fix_rope
 from linearized.slots import (
     NAME,
     attention_modules,
@@ -39,6 +40,8 @@ from linearized.slots import (
 )
 from linearized.state import DecodeState, Pending
 from linearized.step import mark_part, read, set_stepper, step
+from linearized.support import refuse_unsupported, warn_of_losses
+from linearized.tables import check_length, context_limit
 from linearized.tree import Tree
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "check_decoder",
     "check_state",
     "commit",
+    "context_limit",
     "decoder",
     "encode",
     "extend",
@@ -76,12 +80,22 @@ def linearize(model: PreTrainedModel | str | Path, config: LinearConfig) -> PreT
     """
     if isinstance(model, str | Path):
         model = load(model)
-    _refuse_unsupported(model, config)
+    refuse_unsupported(model, config)
     if config.layers != ():
-        _warn_of_losses(model)
-    attach(cast(PreTrainedModel, model.base_model), config)
+        warn_of_losses(model)
+    with contextlib.ExitStack() as undo:  # if it is refused
+        undo.callback(forget, model)
+        undo.enter_context(own_config(model))
+        undo.callback(fix_rope(model))
+        if config.layers is None:
+            model.set_attn_implementation(NAME)
+        else:
+            probe_softmax(model)
+        undo.enter_context(attach(cast(PreTrainedModel, model.base_model), config))
+        probe(model, _decoded)
+        forget(model)
+        undo.pop_all()
     widen_head(model)
-    model.set_attn_implementation(NAME)
     return model
 
 
@@ -93,43 +107,6 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     weights = itertools.chain(model.parameters(), model.buffers())
     twin = copy.deepcopy(model, {id(weight): weight for weight in weights})
     return linearize(twin, LinearConfig(attention="grouped", layers=()))
-
-
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model, linearized or not, from a Hugging Face folder or name, in eval mode: of the class
-    that it was saved from, a causal language model if its config names none.
-
-    Raises:
-        ModelError: there is none, or its weights do not fit its config.
-    """
-    show = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        kind = _architecture(transformers.AutoConfig.from_pretrained(path))
-        opened: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"cannot load a model from {path}: {reason}") from error
-    finally:
-        if show:
-            hf_logging.enable_progress_bar()
-    model, info = opened
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{path} lacks {len(missing)} of the weights its config asks for, among them "
-            f"{', '.join(missing[:3])}"
-        )
-    return cast(PreTrainedModel, model.eval())
-
-
-def _architecture(config: Any) -> Any:
-    """The class of transformers that a config names."""
-    for name in config.architectures or ():
-        kind = getattr(transformers, name, None)
-        if kind is not None:
-            return kind
-    return transformers.AutoModelForCausalLM
 
 
 def set_backend(model: PreTrainedModel, backend: str | None) -> None:
@@ -160,6 +137,7 @@ def extend(
     `logits_to_keep` columns only if that is above 0. `mask` [B, T] is False where a row has no
     token."""
     _check(model, tokens, state)
+    check_length(model, state, tokens.shape[1])
     if mask is None and tokens.shape[1] <= SMALL:
         found = step(model, Tree.chain(tokens), state)
     else:
@@ -183,7 +161,10 @@ def verify(
     The state is untouched; hand `Pending` to `commit`. With `hidden` it holds what the last layer
     gave, too."""
     _check(model, tokens, state)
-    found = step(model, Tree.of(tokens, parents), state, hidden=hidden)
+    tree = Tree.of(tokens, parents)
+    if context_limit(model) is not None:
+        check_length(model, state, int(tree.visible.sum(-1).max()))
+    found = step(model, tree, state, hidden=hidden)
     assert found.fresh is not None
     return found.logits, Pending.of(found.fresh, parents, state, found.hidden)
 
@@ -315,61 +296,10 @@ def _check(model: PreTrainedModel, tokens: Tensor, state: DecodeState) -> None:
         )
 
 
-def _refuse_unsupported(model: PreTrainedModel, config: LinearConfig) -> None:
-    name = type(model).__name__
-    if getattr(model.config, NAME, None):
-        raise ModelError(f"this {name} is linearized already")
-    if config.attention == FLASH:
-        raise ModelError(
-            f"{name} cannot become FLASH, which is a model of its own: train a "
-            "FlashForCausalLM(FlashConfig(…)), or choose attention='grouped'"
-        )
-    if not model._can_set_attn_implementation():
-        raise ModelError(
-            f"{name} cannot be linearized: its attention does not go through transformers' "
-            "AttentionInterface"
-        )
-    modules = dict(named_attention_modules(model))
-    if not modules:
-        raise ModelError(f"{name} cannot be linearized: no self-attention module found in it")
-    numbers = {layer_number(module) for module in modules}
-    chosen = numbers if config.layers is None else set(config.layers)
-    if chosen - numbers:
-        raise ModelError(
-            f"{name} has layers 0 to {max(numbers)}, there is no layer "
-            f"{', '.join(map(str, sorted(chosen - numbers)))} to linearize"
-        )
-    if chosen != numbers and getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model: linearize all of its layers")
-    windowed = [number for number in sorted(chosen) if _is_windowed(model.config, number)]
-    if windowed:
-        whole = sorted(chosen - set(windowed))
-        remedy = f"keep them: LinearConfig(layers={whole})" if whole else "it has no other layers"
-        raise ModelError(
-            f"layers {', '.join(map(str, windowed))} of {name} attend within a sliding window or "
-            f"chunk, which has no linear counterpart here; {remedy}"
-        )
-
-
-def _is_windowed(config: Any, layer: int) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return bool(kinds[layer] != "full_attention")
-    uses = getattr(config, "use_sliding_window", True)
-    return bool(uses and getattr(config, "sliding_window", None))
-
-
-def _warn_of_losses(model: PreTrainedModel) -> None:
-    name, config = type(model).__name__, model.config
-    if getattr(config, "attn_logit_softcapping", None):
-        warnings.warn(
-            f"{name} caps its attention scores at {config.attn_logit_softcapping}; linearized "
-            "layers have no scores to cap, the setting is ignored there",
-            stacklevel=3,
-        )
-    if any("relative_attention_bias" in part for part, _ in model.named_parameters()):
-        warnings.warn(
-            f"{name} adds a relative position bias to its attention scores; linearized layers "
-            "ignore it, their convolution knows relative positions",
-            stacklevel=3,
-        )
+def _decoded(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
+    """Logits of a text that comes in parts; an encoder has read the same text before."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        state = encode(model, torch.cat(list(parts), dim=1))
+    else:
+        state = new_state(model)
+    return torch.cat([extend(model, part, state) for part in parts], dim=1)

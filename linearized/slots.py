@@ -48,6 +48,12 @@ def assign_slots(model: nn.Module) -> None:
         setattr(module, _SLOT, slot)
 
 
+def forget_slots(model: nn.Module) -> None:
+    """Undo `assign_slots`."""
+    for module in attention_modules(model):
+        module.__dict__.pop(_SLOT, None)
+
+
 def slot_of(module: nn.Module) -> Slot | None:
     """None: the module reads no state, as it attends in both directions."""
     slot: Slot | None = getattr(module, _SLOT, None)
@@ -87,6 +93,15 @@ def layer_number(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
+def variant_of(module: nn.Module) -> LinearAttention | CrossAttention | None:
+    """The linear attention of an attention module, out of whatever it is wrapped in, as PEFT does
+    with `modules_to_save`. None: it keeps softmax. Whoever computes calls the wrapper."""
+    found = getattr(module, SUBMODULE, None)
+    while found is not None and not isinstance(found, LinearAttention | CrossAttention):
+        found = _inside(found)
+    return found
+
+
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Those that linearizing added. They need a learning rate of their own."""
     added = [getattr(module, SUBMODULE) for module in linear_modules(model).values()]
@@ -118,8 +133,20 @@ def heads_of(module: nn.Module, config: Any) -> tuple[int, int, int]:
     return heads, kv_heads, config.hidden_size // heads
 
 
+def _inside(wrapper: nn.Module) -> nn.Module | None:
+    """The module that a wrapper calls now: the copy of its active adapter, if it has any."""
+    copies = getattr(wrapper, "modules_to_save", {})
+    active: Any = getattr(wrapper, "active_adapters", ()) or getattr(wrapper, "active_adapter", ())
+    if not getattr(wrapper, "disable_adapters", False):
+        for name in [active] if isinstance(active, str) else active:
+            if name in copies:
+                chosen: nn.Module = copies[name]
+                return chosen
+    return next(wrapper.children(), None)
+
+
 def _kind(module: nn.Module) -> str | None:
-    attention = getattr(module, SUBMODULE, None)
+    attention = variant_of(module)
     if isinstance(attention, CrossAttention):
         return "cross"
     if isinstance(attention, LinearAttention):

@@ -8,6 +8,7 @@ width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from linearized import ops
 from linearized.context import Context
+from linearized.rows import positions_after
 from linearized.state import DecodeState, Fresh
+from linearized.tables import reading_at
 from linearized.tree import Tree
 
 
@@ -101,10 +104,11 @@ def forward(
 ) -> Step:
     """The model on new tokens [B, T], with a context that says what lies before them."""
     inputs = _inputs(model, tokens, context)
-    output = model(
-        **inputs, use_cache=False, linear_context=context, output_hidden_states=hidden,
-        **_kept(model, logits_to_keep),
-    )  # fmt: skip
+    with _positioned(model, tokens, context):
+        output = model(
+            **inputs, use_cache=False, linear_context=context, output_hidden_states=hidden,
+            **_kept(model, logits_to_keep),
+        )  # fmt: skip
     logits = output.logits[:, -logits_to_keep:]
     fresh = None if _PART in model.__dict__ else context.fresh()
     return Step(logits, fresh, output.hidden_states[-1] if hidden else None)
@@ -124,8 +128,17 @@ def _positions(tokens: Tensor, context: Context) -> Tensor:
     """[B, T], in each row's text."""
     if context.layout is not None:
         return context.layout.positions
-    there = torch.ones_like(tokens) if context.mask is None else context.mask.long()
-    return (context.state.length[:, None] + there.cumsum(1) - 1).clamp(min=0)
+    there = torch.ones_like(tokens) if context.mask is None else context.mask
+    return positions_after(context.state.length, there)
+
+
+def _positioned(
+    model: PreTrainedModel, tokens: Tensor, context: Context
+) -> contextlib.AbstractContextManager[None]:
+    """Decoders of encoder-decoder models take no `position_ids`."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return reading_at(model, _positions(tokens, context))
+    return contextlib.nullcontext()
 
 
 def _kept(model: PreTrainedModel, logits_to_keep: int) -> dict[str, int]:

@@ -9,13 +9,15 @@ linearized/compiled.py
 linearized/step.py
 linearized/attach.py
 linearized/cache.py
-linearized/callbacks.py  linearized/fold.py
-linearized/context.py  linearized/allocation.py
+linearized/callbacks.py  linearized/fold.py  linearized/probe.py
+linearized/context.py  linearized/allocation.py  linearized/rows.py  linearized/support.py
 linearized/slots.py  linearized/identity.py
 linearized/attention/
 linearized/ops/
+linearized/tables.py
 linearized/state.py
-linearized/documents.py  linearized/tree.py  linearized/head.py  linearized/config.py
+linearized/documents.py  linearized/folder.py  linearized/head.py  linearized/rope.py
+linearized/tree.py  linearized/config.py
 linearized/errors.py
 """
 
@@ -45,12 +47,16 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.cache": 11,
     "linearized.callbacks": 10,
     "linearized.fold": 9,
+    "linearized.probe": 9,
+    "linearized.rows": 8,
+    "linearized.support": 8,
     "linearized.context": 8,
     "linearized.allocation": 8,
     "linearized.slots": 7,
     "linearized.identity": 6,
     "linearized.attention": 5,
     "linearized.ops": 4,
+    "linearized.tables": 3,
     "linearized.state": 2,
     "linearized.medusa": 2,
     "linearized.packing": 2,
@@ -59,6 +65,8 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.tree": 1,
     "linearized.head": 1,
     "linearized.config": 1,
+    "linearized.folder": 1,
+    "linearized.rope": 1,
     "linearized.errors": 0,
 }
 DOORS = {

@@ -28,6 +28,7 @@ def softmax_attention(
     causal: bool = True,
     scaling: float | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
     window: int | None = None,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
@@ -38,12 +39,13 @@ def softmax_attention(
     """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] to [B, H, T, E]. `history` holds keys and
     values [B, K, C, ·] of the tokens before, `length` [B] of them; `mask`, `segments`, `layout` are
     those of the linear layers. `window` is the number of tokens seen back, the own one included;
-    `softcap` c turns a score s into c·tanh(s/c)."""
+    `softcap` c turns a score s into c·tanh(s/c); `dropout` is the share of weights left out."""
     plain = mask is None and segments is None and layout is None and history is None
     if plain and window is None and softcap is None:
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+            q, k, v, is_causal=causal, dropout_p=dropout, scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
     seen, own, other = _seen(k, causal, mask, segments, layout)
     if history is not None and length is not None:
         own = own + length[:, None]
@@ -58,11 +60,12 @@ def softmax_attention(
         if history is not None:
             k, v = torch.cat([history[0], k], 2), torch.cat([history[1], v], 2)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen[:, None], scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+            q, k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
     else:
         parts = [(k, v)] if history is None else [history, (k, v)]
-        out = _attend_parts(q, parts, seen, scaling, softcap)
+        out = _attend_parts(q, parts, seen, scaling, softcap, dropout)
     return out if mask is None else out * mask.bool()[:, None, :, None]
 
 
@@ -72,6 +75,7 @@ def _attend_parts(
     seen: Tensor,  # [B, T, J], J tokens in all parts
     scaling: float,
     softcap: float | None,
+    dropout: float,
 ) -> Tensor:
     """Attention to keys and values that lie apart, [B, K, J', ·] each, one softmax over all: what
     is long is read where it lies."""
@@ -84,6 +88,7 @@ def _attend_parts(
     scores = scores.view(batch, heads, num_tokens, -1).masked_fill(~seen[:, None], -torch.inf)
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(q.dtype).view(*rows.shape[:3], -1)
+    weights = F.dropout(weights, dropout) if dropout else weights
     sizes = [keys.shape[2] for keys, _ in parts]
     out = sum(
         part @ values for part, (_, values) in zip(weights.split(sizes, dim=-1), parts, strict=True)

@@ -30,8 +30,6 @@ class FlashPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GatedAttention"]  # noqa: RUF012, as transformers has it
     _can_record_outputs = {"hidden_states": GatedAttention}  # noqa: RUF012
-    _is_stateful = True
-    """There is no way back to an earlier token, as assisted generation of transformers needs."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -55,7 +55,9 @@ class GatedAttention(GradientCheckpointingLayer):
         v = values[:, None]
         slot = slot_of(self)
         if context is not None and slot is not None:
-            out = context.attend(slot.index, self.linear_attention, q, k, v, None)
+            out = context.attend(
+                slot.index, self.linear_attention, q, k, v, None, self.linear_attention.backend
+            )
         else:
             out, _, _ = self.linear_attention(q, k, v, mask=mask, segments=segments)
         return hidden + self.out_proj(gate * out[:, 0])

@@ -135,3 +135,20 @@ def test_commit_refuses_what_is_no_path(linear):
     assert state.length.tolist() == [12]
     with pytest.raises(StateError, match="verify again"):
         linearized.commit(state, pending, [[0]])
+
+
+def test_commit_refuses_nodes_of_another_state(linear):
+    """Also where its rows are as long; a copy of the state will do."""
+    model = linear()
+    state, other = extended(model, 5), extended(model, 5, seed=1)
+    copy = state.clone()
+    nodes, parents = torch.tensor([[7, 8]]), torch.tensor([[-1, 0]])
+    _, pending = linearized.verify(model, nodes, parents, state)
+    with pytest.raises(StateError, match="verified against another state"):
+        linearized.commit(other, pending, [[0, 1]])
+    assert other.length.tolist() == [5]
+    linearized.commit(copy, pending, [[0, 1]])
+    linearized.commit(state, pending, [[0, 1]])
+    with pytest.raises(StateError, match="moved on since"):
+        linearized.commit(state, pending, [[0, 1]])
+    assert copy.length.tolist() == state.length.tolist() == [7]
