@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from transformers.modeling_utils import PreTrainedModel
 from linearized.errors import StateError
 from linearized.state import DecodeState
 
-_NAMES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+_NAMES = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_emb")
+"""What models call their tables."""
 _LIMIT = "_linearized_limit"
 
 
@@ -24,8 +26,7 @@ def context_limit(model: PreTrainedModel) -> int | None:
     """Tokens that a text may have at most, where the model has a table of positions. None:
     it works positions out, and no length is the last one."""
     if _LIMIT not in model.__dict__:
-        found = (_rows(name, module) for name, module in _decoder(model).named_modules())
-        model.__dict__[_LIMIT] = min((rows for rows in found if rows is not None), default=None)
+        model.__dict__[_LIMIT] = _limit(_decoder(model), model.config)
     limit: int | None = model.__dict__[_LIMIT]
     return limit
 
@@ -87,7 +88,10 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return model if stack is None else stack
 
 
-def _rows(name: str, module: nn.Module) -> int | None:
-    if name.rsplit(".", 1)[-1] not in _NAMES or not isinstance(module, nn.Embedding):
-        return None
-    return module.num_embeddings - int(getattr(module, "offset", 0) or 0)
+def _limit(stack: nn.Module, config: Any) -> int | None:
+    declared = getattr(config, "max_position_embeddings", None)
+    for name, table in chain(stack.named_parameters(), stack.named_buffers()):
+        if table.ndim == 2 and any(part in _NAMES for part in name.split(".")):
+            # Some tables have rows before the first position.
+            return declared if isinstance(declared, int) and declared < len(table) else len(table)
+    return None

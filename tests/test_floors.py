@@ -15,7 +15,7 @@ linearized/slots.py  linearized/identity.py
 linearized/attention/
 linearized/ops/
 linearized/tables.py
-linearized/state.py
+linearized/state/
 linearized/documents.py  linearized/folder.py  linearized/head.py  linearized/rope.py
 linearized/tree.py  linearized/config.py
 linearized/errors.py

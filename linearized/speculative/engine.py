@@ -28,13 +28,12 @@ from transformers import PreTrainedModel
 from linearized.config import is_whole
 from linearized.errors import ConfigError, RequestError, StateError
 from linearized.fold import accept
-from linearized.models import check_decoder, check_state, new_state
+from linearized.models import check_decoder, check_state, context_limit, new_state
 from linearized.speculative.chooser import Choice, choose
 from linearized.speculative.costs import Clock, Costs, clock_of
 from linearized.speculative.drafters.base import Drafter
 from linearized.speculative.drafting import Draft, Drafting
 from linearized.speculative.experience import Experience
-from linearized.speculative.limits import longest_text
 from linearized.speculative.pool import Pool
 from linearized.speculative.reading import Reading
 from linearized.speculative.sampling import Sampling
@@ -95,7 +94,7 @@ class Engine:
         self.pool: Pool[Text] = Pool(model, _rows(model, rows, memory))
         self._clock: Clock | None = None
         self._now = clock_of(model.device)
-        self._longest = longest_text(model) or sys.maxsize
+        self._longest = context_limit(model) or sys.maxsize
         self._drafting = [Drafting(drafter, max_nodes, now=self._now) for drafter in drafters]
         self._chunk = chunk
         self._waiting: dict[Text, DecodeState | None] = {}

@@ -94,3 +94,35 @@ def test_a_text_longer_than_the_table_is_refused_before_it_is_read(family):
 
 def test_rotary_models_know_no_last_length(llama):
     assert context_limit(llama()) is None
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+LEARNED = [
+    transformers.GPT2Config(vocab_size=61, n_positions=48, n_embd=32, n_layer=1, n_head=4),
+    transformers.OPTConfig(**SMALL, max_position_embeddings=48, ffn_dim=32, word_embed_proj_dim=32),
+    transformers.GPTNeoConfig(
+        vocab_size=61, hidden_size=32, max_position_embeddings=48, num_layers=1, num_heads=4,
+        attention_types=[[["global"], 1]],
+    ),
+    transformers.GPTBigCodeConfig(vocab_size=61, n_positions=48, n_embd=32, n_layer=1, n_head=4),
+    transformers.GPTJConfig(
+        vocab_size=61, n_positions=48, n_embd=32, n_layer=1, n_head=4, rotary_dim=4
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", LEARNED, ids=lambda config: config.model_type)
+def test_a_table_of_positions_is_a_limit(config):
+    assert context_limit(transformers.AutoModelForCausalLM.from_config(config)) == 48
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig(**SMALL, intermediate_size=32, max_position_embeddings=48),
+        transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_positions_that_are_computed_are_none(config):
+    assert context_limit(transformers.AutoModelForCausalLM.from_config(config)) is None

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError
 from linearized.fold import accept
-from linearized.models import decoder, extend
+from linearized.models import context_limit, decoder, extend
 from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
 from linearized.speculative.drafters.growth import Growth, grow
-from linearized.speculative.limits import longest_text
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
@@ -43,7 +42,7 @@ class ModelDrafter(Drafter):
         self.width = width
         self.floor = floor
         """Guesses whose whole path is less likely right are left out."""
-        self._longest = longest_text(self.model)
+        self._longest = context_limit(self.model)
         self._pool: Pool[Text] = Pool(self.model)
         self._read: dict[Text, int] = {}
         """Tokens of each text that are in its state."""

@@ -1,0 +1,96 @@
+"""What linear attention remembers: a memory of closed groups, the open group, the last values.
+Knows tensors; knows nothing of tokens.
+
+L linearized layers, B rows (one sequence each), K key/value heads, F width of the features that go
+into the memory, X key width (of which the last F columns are the features), U value width, E width
+of a head's own values (the last E columns of the U), G group size, M convolution taps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """What linear attention remembers of the tokens so far, for one layer ([B, …]) or for all
+    of them stacked ([L, B, …]). Slots that hold no token are zero, and so weigh nothing."""
+
+    memory: Tensor
+    """[…, K, F, U], Σ φ(k) vᵀ over closed groups; float32 at least."""
+    keys: Tensor
+    """[…, K, G, X], of the open group."""
+    values: Tensor
+    """[…, K, G, U], of the open group."""
+    tail: Tensor
+    """[…, K, M-1, E], the last values in order of time, for the convolution."""
+    length: Tensor
+    """[B], int64, tokens folded in so far."""
+
+    @classmethod
+    def empty(
+        cls,
+        *leading: int,
+        heads: int,
+        features: int,
+        key_width: int,
+        value_width: int,
+        tail_width: int,
+        group: int,
+        taps: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> GroupState:
+        """Zeros; `leading` is (B,) or (L, B)."""
+
+        def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(*leading, heads, *shape, dtype=of, device=device)
+
+        return cls(
+            memory=zeros(features, value_width, of=torch.promote_types(dtype, torch.float32)),
+            keys=zeros(group, key_width),
+            values=zeros(group, value_width),
+            tail=zeros(taps - 1, tail_width),
+            length=torch.zeros(leading[-1], dtype=torch.int64, device=device),
+        )
+
+    @classmethod
+    def none(
+        cls, rows: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> GroupState:
+        """Of a model without linear layers: lengths."""
+        return cls.empty(
+            0, rows, heads=1, features=0, key_width=0, value_width=0, tail_width=0, group=1, taps=1,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+
+    @property
+    def group(self) -> int:
+        return self.keys.shape[-2]
+
+    @property
+    def taps(self) -> int:
+        return self.tail.shape[-2] + 1
+
+    @property
+    def stacked(self) -> GroupState:
+        """This state as [L, B, …], views of the same tensors: of one layer, if it is one's."""
+        if self.memory.ndim == 5:
+            return self
+        memory, keys, values, tail = self.memory, self.keys, self.values, self.tail
+        return GroupState(memory[None], keys[None], values[None], tail[None], self.length)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "memory": self.memory,
+            "keys": self.keys,
+            "values": self.values,
+            "tail": self.tail,
+            "length": self.length,
+        }
+
+    def clone(self) -> GroupState:
+        return GroupState(**{name: tensor.clone() for name, tensor in self.tensors().items()})
