@@ -11,8 +11,10 @@ import time
 import pytest
 
 import linearized
+from linearized import packing
 from linearized.compiled import is_compiled
 from linearized.errors import LinearizedError
+from linearized.products import Choice
 from linearized.speculative import Engine, Sampling
 from serve_apps import link
 from serve_apps.draft import DraftConfig, DraftReplica
@@ -243,7 +245,11 @@ async def test_a_full_queue_refuses_and_says_when(folders):
 
 
 @pytest.mark.parametrize("way", ["pack", pytest.param("compile", marks=pytest.mark.slow)])
-async def test_fast_weights_and_steps_change_no_text(folders, way):
+async def test_fast_weights_and_steps_change_no_text(folders, monkeypatch, way):
+    def always(layers, dtype, pack):  # whatever is fastest on this machine
+        return {tuple(one.weight.shape): Choice.always("onednn") for one in layers}
+
+    monkeypatch.setattr(packing, "fastest", always)
     plain = {"pack": False, "compile": False}
     texts = []
     for settings in (plain, {**plain, way: True}):
