@@ -115,7 +115,7 @@ def numbers(value: object) -> list[float]:
     "module,parts",
     [
         ("jobs.bench_ops", {"forward", "forward_backward", "steps"}),
-        ("jobs.bench_models", {"constant", "decode", "trees", "prefill"}),
+        ("jobs.bench_models", {"constant", "decode", "hybrid", "trees", "prefill"}),
         ("jobs.bench_quick", {"steps", "prompts", "shares", "texts"}),
     ],
 )

@@ -55,7 +55,7 @@ def in_this_process(monkeypatch) -> None:
 
     def one_by_one(shards, settings):
         for shard in reversed(shards):
-            yield from jobs.data._pack_shard(shard, **settings).to_pylist()
+            yield from jobs.data._fill_shard(shard, **settings).to_pylist()
 
     monkeypatch.setattr(jobs.data, "_dataset", one_by_one)
 
