@@ -21,7 +21,7 @@ from linearized.attention.base import LinearAttention
 from linearized.context import Context
 from linearized.errors import ConfigError, ModelError
 from linearized.state import DecodeState, GroupState, History
-from linearized.step import Step, forward, layout_of, set_stepper, stepper_of
+from linearized.step import PARTS, Step, forward, layout_of, set_stepper, stepper_of
 from linearized.tree import Tree
 
 
@@ -46,10 +46,15 @@ def compile(model: PreTrainedModel) -> None:
     if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ConfigError("compiling for a CPU needs a C++ compiler; install g++ or go without")
     set_stepper(model, CompiledStep(model))
+    model.__dict__.pop(PARTS, None)  # theirs are compiled anew, too
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
     return isinstance(stepper_of(model), CompiledStep)
+
+
+WATCHED = ("training", "disable_adapters", "_disable_adapters", "_active_adapter")
+"""Attributes of modules, also those of PEFT's, upon which a forward may depend."""
 
 
 class CompiledStep:
@@ -156,17 +161,22 @@ def _of_inputs(guards: Sequence[Any]) -> list[bool]:
 
 
 class _Parts:
-    """A model's modules, who multiplies for them and who attends: what may change without a trace
-    in the inputs. Torch would look at every attribute of every module before each step."""
+    """What may change in a model without a trace in the inputs: its modules, their modes and hooks,
+    who multiplies for them and who attends, which adapters are in use. Torch would look at every
+    attribute of every module before each step."""
 
     def __init__(self, model: nn.Module) -> None:
         self._where: list[tuple[dict[str, Any], str]] = []
+        self._hooks: list[dict[int, Any]] = []
         for module in model.modules():
+            own = module.__dict__
             self._where += ((module._modules, name) for name in module._modules)
+            self._where += ((own, name) for name in WATCHED if name in own)
+            self._hooks += (module._forward_hooks, module._forward_pre_hooks)
             if isinstance(module, nn.Linear):
-                self._where.append((module.__dict__, "forward"))
+                self._where.append((own, "forward"))
             elif isinstance(module, LinearAttention):
-                self._where.append((module.__dict__, "backend"))
+                self._where.append((own, "backend"))
         self._found = self._look()
 
     @property
@@ -174,4 +184,6 @@ class _Parts:
         return self._look() != self._found
 
     def _look(self) -> list[Any]:
-        return [holder.get(name) for holder, name in self._where]
+        found = [holder.get(name) for holder, name in self._where]
+        found += [tuple(hooks) for hooks in self._hooks if hooks]
+        return found

@@ -10,6 +10,7 @@ V vocabulary, C hidden width.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -56,15 +57,19 @@ class _Wide:
         self._most = most
         self._known: dict[tuple[Any, ...], Tensor] = {}
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def of(self, weight: Tensor) -> Tensor:
         version = 0 if weight.is_inference() else weight._version
         spread = weight.detach().flatten()[:: max(weight.numel() // SAMPLES, 1)]
         key = (weight.data_ptr(), tuple(weight.shape), version, spread.float().numpy().tobytes())
         if key not in self._known:
             stale = [other for other in self._known if other[0] == key[0]]
-            for other in stale or list(self._known)[: len(self._known) - self._most + 1]:
+            for other in stale or list(self._known)[: max(len(self._known) - self._most + 1, 0)]:
                 del self._known[other]
             self._known[key] = weight.detach().float()
+            weakref.finalize(weight, self._known.pop, key, None).atexit = False
         return self._known[key]
 
 

@@ -43,6 +43,8 @@ class _Fingerprint:
 
     value: str
     weights: list[_Weight]
+    children: list[tuple[dict[str, Any], list[Any], dict[str, Any], int]]
+    """Of each module: its children, and how many parameters it has of its own."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Fingerprint:
@@ -61,10 +63,21 @@ class _Fingerprint:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        return cls(digest.hexdigest()[:16], weights)
+        children: list[tuple[dict[str, Any], list[Any], dict[str, Any], int]] = [
+            (m._modules, list(map(id, m._modules.values())), m._parameters, len(m._parameters))
+            for m in model.modules()
+        ]
+        return cls(digest.hexdigest()[:16], weights, children)
 
     def holds(self) -> bool:
+        for modules, known, parameters, count in self.children:
+            if len(parameters) != count or list(map(id, modules.values())) != known:
+                return False
         return all(weight.is_same() for weight in self.weights)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model, or a pickled one, works out its own."""
+        return _nothing, ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,10 @@ class _Weight:
             and _version(weight) == self.version
             and weight.data_ptr() == self.address
         )
+
+
+def _nothing() -> None:
+    return None
 
 
 def _version(weight: Tensor) -> int:

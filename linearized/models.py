@@ -39,7 +39,7 @@ from linearized.slots import (
     new_parameters,
 )
 from linearized.state import DecodeState, Pending
-from linearized.step import mark_part, read, set_stepper, step
+from linearized.step import PARTS, mark_part, read, set_stepper, step
 from linearized.support import refuse_unsupported, warn_of_losses
 from linearized.tables import check_length, context_limit
 from linearized.tree import Tree
@@ -132,10 +132,11 @@ def extend(
     *,
     logits_to_keep: int = 0,
     mask: Tensor | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Read `tokens` [B, T] and fold them into `state`, in place. Logits [B, T, V], of the last
     `logits_to_keep` columns only if that is above 0. `mask` [B, T] is False where a row has no
-    token."""
+    token; `counts` [B] says how many it has, which spares a hybrid on a GPU the question."""
     _check(model, tokens, state)
     check_length(model, state, tokens.shape[1])
     if mask is None and tokens.shape[1] <= SMALL:
@@ -143,7 +144,7 @@ def extend(
     else:
         found = read(model, tokens, state, mask=mask, logits_to_keep=logits_to_keep)
     assert found.fresh is not None
-    fold(state, found.fresh, mask)
+    fold(state, found.fresh, mask, counts)
     return found.logits[:, -logits_to_keep:]
 
 
@@ -190,14 +191,11 @@ def shortened(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     Raises:
         ModelError: it has no such list of layers.
     """
-    parts: dict[object, PreTrainedModel] = model.__dict__.setdefault(_PARTS, {})
-    wanted = tuple(layers), compiled.is_compiled(model)
+    parts: dict[object, PreTrainedModel] = model.__dict__.setdefault(PARTS, {})
+    wanted = tuple(layers), compiled.is_compiled(model), id(model.get_output_embeddings())
     if wanted not in parts:
         parts[wanted] = _shortened(model, wanted[0])
     return parts[wanted]
-
-
-_PARTS = "_linearized_parts"
 
 
 @torch.no_grad()

@@ -41,6 +41,8 @@ class Step:
 Stepper = Callable[..., Step]
 _STEPPER = "_linearized_stepper"
 _PART = "_linearized_part"
+PARTS = "_linearized_parts"
+"""Under which a model keeps those of itself that have fewer layers."""
 
 
 def step(model: PreTrainedModel, tree: Tree, state: DecodeState, *, hidden: bool = False) -> Step:

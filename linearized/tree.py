@@ -52,9 +52,10 @@ class Tree:
         cls, trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device
     ) -> Tree:
         """Trees of the host, as (tokens, parents), as wide as the widest: what is beyond a tree is
-        nobody's parent. They are known to be trees, so nobody waits for a device to look."""
+        its first token again, and nobody's parent. They are known to be trees, so nobody waits for
+        a device to look."""
         widest = max(len(tokens) for tokens, _ in trees)
-        tokens = [[*tokens, *[0] * (widest - len(tokens))] for tokens, _ in trees]
+        tokens = [[*tokens, *[tokens[0]] * (widest - len(tokens))] for tokens, _ in trees]
         parents = [[*parents, *[-1] * (widest - len(parents))] for _, parents in trees]
         lines = torch.tensor(parents)
         found = cls(torch.tensor(tokens), lines, ancestors(lines))

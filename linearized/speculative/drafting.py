@@ -64,7 +64,8 @@ class Drafting:
         """The text that this was drafted for went on by `new`."""
         if self.planner is not None and draft.depth and not self.rehearses:
             self.planner.observe(text, draft.whole, new, draft.depth)
-            self._right += len(new) - 1
+            if draft.tree:
+                self._right += len(new) - 1
 
     def settle(self, batch: int, nodes: int, seconds: float) -> None:
         """The round with what was drafted took so long, besides drafting."""

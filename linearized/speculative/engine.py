@@ -36,7 +36,7 @@ from linearized.speculative.drafting import Draft, Drafting
 from linearized.speculative.experience import Experience
 from linearized.speculative.pool import Pool
 from linearized.speculative.reading import Reading
-from linearized.speculative.sampling import Sampling
+from linearized.speculative.sampling import NO_TOKEN, Sampling
 from linearized.speculative.text import Piece, Text
 from linearized.speculative.tree import TokenTree
 from linearized.state import DecodeState, Fresh
@@ -286,6 +286,10 @@ class Engine:
             return [self._verify(texts, trees, self.pool.first(len(texts)))], []
         except Exception:
             log.exception("could not verify %d texts at once; trying one by one", len(texts))
+        return self._verify_alone(texts)
+
+    def _verify_alone(self, texts: list[Text]) -> tuple[list[_Verified], Pieces]:
+        """Each in a forward of its own, without its tree."""
         verified: list[_Verified] = []
         pieces: Pieces = []
         for text in texts:
@@ -298,7 +302,16 @@ class Engine:
     def _take(self, batch: _Verified, drafts: dict[Text, list[Draft]]) -> Pieces:
         """Commit what is right, and let each text go on by it."""
         choices = _choices(batch)
-        paths = [[0, *(1 + node for node in choice.path)] for choice in choices]
+        # A guess whose numbers are none spoils its whole tree: such a text goes on without one.
+        again = [
+            text
+            for text, tree, choice in zip(batch.texts, batch.trees, choices, strict=True)
+            if tree and NO_TOKEN in choice.new
+        ]
+        paths = [
+            [] if text in again else [0, *(1 + node for node in choice.path)]
+            for text, choice in zip(batch.texts, choices, strict=True)
+        ]
         try:
             with self._timed("commit"):
                 accept(batch.state, batch.fresh, paths)
@@ -308,6 +321,8 @@ class Engine:
         for i, (text, tree, choice) in enumerate(
             zip(batch.texts, batch.trees, choices, strict=True)
         ):
+            if text in again:
+                continue
             if choice.error is not None:
                 pieces.append((text, text.fail(choice.error)))
                 continue
@@ -316,7 +331,10 @@ class Engine:
             pieces.append((text, text.take(choice.new, tree, choice.path, batch.logits[i])))
             if tree is drafts[text][-1].tree:
                 self._observe(text, drafts[text], choice)
-        return pieces
+        verified, failed = self._verify_alone(again)
+        for alone in verified:
+            failed += self._take(alone, drafts)
+        return pieces + failed
 
     def _observe(self, text: Text, drafts: list[Draft], choice: Choice) -> None:
         for drafting, draft in zip(self._drafting, drafts, strict=False):

@@ -58,8 +58,6 @@ class Pool(Generic[Key]):
         """A row for this key, behind the others, with a copy of `state` [1 row], or empty."""
         if len(self.keys) == self.num_rows:
             self._grow(2 * self.num_rows)
-        if state is not None:
-            self.reserve(int(state.length.max()))
         index = len(self.keys)
         self._state.rows(index, index + 1).copy_(self._empty if state is None else state)
         self.keys.append(key)
@@ -88,8 +86,7 @@ class Pool(Generic[Key]):
         return self.keys[start:stop]
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for texts of so many tokens, where some layers keep softmax. Views that were
-        taken before are no longer of this pool."""
+        """Make room for texts of so many tokens, where some layers keep softmax."""
         if self._state.history is not None:
             self._state.history.reserve(num_tokens)
 

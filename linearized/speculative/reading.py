@@ -93,13 +93,14 @@ class Reading:
         parts = [text.tokens[start:stop] for text, (start, stop) in zip(texts, spans, strict=True)]
         if width:
             device = self._model.device
-            padded = [[*part, *[0] * (width - len(part))] for part in parts]
-            counts = torch.tensor([len(part) for part in parts], device=device)
+            padded = [[*part, *[part[-1]] * (width - len(part))] for part in parts]
+            counts = [len(part) for part in parts]
             mask = None
-            if min(map(len, parts)) < width:
-                mask = torch.arange(width, device=device) < counts[:, None]
+            if min(counts) < width:
+                mask = torch.arange(width) < torch.tensor(counts)[:, None]
+                mask = mask.to(device)
             ids = torch.tensor(padded, device=device)
-            extend(self._model, ids, state, mask=mask, logits_to_keep=1)
+            extend(self._model, ids, state, mask=mask, counts=counts, logits_to_keep=1)
         for text, (_, stop) in zip(texts, spans, strict=True):
             self._read[text] = stop
 

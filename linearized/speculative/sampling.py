@@ -272,6 +272,7 @@ class Sampler:
         bias = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
         return logits.index_add(1, _ids(ids, logits), bias.expand(len(logits), -1))
 
+    @torch.inference_mode(False)
     def _follow(self, tokens: Sequence[int], like: Tensor) -> Tensor:
         """[2, V], integers, counts of prompt and text."""
         counted, counts = self._counts.get(like.device, (0, None))

@@ -77,10 +77,15 @@ class DecodeState:
         return GroupState(**{name: t[index] for name, t in stacked.items()}, length=length)
 
     def rows(self, start: int, stop: int) -> DecodeState:
-        """Views of some neighbouring rows: who writes them writes this state. (Not so where a
-        hybrid's history grows: make room for it first.)"""
-        return self._map(lambda name, t: t[start:stop] if name in BY_ROW else t[:, start:stop])
+        """Views of some neighbouring rows: whoever writes them writes this state."""
+        part = replace(self, history=None)._map(
+            lambda name, t: t[start:stop] if name in BY_ROW else t[:, start:stop]
+        )
+        if self.history is None:
+            return part
+        return replace(part, history=self.history.rows(start, stop))
 
+    @torch.inference_mode(False)
     def clone(self) -> DecodeState:
         """A copy, without a history's room for further tokens."""
         viewed = self if self.history is None else replace(self, history=self.history.view())
@@ -105,6 +110,7 @@ class DecodeState:
         if self.history is not None and other.history is not None:
             self.history.copy_(other.history)
 
+    @torch.inference_mode(False)
     def select(self, rows: Sequence[int]) -> DecodeState:
         """A new state with copies of these rows, in this order."""
         index = torch.tensor(list(rows), dtype=torch.int64)
@@ -140,6 +146,7 @@ class DecodeState:
         return saved.write(tensors, self.fingerprint)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_bytes(cls, blob: bytes, device: torch.device | str = "cpu") -> DecodeState:
         """Read what `to_bytes` wrote.
 
@@ -185,8 +192,8 @@ class DecodeState:
         cross, shift = tensors.pop("cross", None), tensors.pop("shift", None)
         stamp = tensors.pop(STAMP, None)
         names = ("history.keys", "history.values", FILLED)
-        parts = [tensors.pop(name) for name in names if name in tensors]
-        history = History(*parts) if parts else None
+        keys, values, filled = (tensors.pop(name, None) for name in names)
+        history = None if keys is None or values is None else History(keys, values, filled)
         return cls(GroupState(**tensors), fingerprint, history, cross, shift, stamp)
 
 

@@ -7,7 +7,6 @@ S softmax layers, B rows, K key/value heads, C room in tokens, D key width, E va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,19 +18,48 @@ GROWTH = 16 * PAGE
 """Tokens at most that room is made for before they are there."""
 
 
-@dataclass(slots=True)
 class History:
     """Keys and values of the layers that keep softmax: the part of a hybrid's state that grows.
     Row b holds `DecodeState.length[b]` tokens; what lies beyond them means nothing. Its room is
     some whole pages, and whoever reads it masks by length."""
 
-    keys: Tensor
-    """[S, B, K, C, D], for S softmax layers, with room for C tokens."""
-    values: Tensor
-    """[S, B, K, C, E]."""
-    filled: Tensor | None = None
-    """[B], int64, on the CPU: at least as many tokens as each row holds, known without asking a
-    GPU. None: all of the room is looked at."""
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        filled: Tensor | None = None,
+        part: tuple[History, int, int] | None = None,
+    ) -> None:
+        """`keys` [S, B, K, C, D] and `values` [S, B, K, C, E], for S softmax layers, with room for
+        C tokens. `filled` [B], int64, on the CPU: at least as many tokens as each row holds, known
+        without asking a GPU; None: all of the room is looked at. `part`: of which history these
+        are the rows from the first to before the second."""
+        self._keys = keys
+        self._values = values
+        self.filled = filled
+        self._part = part
+
+    @property
+    def keys(self) -> Tensor:
+        """[S, B, K, C, D]."""
+        if self._part is None:
+            return self._keys
+        whole, start, stop = self._part
+        return whole.keys[:, start:stop]
+
+    @property
+    def values(self) -> Tensor:
+        """[S, B, K, C, E]."""
+        if self._part is None:
+            return self._values
+        whole, start, stop = self._part
+        return whole.values[:, start:stop]
+
+    def rows(self, start: int, stop: int) -> History:
+        """Some neighbouring rows. Whoever writes them, or makes room for them, does so in the
+        whole."""
+        filled = None if self.filled is None else self.filled[start:stop]
+        return History(self._keys, self._values, filled, (self, start, stop))
 
     @classmethod
     def empty(
@@ -111,7 +139,7 @@ class History:
         if counts is None and mask is not None and not mask.is_cuda:
             counts = mask.sum(1).tolist()
         added = torch.tensor(counts) if counts is not None else num_tokens
-        needed = int(self.filled.max()) + num_tokens + (mask is not None)
+        needed = int((self.filled + added).max()) + (mask is not None)
         if needed > self.room:  # and some more, so that a growing text is not copied page by page
             self.reserve(max(needed, min(2 * self.room, self.room + GROWTH)))
         ranks = torch.arange(num_tokens, device=length.device).expand(len(length), -1)
@@ -122,14 +150,22 @@ class History:
             slots = torch.where(mask.bool(), slots, self.room - 1)
         for whole, new in ((self.keys, keys), (self.values, values)):
             index = slots[None, :, None, :, None].expand_as(new)
+            if mask is not None:  # a number that is none would still be one
+                new = new.masked_fill(~mask.bool()[None, :, None, :, None], 0)
             whole.scatter_(3, index, new.to(whole.dtype))
         self.filled += added
 
+    @torch.inference_mode(False)
     def reserve(self, size: int) -> None:
-        """Make room for this many tokens, in whole pages."""
+        """Make room for this many tokens, in whole pages, in all rows of the whole."""
+        if self._part is not None:
+            self._part[0].reserve(size)
+            return
         more = _pages(size) - self.room
         if more > 0:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+            with torch.no_grad():
+                self._keys = F.pad(self._keys, (0, 0, 0, more))
+                self._values = F.pad(self._values, (0, 0, 0, more))
 
 
 def _pages(num_tokens: int) -> int:

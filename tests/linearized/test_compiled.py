@@ -140,6 +140,28 @@ def test_a_model_that_changes_afterwards(linear, programs, layouts):
 
 
 @needs_compiler
+def test_modes_and_hooks_that_change(linear, programs):
+    model = linear(dtype=torch.float32, layers=1)
+    model.model.norm.register_forward_hook(
+        lambda module, args, out: out + 1 if module.training else out
+    )
+    tokens = torch.randint(1, 50, (1, 9))
+    plain = copy.deepcopy(model)
+    linearized.compile(model)
+
+    def said(one):
+        return linearized.extend(one, tokens, linearized.new_state(one))
+
+    def hook(one):
+        one.model.norm.register_forward_hook(lambda module, args, out: 2 * out)
+
+    for change in (lambda one: one.train(), lambda one: one.eval(), hook):
+        for one in (plain, model):
+            change(one)
+        torch.testing.assert_close(said(model), said(plain), atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
 def test_many_models_keep_to_their_own_programs(llama, programs):
     """Of the same class, with states of the same shapes."""
     models = []

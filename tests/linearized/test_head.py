@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import linearized
-from linearized.head import OutputLinear, widen_head
+from linearized.head import OutputLinear, _Wide, widen_head
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,3 +74,16 @@ def test_bfloat16_texts_with_drafts_part_at_near_ties_only(linear):
         logits = linearized.extend(model, torch.tensor([prompt + plain[:place]]), state)[0, -1]
         one, other = logits[plain[place]], logits[drafted[place]]
         assert (one - other).abs() < 0.02 * logits.abs().max()
+
+
+def test_copies_are_kept_for_a_few_weights_and_no_longer_than_these():
+    wide = _Wide(most=3)
+    weights = [torch.nn.Parameter(torch.randn(40, 8).bfloat16()) for _ in range(5)]
+    copies = [wide.of(weight) for weight in weights]
+    assert all(
+        wide.of(weight) is one for weight, one in list(zip(weights, copies, strict=True))[2:]
+    )
+    assert len(wide) == 3
+    del weights
+    gc.collect()
+    assert not len(wide)

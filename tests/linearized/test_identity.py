@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -33,7 +34,28 @@ def load(model):
     model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
 
 
+class Adapted(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.more = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.base(x) * self.more
+
+
+def adapt(model):
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = Adapted(attention.v_proj)
+
+
+def leave_out(model):
+    del model.model.layers[1]
+
+
 CHANGES = {
+    "an adapter is put around a layer": adapt,
+    "a layer is left out": leave_out,
     "a weight is written": lambda model: write(model.model.layers[1].mlp.up_proj.weight),
     "a weight is replaced": replace_norm,
     "the head gets weights of its own": untie_head,
@@ -83,3 +105,10 @@ def test_it_keeps_no_weight_alive(linear):
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(64, 32))
     gc.collect()
     assert weight() is None
+
+
+def test_a_model_with_a_state_can_be_pickled(linear):
+    model = linear()
+    linearized.new_state(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert fingerprint(again) == fingerprint(model)

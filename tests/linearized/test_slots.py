@@ -61,8 +61,9 @@ def test_a_model_with_layers_left_out_reads_their_own_states(llama, layers, kept
         if name == "length" or linear:
             tensor.copy_(theirs if name == "length" else theirs[linear])
     if own.history is not None:
-        own.history.keys = state.history.keys[softmax]
-        own.history.values = state.history.values[softmax]
+        own.history.reserve(state.history.room)
+        own.history.keys.copy_(state.history.keys[softmax])
+        own.history.values.copy_(state.history.values[softmax])
         own.history.filled.copy_(state.history.filled)
     want, _ = linearized.verify(twin, *tree, own)
     torch.testing.assert_close(got, want)

@@ -8,7 +8,7 @@ import torch
 
 import linearized
 from linearized.errors import StateError
-from linearized.state import FORMAT
+from linearized.state import FORMAT, PAGE, DecodeState
 
 
 def extended(model, length: int, batch: int = 1, seed: int = 0) -> linearized.DecodeState:
@@ -152,3 +152,53 @@ def test_commit_refuses_nodes_of_another_state(linear):
     with pytest.raises(StateError, match="moved on since"):
         linearized.commit(state, pending, [[0, 1]])
     assert copy.length.tolist() == state.length.tolist() == [7]
+
+
+def hybrid(llama):
+    config = linearized.LinearConfig(attention="grouped", group=8, taps=5, layers=(0,))
+    return linearized.linearize(llama().double(), config)
+
+
+def test_a_history_that_grows_through_a_view_grows_for_all_rows(llama):
+    model = hybrid(llama)
+    state = linearized.new_state(model, batch_size=3)
+    tokens = torch.randint(1, 60, (3, 2 * PAGE + 9))
+    for row, length in enumerate((PAGE - 1, 2 * PAGE + 9, 7)):
+        linearized.extend(model, tokens[row : row + 1, :length], state.rows(row, row + 1))
+    both = state.rows(0, 2)
+    mask = torch.tensor([[True] * 4, [True] * 2 + [False] * 2])
+    linearized.extend(model, tokens[:2, :4], both, mask=mask)
+    for row, length in enumerate((PAGE - 1, 2 * PAGE + 9, 7)):
+        alone = linearized.new_state(model)
+        linearized.extend(model, tokens[row : row + 1, :length], alone)
+        if row < 2:
+            linearized.extend(model, tokens[row : row + 1, : 4 - 2 * row], alone)
+        count = int(alone.length)
+        assert int(state.history.filled[row]) == count == int(state.length[row])
+        mine, theirs = state.history.keys[:, row], alone.history.keys[:, 0]
+        torch.testing.assert_close(mine[:, :, :count], theirs[:, :, :count])
+
+
+def test_numbers_that_are_none_stay_in_no_row(llama):
+    """Neither those of a text that was there before, nor those of padding."""
+    history = linearized.new_state(hybrid(llama), batch_size=2).history
+    keys = torch.full((*history.keys.shape[:3], 4, history.keys.shape[4]), torch.nan).double()
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    history.append(keys, keys, torch.zeros(2, dtype=torch.int64), mask)
+    assert history.keys[:, 1].isfinite().all()
+    empty = linearized.new_state(hybrid(llama), batch_size=2).history
+    history.copy_(empty)
+    assert history.keys.isfinite().all() and history.values.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_states_made_in_inference_mode_go_on_outside(linear, llama, kind):
+    model = linear() if kind == "linear" else hybrid(llama)
+    tokens = torch.randint(1, 60, (1, 9))
+    with torch.inference_mode():
+        state = linearized.new_state(model)
+        linearized.extend(model, tokens, state)
+        copies = [state.clone(), state.select([0]), DecodeState.from_bytes(state.to_bytes())]
+    want = linearized.extend(model, tokens, state)
+    for copy in copies:
+        torch.testing.assert_close(linearized.extend(model, tokens, copy), want)

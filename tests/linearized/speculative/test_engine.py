@@ -635,3 +635,51 @@ def test_bad_requests_are_refused_before_anything_runs(linear):
     for model in (linear(vocab=97), linear(vocab=40)):
         with pytest.raises(ConfigError, match="vocabulary"):
             Engine(linear(), drafters=[ModelDrafter(model)])
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_numbers_that_are_none_stay_with_the_token_that_has_them(linear, llama, kind):
+    """A guess that no text says, the token that pads, and a text that ended before."""
+    model = linear(group=8)
+    if kind == "hybrid":
+        config = linearized.LinearConfig(attention="grouped", group=8, taps=5, layers=(1,))
+        model = linearized.linearize(llama().double(), config)
+    head = model.lm_head.weight.detach().clone()
+    sampling = Sampling(logit_bias={0: -1e4, 60: -1e4})
+    prompts = [[*range(1, 41)], [*range(1, 36)], [7, 3]]
+    want = [alone(model, prompt, sampling, 20) for prompt in prompts]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[[0, 60]] = float("nan")
+    model.lm_head.weight = torch.nn.Parameter(head)
+
+    class Bad(Drafter):
+        depth = 2
+
+        def propose(self, asks):
+            return [TokenTree.chain([60, 5]) if len(a.text.tokens) % 2 else TokenTree.empty
+                    for a in asks]  # fmt: skip
+
+    engine = Engine(model, drafters=[Bad()], rows=2)
+    broken = Text([5, 60, 7], sampling=sampling, max_new_tokens=20)
+    texts = [Text(prompt, sampling=sampling, max_new_tokens=20) for prompt in prompts]
+    for text in (broken, *texts):
+        engine.add(text)
+    run(engine)
+    assert broken.finished == "error"
+    assert [text.new_tokens for text in texts] == want
+
+
+def test_a_text_that_is_taken_out_while_it_is_read_goes_on(llama):
+    config = linearized.LinearConfig(attention="grouped", group=8, taps=5, layers=(1,))
+    model = linearized.linearize(llama().double(), config)
+    prompts = [[n % 59 + 1 for n in range(491)], [n % 53 + 1 for n in range(171)]]
+    want = [alone(model, prompt, Sampling(), 6) for prompt in prompts]
+    engine = Engine(model, rows=2, chunk=400)
+    texts = [Text(prompt, sampling=Sampling(), max_new_tokens=6) for prompt in prompts]
+    engine.add(texts[0])
+    engine.step()
+    state = engine.remove(texts[0])
+    engine.add(texts[1])
+    engine.add(texts[0], state)
+    run(engine)
+    assert [text.new_tokens for text in texts] == want
