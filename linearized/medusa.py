@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,9 @@ class MedusaHeads(nn.Module):
             heads.load_state_dict(safetensors.torch.load_file(folder / "medusa.safetensors"))
         except ModelError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (
+            OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError
+        ) as error:  # fmt: skip
             reason = str(error).strip().split("\n")[0]
             raise ModelError(f"cannot load Medusa heads from {folder}: {reason}") from error
         heads.accuracies = accuracies
