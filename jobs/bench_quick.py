@@ -157,8 +157,8 @@ def _texts(
     softmax: PreTrainedModel, models: Models, count: int, length: int, new: int, turns: int
 ) -> dict[str, Timing]:
     """So many texts at once, from their prompts to their last tokens. transformers' batching runs
-    in a thread that keeps asking for work and takes a quarter of our speed while it waits: it is
-    started for its own turns, warmed up, and stopped again."""
+    in a thread that keeps asking for work and slows our turns while it waits: it is started for
+    its own turns, warmed up, and stopped again."""
     generator = torch.Generator().manual_seed(count)
     ours = {
         kind: functools.partial(_ours, Engine(model, rows=count), new)

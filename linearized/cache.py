@@ -134,8 +134,8 @@ class StateCache(Cache):
 def _before_forward(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Give `generate()` of transformers a state instead of its key/value cache, and
-    several documents in a row their segments and positions."""
+    """Give `generate()` of transformers a state instead of its key/value cache, and several
+    documents in a row their segments and positions."""
     if kwargs.get("linear_context") is not None:
         return None
     kwargs = _named(module, args, kwargs)
