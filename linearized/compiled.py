@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from linearized.attention.base import LinearAttention
 from linearized.context import Context
 from linearized.errors import ConfigError, ModelError
+from linearized.near import Near
 from linearized.state import DecodeState, GroupState, History
 from linearized.step import PARTS, Step, forward, layout_of, set_stepper, stepper_of
 from linearized.tree import Tree
@@ -79,16 +80,17 @@ class CompiledStep:
         inputs.mark()
         rows, num_nodes = tree.shape
         lies_whole = state.layers.memory.is_contiguous()
-        run = self._program(rows == 1, num_nodes == 1, lies_whole, hidden)
+        kind = (rows == 1, num_nodes == 1, lies_whole, hidden)
+        run = self._program(state.layers.near, *kind)
         found: Step = run(*inputs.tensors, hidden)
         return found
 
-    def _program(self, *kind: bool) -> Any:
+    def _program(self, near: Near, *kind: bool) -> Any:
         if self._parts is None or self._parts.changed:
             self._parts = _Parts(self.model)
             self._programs.clear()
         if kind not in self._programs:
-            self._programs[kind] = _compiled(self.model)
+            self._programs[kind] = _compiled(self.model, near)
         return self._programs[kind]
 
 
@@ -122,7 +124,7 @@ def _mark(tensor: Tensor, dims: Iterable[int]) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)  # type: ignore[no-untyped-call]
 
 
-def _compiled(model: PreTrainedModel) -> Any:
+def _compiled(model: PreTrainedModel, near: Near) -> Any:
     def run(
         tokens: Tensor,
         visible: Tensor,
@@ -139,7 +141,7 @@ def _compiled(model: PreTrainedModel) -> Any:
         history = None
         if past_keys is not None and past_values is not None:
             history = History(past_keys, past_values)
-        layers = GroupState(memory, keys, values, tail, length)
+        layers = GroupState(memory, keys, values, tail, length, near)
         state = DecodeState(layers, "", history=history, shift=shift)
         context = Context(state=state, layout=layout_of(visible, state, trim=False))
         return forward(model, tokens, context, hidden=hidden)

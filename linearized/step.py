@@ -75,7 +75,7 @@ def read(
 def layout_of(visible: Tensor, state: DecodeState, *, trim: bool) -> ops.Layout:
     """How the nodes of trees [B, N, N] lie to a state."""
     layers = state.layers
-    return ops.Layout.of(visible, state.length, group=layers.group, taps=layers.taps, trim=trim)
+    return ops.Layout.of(visible, state.length, near=layers.near, taps=layers.taps, trim=trim)
 
 
 def stepper_of(model: PreTrainedModel) -> Stepper | None:

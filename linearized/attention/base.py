@@ -189,7 +189,7 @@ class LinearAttention(nn.Module):
             key_width=keys.shape[-1],
             value_width=values.shape[-1],
             tail_width=place.value_width,
-            group=self.form.group,
+            near=self.form.near,
             taps=1 if self.taps is None else self.taps.shape[1],
             dtype=keys.dtype,
             device=device,

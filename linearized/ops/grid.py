@@ -1,9 +1,9 @@
 """Where tokens go on the grid of groups, and the walk over a sequence on it. Knows positions,
 padding and documents; what pairs weigh is its caller's.
 
-A token's slot is its position less that of the open group's first token, so that slot // G is its
-group; a document begins on a group's first slot. Slots without a token hold zeros, which weigh
-nothing. B batch, T tokens, C groups, G group size.
+A token's slot is its position less that of the oldest near group's first token, so that slot // G
+counts groups; a document begins on a group's first slot. Slots without a token hold zeros, which
+weigh nothing. B batch, T tokens, C groups, G group size.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearized import documents
+from linearized.near import Near
 from linearized.ops.form import Form
 from linearized.ops.reference import unit
 from linearized.state import GroupState
@@ -42,14 +43,20 @@ def over_grid(
     if unit_norm and state is not None:  # its keys have norm 1 already
         q, k, unit_norm = unit(q), unit(k), False
     length = state.length if state is not None and form.grouped else None
-    size = form.group if form.grouped else chunk
-    grid = Grid.of(q.shape[2], size, length=length, mask=mask, segments=segments)
-    memory = before = valid = None
+    near = form.near if form.grouped else Near(chunk)
+    grid = Grid.of(q.shape[2], near, length=length, mask=mask, segments=segments)
+    memory = before = valid = sinks = None
     keys, values = grid.place(k), grid.place(v)
     if state is not None:
-        keys, values = grid.prepend(keys, state.keys), grid.prepend(values, state.values)
+        keys = grid.prepend(keys, state.keys, near, length)
+        values = grid.prepend(values, state.values, near, length)
         memory = state.memory
         before = grid.before(state.tail) if taps is not None else None
+    if near.sinks:
+        sinks = (
+            grid.sinks(keys, near, None if state is None else state.keys),
+            grid.sinks(values, near, None if state is None else state.values),
+        )
     if form.inside == "softmax" and not form.causal and grid.slots is not None:
         valid = grid.valid(q.shape[0], q.device)
     out = scan(
@@ -64,6 +71,7 @@ def over_grid(
         before=before,
         start=grid.start,
         valid=valid,
+        sinks=sinks,
     )
     return grid.take(out)
 
@@ -79,9 +87,10 @@ class Grid:
     tokens: Tensor | None = None
     """[B, S], of each slot, -1: none."""
     offset: Tensor | None = None
-    """[B], tokens already in the open group; None: none."""
+    """[B], tokens that come before these on the grid; None: none."""
     start: Tensor | None = None
-    """[B, C], first group of the document that a group belongs to; None: one document."""
+    """[B, C], first group of the document that a group belongs to, less than 0 where that began
+    before slot 0; None: one document, 0 (or no matter)."""
     whole: bool = False
     """Is there a token in every column?"""
 
@@ -89,7 +98,7 @@ class Grid:
     def of(
         cls,
         num_tokens: int,
-        group: int,
+        near: Near,
         *,
         length: Tensor | None = None,  # [B], tokens before these
         mask: Tensor | None = None,  # [B, T]
@@ -99,11 +108,14 @@ class Grid:
         """A token where `mask` is not False; a new document where `segments` changes. With `look`
         it is looked whether any group is open, which spares work where none is, and waits for a
         GPU."""
+        group = near.group
         if segments is not None:
             return _of_documents(group, segments, mask)
-        offset = None
-        if length is not None and group > 1 and not (look and not bool((length % group).any())):
-            offset = length % group
+        offset = start = None
+        if length is not None and near.slots > 1:
+            offset = length - near.oldest(length)
+            if look and not bool((length if near.sinks else offset).any()):
+                offset = None
         if mask is None and offset is None:
             return cls(num_tokens, num_tokens)
         if mask is None:
@@ -113,13 +125,16 @@ class Grid:
             ranks = mask.long().cumsum(1) - 1
         slots = ranks
         num_slots = -(-num_tokens // group) * group
-        if offset is not None:  # the open group's tokens come first
+        if offset is not None:  # the near tokens come first
             slots = ranks + offset[:, None]
-            num_slots = -(-(num_tokens + group - 1) // group) * group
+            num_slots = -(-(num_tokens + near.ring - 1) // group) * group
+            if length is not None and near.slots > group:
+                begins = -(near.oldest(length) // group)
+                start = begins[:, None].expand(-1, num_slots // group)
         if mask is not None:
             slots = torch.where(mask.bool(), slots, -1)
         tokens = _inverse(slots, num_slots)
-        return cls(num_tokens, num_slots, slots, tokens, offset, whole=mask is None)
+        return cls(num_tokens, num_slots, slots, tokens, offset, start, whole=mask is None)
 
     def place(self, x: Tensor) -> Tensor:
         """[B, K, T, X] to [B, K, S, X]."""
@@ -128,11 +143,29 @@ class Grid:
         placed: Tensor = _Move.apply(x, self.tokens, self.slots, False, self.whole)
         return placed
 
-    def prepend(self, placed: Tensor, open_group: Tensor) -> Tensor:
-        """Add the open group's slots; they are zero where the new tokens lie."""
+    def prepend(self, placed: Tensor, old: Tensor, near: Near, length: Tensor | None) -> Tensor:
+        """Add what a state holds [B, K, slots, X] after `length` tokens, in order of time. It holds
+        zeros where the new tokens lie."""
         if self.offset is None:
             return placed
-        return placed + F.pad(open_group, (0, 0, 0, placed.shape[2] - open_group.shape[2]))
+        if near.slots > near.group:
+            assert length is not None
+            index = torch.arange(near.ring, device=old.device)
+            old = gather(old, near.slot(near.oldest(length)[:, None] + index))
+        return placed + F.pad(old, (0, 0, 0, placed.shape[2] - old.shape[2]))
+
+    def sinks(self, x: Tensor, near: Near, old: Tensor | None) -> Tensor:
+        """[B, K, C or 1, sinks, X], those of each group's document, of what lies on the grid and
+        what a state holds."""
+        if self.start is None:
+            first = x[:, :, : near.sinks]
+            return F.pad(first, (0, 0, 0, near.sinks - first.shape[2]))[:, :, None]
+        if old is None:
+            index = near.group * self.start[:, :, None] + torch.arange(near.sinks, device=x.device)
+            index = index.flatten(1).clamp(max=x.shape[2] - 1)
+            return gather(x, index).unflatten(2, (-1, near.sinks))
+        here = (self.start[:, 0] == 0)[:, None, None, None]
+        return torch.where(here, x[:, :, : near.sinks], old[:, :, : near.sinks])[:, :, None]
 
     def before(self, tail: Tensor) -> Tensor:
         """The M-1 values before slot 0, as far as the new tokens reach, from the last M-1."""
@@ -231,7 +264,7 @@ def _of_documents(group: int, segments: Tensor, mask: Tensor | None) -> Grid:
     facts = torch.stack([ends[:, -1].max(), document.max(), moved.long()])
     num_groups, last, is_moved = facts.tolist()
     if last == 0:
-        return Grid.of(num_tokens, group, mask=mask)
+        return Grid.of(num_tokens, Near(group), mask=mask)
     num_groups = max(num_groups, 1)
     columns = torch.arange(num_groups, device=segments.device).expand(rows, -1).contiguous()
     owner = torch.searchsorted(ends, columns, right=True).clamp(max=num_tokens - 1)

@@ -98,7 +98,7 @@ def attend_tree(
     check_parents(parents, q.shape[0], q.shape[2])
     trim = not parents.is_cuda  # looking would wait for a GPU
     layout = Layout.of(
-        ancestors(parents), state.length, group=state.group, taps=state.taps, trim=trim
+        ancestors(parents), state.length, near=state.near, taps=state.taps, trim=trim
     )
     return choose(backend).attend_tree(
         unit(q), unit(k), v, layout, state, form=form, alpha=alpha, taps=taps

@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from linearized.errors import ConfigError, StateError
+from linearized.near import Near
 from linearized.ops.backends import choose
 from linearized.ops.form import CONVOLUTION, Form
 from linearized.ops.layout import Layout
@@ -87,14 +88,15 @@ def convolve(
     empty = v.new_zeros(v.shape[0], taps.shape[0], v.shape[2], 0)
     tail = None
     if state is not None:
-        group = state.group if layout is not None else 1
-        shape = (*v.shape[:2], group)
+        near = state.near if layout is not None else Near(1)
+        shape = (*v.shape[:2], near.slots)
         tail = GroupState(
             memory=v.new_zeros(*v.shape[:2], 0, v.shape[3]),
             keys=v.new_zeros(*shape, 0),
             values=v.new_zeros(*shape, v.shape[3]),
             tail=state.tail,
             length=state.length,
+            near=near,
         )
     form = replace(CONVOLUTION, causal=causal)
     return linear_attention(
@@ -175,20 +177,21 @@ def check(
     if state is None:
         return
     num_taps = state.taps if taps is None else taps.shape[1]
-    group = form.group if form.grouped else state.group
+    near = form.near if form.grouped else state.near
     tail_width = state.tail.shape[-1] if taps is None else v.shape[3]
-    want = (q.shape[0], k.shape[1], group, form.features, k.shape[3], v.shape[3])
+    sizes = (near.group, near.window, near.sinks)
+    want = (q.shape[0], k.shape[1], *sizes, form.features, k.shape[3], v.shape[3])
     have = (
         state.length.shape[0],
         state.keys.shape[1],
-        state.group,
+        *(state.near.group, state.near.window, state.near.sinks),
         state.memory.shape[-2],
         state.keys.shape[-1],
         state.values.shape[-1],
     )
     if (*want, num_taps, tail_width) != (*have, state.taps, state.tail.shape[-1]):
         raise StateError(
-            "the state does not fit: its batch, heads, group, features, key width, value width, "
-            f"taps and tail width are {(*have, state.taps, state.tail.shape[-1])}, the call's are "
-            f"{(*want, num_taps, tail_width)}"
+            "the state does not fit: its batch, heads, group, window, sinks, features, key width, "
+            f"value width, taps and tail width are {(*have, state.taps, state.tail.shape[-1])}, "
+            f"the call's are {(*want, num_taps, tail_width)}"
         )

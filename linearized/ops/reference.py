@@ -3,9 +3,9 @@ differentiable. Every faster backend is tested against it. (You et al., ICML 202
 tree form is this project's.)
 
 B batch, H query heads, K key/value heads (each serves H/K query heads), T tokens or tree nodes,
-X width of queries and keys, U width of values, G group size, M taps. `Form` says what a pair
-weighs; the convolution adds w_{h,i} for a token i back; closed groups of the past are in the
-state's memory. Sums are in float32 at least, and rounded once.
+X width of queries and keys, U width of values, S slots of a state, M taps. `Form` says what a pair
+weighs; the convolution adds w_{h,i} for a token i back; far tokens of the past are in the state's
+memory. Sums are in float32 at least, and rounded once.
 """
 
 from __future__ import annotations
@@ -66,30 +66,34 @@ def attend_tree(
 
 
 def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
-    """Take T more tokens into the state, in place, token by token: a group that fills is added to
-    the memory and its slots are cleared. See `backends.Backend`."""
+    """Take T more tokens into the state, in place, token by token: what becomes far is added to the
+    memory and its slots are cleared. See `backends.Backend`."""
     num_tokens, width = k.shape[-2:]
     features, own = width - state.memory.shape[-2], v.shape[-1] - state.tail.shape[-1]
     if mask is None:
         mask = torch.ones(len(state.length), num_tokens, dtype=torch.bool, device=k.device)
     mask = mask.bool()
+    near = state.near
     memory, keys, values, tail, length = (x.clone() for x in state.tensors().values())
-    slots = torch.arange(state.group, device=k.device)
+    slots, held = torch.arange(near.slots, device=k.device), near.held(length)
     for t in range(num_tokens):
         here = mask[:, t]  # B
-        slot = (slots == (length % state.group)[:, None]) & here[:, None]  # B G
+        slot = (slots == near.slot(length)[:, None]) & here[:, None]  # B S
+        held = torch.where(slot, length[:, None], held)
         slot = slot[:, None, :, None]
         keys = torch.where(slot, k[..., t, None, :].to(keys.dtype), keys)
         values = torch.where(slot, v[..., t, None, :].to(values.dtype), values)
         newest = torch.cat([tail, v[..., t, None, own:].to(tail.dtype)], dim=-2)[..., 1:, :]
         tail = torch.where(here[:, None, None, None], newest, tail)
         length = length + here
-        full = (here & (length % state.group == 0))[:, None, None, None]
+        leaves = (held >= near.sinks) & (held < near.oldest(length)[:, None])  # B S
+        held = torch.where(leaves, -1, held)
+        leaves = leaves[:, None, :, None]
         wide = memory.dtype
-        added = keys[..., features:].to(wide).transpose(-1, -2) @ values.to(wide)
-        memory = torch.where(full, memory + added, memory)
-        keys = torch.where(full, 0, keys)
-        values = torch.where(full, 0, values)
+        far = torch.where(leaves, keys[..., features:], 0).to(wide)
+        memory = memory + far.transpose(-1, -2) @ values.to(wide)
+        keys = torch.where(leaves, 0, keys)
+        values = torch.where(leaves, 0, values)
     for old, new in zip(
         state.tensors().values(), (memory, keys, values, tail, length), strict=True
     ):
@@ -113,7 +117,7 @@ def empty_state(k: Tensor, v: Tensor, *, form: Form, taps: Tensor | None) -> Gro
         key_width=k.shape[3],
         value_width=v.shape[3],
         tail_width=v.shape[3],
-        group=form.group,
+        near=form.near,
         taps=1 if taps is None else taps.shape[1],
         dtype=k.dtype,
         device=k.device,
@@ -132,17 +136,18 @@ def _attend(
     taps: Tensor | None,
     state: GroupState,
 ) -> Tensor:
-    num_tokens, group = q.shape[2], state.group
+    num_tokens, near = q.shape[2], state.near
     repeats, dtype = q.shape[1] // k.shape[1], v.dtype
     wide = torch.promote_types(q.dtype, state.memory.dtype)
     q, k, v = (x.to(wide) for x in (q, k, v))
-    start = state.length // group * group  # B, first position of the open group
-    slots = start[:, None] + torch.arange(group, device=q.device)  # B G
-    before = slots[:, None, :] < state.length[:, None, None]
-    key_positions = torch.cat([slots, positions], dim=1)[:, None, :]  # B 1 G+T
-    seen = torch.cat([before.expand(-1, num_tokens, -1), visible], dim=2)  # B T G+T
-    same = seen & (key_positions // group == positions[:, :, None] // group)
-    earlier = seen & ~same
+    held = near.held(state.length)  # B S
+    before = (held >= 0)[:, None, :].expand(-1, num_tokens, -1)
+    key_positions = torch.cat([held, positions], dim=1)[:, None, :]  # B 1 S+T
+    seen = torch.cat([before, visible], dim=2)  # B T S+T
+    is_near = near.sees(positions[:, :, None], key_positions)
+    if not form.causal:  # then there is no window, and groups lie on both sides
+        is_near = key_positions // near.group == positions[:, :, None] // near.group
+    same, far = seen & is_near, seen & ~is_near
 
     keys = torch.cat([state.keys.to(wide), k], dim=2).repeat_interleave(repeats, dim=1)
     values = torch.cat([state.values.to(wide), v], dim=2).repeat_interleave(repeats, dim=1)
@@ -151,11 +156,11 @@ def _attend(
         return _slots(q, keys, values, seen, memory).to(dtype)
     num_features, width = form.features, q.shape[3]
     inside = width - num_features if width > num_features else width
-    local = q[..., :inside] @ keys[..., :inside].transpose(-1, -2)  # B H T G+T
+    local = q[..., :inside] @ keys[..., :inside].transpose(-1, -2)  # B H T S+T
     scale = q.new_ones(q.shape[1], 1, 1) if alpha is None else alpha.to(wide)[:, None, None]
     features = scale * q[..., width - num_features :]
     across = features @ keys[..., width - num_features :].transpose(-1, -2)
-    weights = _inside(form.inside, local, across, same[:, None]) + across * earlier[:, None]
+    weights = _inside(form.inside, local, across, same[:, None]) + across * far[:, None]
     out = weights @ values + features @ memory
     if taps is None:
         return out.to(dtype)
@@ -173,7 +178,7 @@ def _attend(
 
 
 def _inside(kind: str, local: Tensor, across: Tensor, same: Tensor) -> Tensor:
-    """Weights of the pairs in one group."""
+    """Weights of the near pairs."""
     if kind == "none":
         return torch.zeros_like(local)
     if kind == "linear":
@@ -189,7 +194,7 @@ def _inside(kind: str, local: Tensor, across: Tensor, same: Tensor) -> Tensor:
 
 def _slots(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, memory: Tensor) -> Tensor:
     """Linformer's two sums, a memory for every token."""
-    seen = seen[:, None].to(keys.dtype)  # B 1 T G+T
+    seen = seen[:, None].to(keys.dtype)  # B 1 T S+T
     tokens = torch.einsum("bhjr,bhju->bhjru", keys, values)
     memories = torch.einsum("bxtj,bhjru->bhtru", seen, tokens) + memory[:, :, None]
     width = q.shape[3]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linearized.errors import StateError
+from linearized.near import Near
 from linearized.state import saved
 from linearized.state.group import GroupState
 from linearized.state.history import History
@@ -74,7 +75,7 @@ class DecodeState:
         """Views of one linearized layer's tensors, [B, …]."""
         stacked = self.layers.tensors()
         length = stacked.pop("length")
-        return GroupState(**{name: t[index] for name, t in stacked.items()}, length=length)
+        return self.layers.having(**{n: t[index] for n, t in stacked.items()}, length=length)
 
     def rows(self, start: int, stop: int) -> DecodeState:
         """Views of some neighbouring rows: whoever writes them writes this state."""
@@ -143,7 +144,7 @@ class DecodeState:
         """As safetensors, for `from_bytes` on any machine. Equal states give equal bytes."""
         held = {name: x for name, x in self._tensors().items() if name not in NOTES}
         tensors = {name: self._held(name, x).contiguous() for name, x in held.items()}
-        return saved.write(tensors, self.fingerprint)
+        return saved.write(tensors, self.fingerprint, self.layers.near)
 
     @classmethod
     @torch.inference_mode(False)
@@ -153,12 +154,12 @@ class DecodeState:
         Raises:
             StateError: the bytes are something else, cut short, or of another version.
         """
-        found, fingerprint = saved.read(blob)
+        found, fingerprint, near = saved.read(blob)
         tensors = {name: tensor.to(device) for name, tensor in found.items()}
         if "history.keys" in tensors:
             tensors[FILLED] = tensors["length"].cpu().clone()
         tensors[STAMP] = new_stamps(len(tensors["length"]))
-        return cls._of(tensors, fingerprint)
+        return cls._of(tensors, fingerprint, near)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self.layers.tensors()
@@ -185,16 +186,17 @@ class DecodeState:
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> DecodeState:
         changed = {name: change(name, tensor) for name, tensor in self._tensors().items()}
-        return self._of(changed, self.fingerprint)
+        return self._of(changed, self.fingerprint, self.layers.near)
 
     @classmethod
-    def _of(cls, tensors: dict[str, Tensor], fingerprint: str) -> DecodeState:
+    def _of(cls, tensors: dict[str, Tensor], fingerprint: str, near: Near) -> DecodeState:
         cross, shift = tensors.pop("cross", None), tensors.pop("shift", None)
         stamp = tensors.pop(STAMP, None)
         names = ("history.keys", "history.values", FILLED)
         keys, values, filled = (tensors.pop(name, None) for name in names)
         history = None if keys is None or values is None else History(keys, values, filled)
-        return cls(GroupState(**tensors), fingerprint, history, cross, shift, stamp)
+        layers = GroupState(**tensors, near=near)
+        return cls(layers, fingerprint, history, cross, shift, stamp)
 
 
 _stamps = itertools.count(1)

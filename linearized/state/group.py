@@ -1,9 +1,9 @@
-"""What linear attention remembers: a memory of closed groups, the open group, the last values.
+"""What linear attention remembers: a memory of far tokens, the near ones, the last values.
 Knows tensors; knows nothing of tokens.
 
 L linearized layers, B rows (one sequence each), K key/value heads, F width of the features that go
 into the memory, X key width (of which the last F columns are the features), U value width, E width
-of a head's own values (the last E columns of the U), G group size, M convolution taps.
+of a head's own values (the last E columns of the U), S slots of near tokens, M convolution taps.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearized.near import Near
+
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
@@ -20,15 +22,16 @@ class GroupState:
     of them stacked ([L, B, …]). Slots that hold no token are zero, and so weigh nothing."""
 
     memory: Tensor
-    """[…, K, F, U], Σ φ(k) vᵀ over closed groups; float32 at least."""
+    """[…, K, F, U], Σ φ(k) vᵀ over far tokens; float32 at least."""
     keys: Tensor
-    """[…, K, G, X], of the open group."""
+    """[…, K, S, X], of near tokens, each in the slot that `near` says."""
     values: Tensor
-    """[…, K, G, U], of the open group."""
+    """[…, K, S, U], of near tokens."""
     tail: Tensor
     """[…, K, M-1, E], the last values in order of time, for the convolution."""
     length: Tensor
     """[B], int64, tokens folded in so far."""
+    near: Near
 
     @classmethod
     def empty(
@@ -39,7 +42,7 @@ class GroupState:
         key_width: int,
         value_width: int,
         tail_width: int,
-        group: int,
+        near: Near,
         taps: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
@@ -51,10 +54,11 @@ class GroupState:
 
         return cls(
             memory=zeros(features, value_width, of=torch.promote_types(dtype, torch.float32)),
-            keys=zeros(group, key_width),
-            values=zeros(group, value_width),
+            keys=zeros(near.slots, key_width),
+            values=zeros(near.slots, value_width),
             tail=zeros(taps - 1, tail_width),
             length=torch.zeros(leading[-1], dtype=torch.int64, device=device),
+            near=near,
         )
 
     @classmethod
@@ -63,13 +67,13 @@ class GroupState:
     ) -> GroupState:
         """Of a model without linear layers: lengths."""
         return cls.empty(
-            0, rows, heads=1, features=0, key_width=0, value_width=0, tail_width=0, group=1, taps=1,
-            dtype=dtype, device=device,
+            0, rows, heads=1, features=0, key_width=0, value_width=0, tail_width=0,
+            near=Near(1), taps=1, dtype=dtype, device=device,
         )  # fmt: skip
 
     @property
     def group(self) -> int:
-        return self.keys.shape[-2]
+        return self.near.group
 
     @property
     def taps(self) -> int:
@@ -81,7 +85,9 @@ class GroupState:
         if self.memory.ndim == 5:
             return self
         memory, keys, values, tail = self.memory, self.keys, self.values, self.tail
-        return GroupState(memory[None], keys[None], values[None], tail[None], self.length)
+        return self.having(
+            memory=memory[None], keys=keys[None], values=values[None], tail=tail[None]
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -92,5 +98,9 @@ class GroupState:
             "length": self.length,
         }
 
+    def having(self, **tensors: Tensor) -> GroupState:
+        """The same with these tensors in place of its own."""
+        return GroupState(**{**self.tensors(), **tensors}, near=self.near)
+
     def clone(self) -> GroupState:
-        return GroupState(**{name: tensor.clone() for name, tensor in self.tensors().items()})
+        return self.having(**{name: tensor.clone() for name, tensor in self.tensors().items()})

@@ -5,7 +5,7 @@ knows nothing of what they mean.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import safetensors
 import safetensors.torch
@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from linearized.errors import StateError
+from linearized.near import Near
 from linearized.state.group import GroupState
 
-FORMAT = "linearized-state/2"
+FORMAT = "linearized-state/3"
 OPTIONAL = {"history.keys", "history.values", "cross", "shift"}
 
 
-def write(tensors: dict[str, Tensor], fingerprint: str) -> bytes:
+def write(tensors: dict[str, Tensor], fingerprint: str, near: Near) -> bytes:
     """Equal tensors give equal bytes."""
-    metadata = {"format": FORMAT, "fingerprint": fingerprint}
+    metadata = {"format": FORMAT, "fingerprint": fingerprint, "near": json.dumps(asdict(near))}
     return _in_order(safetensors.torch.save(tensors, metadata=metadata))
 
 
-def read(blob: bytes) -> tuple[dict[str, Tensor], str]:
-    """The tensors that `write` was given, and the fingerprint.
+def read(blob: bytes) -> tuple[dict[str, Tensor], str, Near]:
+    """What `write` was given.
 
     Raises:
         StateError: the bytes are something else, cut short, or of another version.
@@ -41,16 +42,31 @@ def read(blob: bytes) -> tuple[dict[str, Tensor], str]:
         tensors = safetensors.torch.load(blob)
     except (safetensors.SafetensorError, ValueError) as error:
         raise StateError(f"damaged decode state: {error}") from error
-    names = {field.name for field in fields(GroupState)}
+    names = {field.name for field in fields(GroupState)} - {"near"}
     known = names <= set(tensors) <= names | OPTIONAL
     halved = ("history.keys" in tensors) != ("history.values" in tensors)
     if not known or halved or "fingerprint" not in metadata:
         raise StateError(f"damaged decode state: it holds {', '.join(sorted(tensors))}")
-    _check_shapes(tensors)
-    return tensors, metadata["fingerprint"]
+    near = _near(metadata.get("near", ""))
+    _check_shapes(tensors, near)
+    return tensors, metadata["fingerprint"], near
 
 
-def _check_shapes(tensors: dict[str, Tensor]) -> None:
+def _near(text: str) -> Near:
+    """From the header."""
+    names = [field.name for field in fields(Near)]
+    try:
+        found = json.loads(text)
+        sizes = [found[name] for name in names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"damaged decode state: near is {text!r}") from error
+    whole = all(type(size) is int and 0 <= size < 1 << 31 for size in sizes)
+    if len(found) != len(names) or not whole or not sizes[0]:
+        raise StateError(f"damaged decode state: near is {text!r}")
+    return Near(*sizes)
+
+
+def _check_shapes(tensors: dict[str, Tensor], near: Near) -> None:
     """Raises StateError unless the tensors of a state fit each other."""
 
     def fits(ok: bool, name: str) -> None:
@@ -74,6 +90,7 @@ def _check_shapes(tensors: dict[str, Tensor]) -> None:
         fits(tensor.ndim == (3 if name == "shift" else 5), name)
         fits(tensor.shape[1] == len(length), name)
     memory, keys, values, tail = (tensors[n].shape for n in ("memory", "keys", "values", "tail"))
+    fits(keys[3] == near.slots, "keys")
     fits(keys[:4] == values[:4], "values")
     fits(memory[:3] == keys[:3] and memory[3] <= keys[4] and memory[4] == values[4], "memory")
     fits(tail[:3] == keys[:3] and tail[4] <= values[4], "tail")

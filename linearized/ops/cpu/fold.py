@@ -1,6 +1,6 @@
 """A state after more tokens, in place. Knows groups and slots; knows nothing of queries.
 
-L layers, B rows, K key/value heads, T tokens, G group size, S slots of the grid, M taps.
+L layers, B rows, K key/value heads, T tokens, S slots of the grid, M taps.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -
 def _rows(layers: GroupState, rows: Tensor) -> GroupState:
     """Copies."""
     tensors = {n: x[:, rows] for n, x in layers.tensors().items() if n != "length"}
-    return GroupState(**tensors, length=layers.length[rows])
+    return layers.having(**tensors, length=layers.length[rows])
 
 
 def _fill(layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    """Put tokens into slots of the open group; no group is filled by that."""
-    first = layers.length % layers.group
-    if mask is None and len(first) == 1:
-        slot, num_tokens = int(first), k.shape[3]
+    """Put tokens into slots; no group is filled by that."""
+    near, length = layers.near, layers.length
+    if mask is None and len(length) == 1 and (first := int(length)) >= near.sinks:
+        slot, num_tokens = near.sinks + first % near.ring, k.shape[3]
         layers.keys[:, :, :, slot : slot + num_tokens] = k
         layers.values[:, :, :, slot : slot + num_tokens] = v
     elif mask is None:
-        slots = first[:, None] + torch.arange(k.shape[3], device=k.device)
+        slots = near.slot(length[:, None] + torch.arange(k.shape[3], device=k.device))
         index = slots[None, :, None, :, None]
         layers.keys.scatter_(3, index.expand_as(k), k)
         layers.values.scatter_(3, index.expand_as(v), v)
     else:
         rows, columns = mask.nonzero(as_tuple=True)
-        slots = first[rows] + (mask.long().cumsum(1) - 1)[rows, columns]
+        slots = near.slot(length[rows] + (mask.long().cumsum(1) - 1)[rows, columns])
         layers.keys[:, rows, :, slots] = k[:, rows, :, columns]
         layers.values[:, rows, :, slots] = v[:, rows, :, columns]
     _slide(layers.tail, v, mask)
@@ -94,28 +94,33 @@ def _slide(tail: Tensor, v: Tensor, mask: Tensor | None) -> None:
 def _close(
     layers: GroupState, k: Tensor, v: Tensor, mask: Tensor | None, look: bool = True
 ) -> None:
-    """Add what fills a group to the memory, keep the rest."""
-    num_layers, _, group = k.shape[0], k.shape[1], layers.group
-    features = layers.memory.shape[3]
-    if group == 1 and mask is None:  # every token fills one
+    """Add what becomes far to the memory, keep the rest."""
+    num_layers, near, features = k.shape[0], layers.near, layers.memory.shape[3]
+    if near.slots == 1 and mask is None:  # every token fills a group
         _remember(layers.memory, k[..., k.shape[4] - features :], v)
         _slide(layers.tail, v, None)
         return
     length = layers.length.repeat(num_layers)
     repeated = None if mask is None else mask.repeat(num_layers, 1)
-    grid = Grid.of(k.shape[3], group, length=length, mask=repeated, look=look)
-    keys = grid.prepend(grid.place(k.flatten(0, 1)), layers.keys.flatten(0, 1))  # L·B K S X
-    values = grid.prepend(grid.place(v.flatten(0, 1)), layers.values.flatten(0, 1))
+    grid = Grid.of(k.shape[3], near, length=length, mask=repeated, look=look)
+    keys, values = (
+        grid.prepend(grid.place(new.flatten(0, 1)), old.flatten(0, 1), near, length)
+        for new, old in ((k, layers.keys), (v, layers.values))
+    )  # L·B K S X
     count = torch.full_like(length, k.shape[3]) if repeated is None else repeated.sum(1)
-    closed = (length % group + count) // group * group  # L·B, slots
-    is_closed = (torch.arange(keys.shape[2], device=k.device) < closed[:, None]).to(keys.dtype)
-    far = keys[..., keys.shape[3] - features :] * is_closed[:, None, :, None]
+    first = near.oldest(length)[:, None]  # the position of slot 0
+    index = torch.arange(keys.shape[2], device=k.device)
+    leaves = (index < near.oldest(length + count)[:, None] - first) & (index + first >= near.sinks)
+    far = keys[..., keys.shape[3] - features :] * leaves[:, None, :, None].to(keys.dtype)
     _remember(layers.memory, far.unflatten(0, k.shape[:2]), values.unflatten(0, k.shape[:2]))
-    slots = closed[:, None] + torch.arange(group, device=k.device)  # L·B G
-    there = (slots < keys.shape[2])[:, None, :, None]
-    slots = slots.clamp(max=keys.shape[2] - 1)
-    layers.keys.copy_((gather(keys, slots) * there).unflatten(0, k.shape[:2]))
-    layers.values.copy_((gather(values, slots) * there).unflatten(0, k.shape[:2]))
+    held = near.held(length + count)
+    slots = torch.where(held < 0, keys.shape[2], held - first)  # L·B S
+    for line, kept in ((keys, layers.keys), (values, layers.values)):
+        there = ((slots >= 0) & (slots < line.shape[2]))[:, None, :, None]
+        found = gather(line, slots.clamp(0, line.shape[2] - 1)) * there
+        if near.sinks:  # those that came before slot 0 stay
+            found = torch.where((slots < 0)[:, None, :, None], kept.flatten(0, 1), found)
+        kept.copy_(found.unflatten(0, k.shape[:2]))
     _slide(layers.tail, v, mask)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from linearized.ops.cpu.segment import Walk, attend_segment
 from linearized.ops.form import Form
@@ -31,6 +32,7 @@ def scan(
     before: Tensor | None,  # [B, K, M-1, U], values before slot 0
     start: Tensor | None,  # [B, C], first chunk of a chunk's document
     valid: Tensor | None = None,  # [B, S], for softmax in both directions
+    sinks: tuple[Tensor, Tensor] | None = None,  # [B, K, C or 1, sinks, X or U], keys and values
 ) -> Tensor:
     """Outputs [B, H, S, U] of the tokens on a grid."""
     walk = Walk.of(q, k, v, form=form, unit_norm=unit_norm, taps=taps, start=start, valid=valid)
@@ -39,7 +41,7 @@ def scan(
         memory = k.new_zeros(*k.shape[:2], form.features, v.shape[3], dtype=wide)
     if before is None:
         before = v.new_zeros(*v.shape[:2], walk.num_tail, v.shape[3])
-    inputs = (q, k, v, alpha, taps, memory, before)
+    inputs = (q, k, v, alpha, taps, memory, before, *(sinks or (None, None)))
     learns = any(x is not None and x.requires_grad for x in inputs)
     if not learns or not torch.is_grad_enabled():
         return _walk(walk, *inputs)[0]
@@ -56,6 +58,8 @@ def _walk(
     taps: Tensor | None,
     memory: Tensor,
     before: Tensor,
+    sink_keys: Tensor | None,
+    sink_values: Tensor | None,
     *,
     keeps: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -65,12 +69,13 @@ def _walk(
     batch, heads, num_slots, _ = q.shape
     # Heads beside each other in memory, where models want them.
     out = v.new_empty(batch, num_slots, heads, _out_width(walk.form, q, v)).transpose(1, 2)
+    whole = {"q": q, "k": k, "v": v, "sink_keys": sink_keys, "sink_values": sink_values}
     for first, last in walk.segments():
         part = slice(first * walk.chunk, last * walk.chunk)
-        past = _past(v, before, part.start, walk.num_tail)
         out[:, :, part], memory = attend_segment(
-            q[:, :, part], k[:, :, part], v[:, :, part], alpha, taps, memory, past, walk, first
-        )
+            **_inputs(walk, whole, first, last), alpha=alpha, taps=taps, memory=memory,
+            past=_past(v, before, part.start, walk.num_tail), walk=walk, first=first,
+        )  # fmt: skip
         if keeps:
             memories.append(memory)
     return out, memories
@@ -80,38 +85,30 @@ class _Scan(torch.autograd.Function):
     """The walk, forwards; and back, computing each segment again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        walk: Walk,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        alpha: Tensor | None,
-        taps: Tensor | None,
-        memory: Tensor,
-        before: Tensor,
-    ) -> Tensor:
-        out, memories = _walk(walk, q, k, v, alpha, taps, memory, before, keeps=True)
+    def forward(ctx: Any, walk: Walk, *inputs: Tensor | None) -> Tensor:
+        out, memories = _walk(walk, *inputs, keeps=True)  # type: ignore[arg-type]
         ctx.walk = walk
-        ctx.save_for_backward(q, k, v, alpha, taps, before, *memories)
+        q, k, v, alpha, taps, _, before, *sinks = inputs
+        ctx.save_for_backward(q, k, v, alpha, taps, before, *sinks, *memories)
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         walk: Walk = ctx.walk
-        q, k, v, alpha, taps, before, *memories = ctx.saved_tensors
-        whole = {"q": q, "k": k, "v": v, "alpha": alpha, "taps": taps, "past": before}
-        to = {name: torch.zeros_like(x) for name, x in whole.items() if x is not None}
-        for name in ("alpha", "taps"):  # a sum over all segments
-            if name in to:
-                to[name] = to[name].to(memories[-1].dtype)
+        q, k, v, alpha, taps, before, sink_keys, sink_values, *memories = ctx.saved_tensors
+        whole = {"q": q, "k": k, "v": v, "sink_keys": sink_keys, "sink_values": sink_values}
+        shared = {"alpha": alpha, "taps": taps}
+        to = {n: torch.zeros_like(x) for n, x in whole.items() if x is not None}
+        to["past"] = torch.zeros_like(before)
+        for name, x in shared.items():  # a sum over all segments
+            if x is not None:
+                to[name] = torch.zeros_like(x, dtype=memories[-1].dtype)
         to_memory = torch.zeros_like(memories[-1])
         for index, (first, last) in reversed(list(enumerate(walk.segments()))):
             part = slice(first * walk.chunk, last * walk.chunk)
-            inputs = {"memory": memories[index], "alpha": alpha, "taps": taps}
-            inputs |= {"past": _past(v, before, part.start, walk.num_tail)}
-            inputs |= {"q": q[:, :, part], "k": k[:, :, part], "v": v[:, :, part]}
+            inputs = _inputs(walk, whole, first, last) | shared | {"memory": memories[index]}
+            inputs["past"] = _past(v, before, part.start, walk.num_tail)
             leaves = {n: x.detach().requires_grad_() for n, x in inputs.items() if x is not None}
             with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
                 ends = attend_segment(**{**inputs, **leaves}, walk=walk, first=first)
@@ -121,14 +118,40 @@ class _Scan(torch.autograd.Function):
             found = dict(zip(leaves, grads, strict=True))
             to_memory = found.pop("memory")
             _add_past(to["v"], to["past"], found.pop("past"), part.start)
+            for name in shared:
+                if name in found:
+                    to[name] += found.pop(name)
             for name, piece in found.items():
-                target = to[name] if name in ("alpha", "taps") else to[name][:, :, part]
-                target += piece
-        for name, x in (("alpha", alpha), ("taps", taps)):
+                target, missing = _reach(walk, name, to[name], first, last)
+                target += piece[:, :, missing:]
+        for name, x in shared.items():
             if x is not None:
                 to[name] = to[name].to(x.dtype)
-        order = ("q", "k", "v", "alpha", "taps")
-        return None, *(to.get(name) for name in order), to_memory, to["past"]
+        found = {**to, "memory": to_memory}
+        order = ("q", "k", "v", "alpha", "taps", "memory", "past", "sink_keys", "sink_values")
+        return None, *(found.get(name) for name in order)
+
+
+def _inputs(walk: Walk, whole: dict[str, Tensor | None], first: int, last: int) -> dict[str, Any]:
+    """What a segment takes of tensors of all slots or chunks."""
+    found: dict[str, Any] = {}
+    for name, x in whole.items():
+        if x is not None:
+            part, missing = _reach(walk, name, x, first, last)
+            x = F.pad(part, (0, 0, missing, 0)) if missing else part
+        found[name] = x
+    return found
+
+
+def _reach(walk: Walk, name: str, x: Tensor, first: int, last: int) -> tuple[Tensor, int]:
+    """The part of one of them that a segment reaches, and how many slots before slot 0 it reaches,
+    too. Queries and sinks are those of the segment; keys and values begin a window before."""
+    if name.startswith("sink"):
+        return x[:, :, first:last] if x.shape[2] > 1 else x, 0
+    start = first * walk.chunk
+    if name != "q":
+        start -= walk.form.window * walk.chunk
+    return x[:, :, max(start, 0) : last * walk.chunk], max(-start, 0)
 
 
 def _past(v: Tensor, before: Tensor, slot: int, num_tail: int) -> Tensor:

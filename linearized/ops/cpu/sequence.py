@@ -57,4 +57,4 @@ def _chain(q: Tensor, state: GroupState) -> Layout:
     visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=q.device).tril()
     trim = not q.is_cuda  # looking would wait for a GPU
     visible = visible.expand(len(q), -1, -1)
-    return Layout.of(visible, state.length, group=state.group, taps=state.taps, trim=trim)
+    return Layout.of(visible, state.length, near=state.near, taps=state.taps, trim=trim)

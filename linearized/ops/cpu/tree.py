@@ -1,7 +1,7 @@
 """The nodes of token trees on top of a state. Knows nothing of walks over sequences.
 
 B batch, H query heads, K key/value heads, N tree nodes, X width of queries and keys, U of values,
-S slots of the open group, M taps.
+S slots of near tokens, M taps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def attend_tree(
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if taps is not None and taps.dtype != wide:
         taps = taps.to(wide)
-    num_slots = layout.same.shape[2] - num_nodes
+    num_slots = layout.near.shape[2] - num_nodes
     keys = _joined(state.keys[:, :, :num_slots], k)
     values = _joined(state.values[:, :, :num_slots], v)
     memory = state.memory.flatten(0, 1)
@@ -79,27 +79,27 @@ def _joined(old: Tensor, new: Tensor) -> Tensor:
 
 def _weights(form: Form, local: Tensor, across: Tensor | None, layout: Layout) -> Tensor:
     """[B, H, N, S+N]; `across` has α in it, and is None where no pair of nodes needs it."""
-    same, earlier = layout.same[:, None], layout.earlier[:, None]
+    near, far = layout.near[:, None], layout.far[:, None]
     if form.inside == "linear":
         assert across is not None
-        return across * (same | earlier)
+        return across * (near | far)
     if form.inside == "none":
-        return torch.zeros_like(local) if across is None else across * earlier
+        return torch.zeros_like(local) if across is None else across * far
     if form.inside == "relu2":
-        weights = local.relu().square_().mul_(same)
+        weights = local.relu().square_().mul_(near)
     elif form.inside == "laplace":
-        weights = torch.erf((local - 0.5**0.5) * (2 * torch.pi) ** 0.5).add(1) / 2 * same
+        weights = torch.erf((local - 0.5**0.5) * (2 * torch.pi) ** 0.5).add(1) / 2 * near
     else:
         lowest = torch.finfo(local.dtype).min
-        seen = local.masked_fill(~same, lowest)
-        weights = (seen - seen.amax(-1, keepdim=True)).exp() * same
-    return weights if across is None else weights.addcmul_(across, earlier.to(across.dtype))
+        seen = local.masked_fill(~near, lowest)
+        weights = (seen - seen.amax(-1, keepdim=True)).exp() * near
+    return weights if across is None else weights.addcmul_(across, far.to(across.dtype))
 
 
 def _slots(q: Tensor, features: Tensor, values: Tensor, layout: Layout, memory: Tensor) -> Tensor:
     """Linformer: pick among the memory's rows, and be answered by them."""
-    batch, num_nodes, width = len(layout.same), layout.same.shape[1], q.shape[2]
-    seen = (layout.same | layout.earlier)[:, None, None]  # B 1 1 N S+N
+    batch, num_nodes, width = len(layout.near), layout.near.shape[1], q.shape[2]
+    seen = (layout.near | layout.far)[:, None, None]  # B 1 1 N S+N
     keys, values = values[..., :width], values[..., width:]
 
     def masked(weights: Tensor) -> Tensor:  # [B·K, R·N, S+N]

@@ -1,11 +1,11 @@
 """Token trees on top of a state, on a GPU. Knows nodes; writes nothing but outputs.
 
-B batch, H query heads, K key/value heads, R = H/K, N nodes, D key width, E value width, G group
-size, M taps. `Layout` says for each pair whether it is of one group, of different groups, or
-unseen, so that a batch of different trees is one launch.
+B batch, H query heads, K key/value heads, R = H/K, N nodes, D key width, E value width, S slots of
+a state's near tokens, M taps. `Layout` says for each pair whether it is near, far, or unseen, so
+that a batch of different trees is one launch.
 
 `many` takes blocks of rows (a query head's node each; those of one key/value head together, so
-that its memory is read once) through four sums: memory, open group, nodes, tail. `one` is the step
+that its memory is read once) through four sums: memory, slots, nodes, tail. `one` is the step
 of one token: no products of matrices, every tensor read at once, and that is the time it takes.
 """
 
@@ -22,7 +22,7 @@ from linearized.ops.layout import Layout
 from linearized.state import GroupState
 
 AT_ONCE = 16384
-"""Elements of the open group's keys that `one` can hold."""
+"""Elements of the slots' keys that `one` can hold."""
 
 
 def attend_tree(
@@ -42,7 +42,8 @@ def attend_tree(
         ConfigError: a form or device that the kernels do not do.
     """
     check(form, q.shape[3], v)
-    layout = layout.at(state.group)
+    num_slots = state.near.slots
+    layout = layout.at(num_slots)
     q, k, v = (rowwise(x.detach().to(state.values.dtype)) for x in (q, k, v))
     keys, values, memory = rowwise(state.keys), rowwise(state.values), rowwise(state.memory)
     tail = None if taps is None or taps.shape[1] == 1 else rowwise(state.tail)
@@ -51,7 +52,7 @@ def attend_tree(
     kv_heads, features = k.shape[1], form.features > 0
     pairs = features or form.inside != "none"
     repeats, key_block = heads // kv_heads, block(width)
-    single = num_nodes == 1 and block(state.group) * key_block <= AT_ONCE
+    single = num_nodes == 1 and block(num_slots) * key_block <= AT_ONCE
     most = 64 if not single or batch * kv_heads >= 128 else 32
     tile = min(block(v.shape[3]), most)
     tiles = -(-v.shape[3] // tile)
@@ -60,7 +61,7 @@ def attend_tree(
         "repeats": repeats,
         "key_width": width if pairs else 0,
         "value_width": v.shape[3],
-        "group": state.group,
+        "slots": num_slots,
         "key_block": key_block,
         "tile": tile,
         "taps": 0 if taps is None else taps.shape[1],
@@ -71,16 +72,16 @@ def attend_tree(
     }
     tensors = (
         q, k, v, keys, values, memory, tail,
-        layout.same.contiguous(), layout.earlier.contiguous(), layout.lags.contiguous(),
+        layout.near.contiguous(), layout.far.contiguous(), layout.lags.contiguous(),
         alpha if features else None, None if taps is None else taps.contiguous(), out,
         *strides(q), *strides(k), *strides(v), *strides(keys), *strides(values), *strides(memory),
         *strides(state.tail), *strides(out),
     )  # fmt: skip
     with on(v.device):
         if single:
-            warps = 8 if block(state.group) * key_block > AT_ONCE // 2 else 4
+            warps = 8 if block(num_slots) * key_block > AT_ONCE // 2 else 4
             one[(batch * kv_heads, tiles)](
-                *tensors, group_block=block(state.group), tail_block=block(state.taps - 1),
+                *tensors, slots_block=block(num_slots), tail_block=block(state.taps - 1),
                 num_warps=warps, num_stages=1, **shapes,
             )  # fmt: skip
         else:
@@ -94,30 +95,30 @@ def attend_tree(
 
 
 @triton.jit
-def weigh(s, same, earlier, alpha, inside: tl.constexpr, features: tl.constexpr):
+def weigh(s, near, far, alpha, inside: tl.constexpr, features: tl.constexpr):
     """A pair's weight, from its score and where its key is."""
     weights = tl.full(s.shape, 0.0, s.dtype)
     if inside == "linear":
-        return tl.where(same | earlier, alpha * s, 0.0)
+        return tl.where(near | far, alpha * s, 0.0)
     else:
         if features:
-            weights = tl.where(earlier, alpha * s, 0.0)
+            weights = tl.where(far, alpha * s, 0.0)
         if inside == "relu2":
             positive = tl.maximum(s, 0.0)
-            weights += tl.where(same, positive * positive, 0.0)
+            weights += tl.where(near, positive * positive, 0.0)
         return weights
 
 
 @triton.jit
 def many(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, memory_ptr, tail_ptr,
-    same_ptr, earlier_ptr, lags_ptr, alpha_ptr, taps_ptr, out_ptr,
+    near_ptr, far_ptr, lags_ptr, alpha_ptr, taps_ptr, out_ptr,
     q_batch, q_head, q_node, k_batch, k_head, k_node, v_batch, v_head, v_node,
     keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
     memory_batch, memory_head, memory_slot, tail_batch, tail_head, tail_slot,
     out_batch, out_head, out_node, num_nodes,
     kv_heads: tl.constexpr, repeats: tl.constexpr,
-    key_width: tl.constexpr, value_width: tl.constexpr, group: tl.constexpr,
+    key_width: tl.constexpr, value_width: tl.constexpr, slots: tl.constexpr,
     key_block: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     taps: tl.constexpr, inside: tl.constexpr, features: tl.constexpr,
     wide: tl.constexpr, precision: tl.constexpr,
@@ -154,19 +155,19 @@ def many(
     if key_width > 0:
         q = tl.load(q_at[:, None] + columns_d[None, :],
                     mask=there[:, None] & (columns_d < key_width), other=0.0)  # fmt: skip
-        pairs_at = (b * num_nodes + node) * (group + num_nodes)
-        for first in range(0, group, columns):
+        pairs_at = (b * num_nodes + node) * (slots + num_nodes)
+        for first in range(0, slots, columns):
             m = first + index
-            k = load(keys_ptr + b * keys_batch + kv_head * keys_head, m, keys_slot, m < group,
+            k = load(keys_ptr + b * keys_batch + kv_head * keys_head, m, keys_slot, m < slots,
                      columns_d, key_width)  # fmt: skip
             v = load(values_ptr + b * values_batch + kv_head * values_head, m, values_slot,
-                     m < group, columns_e, value_width)  # fmt: skip
+                     m < slots, columns_e, value_width)  # fmt: skip
             scores = dot(q, tl.trans(k), precision, wide)
-            seen = there[:, None] & (m < group)[None, :]
+            seen = there[:, None] & (m < slots)[None, :]
             pair_at = pairs_at[:, None] + m[None, :]
-            same = tl.load(same_ptr + pair_at, mask=seen, other=0).to(tl.int1)
-            earlier = tl.load(earlier_ptr + pair_at, mask=seen, other=0).to(tl.int1)
-            weights = weigh(scores, same, earlier, alpha[:, None], inside, features)
+            near = tl.load(near_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            far = tl.load(far_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            weights = weigh(scores, near, far, alpha[:, None], inside, features)
             out = add_dot(out, weights.to(kind), v, precision)
     for first in range(0, num_nodes, columns):
         m = first + index
@@ -178,10 +179,10 @@ def many(
             k = load(k_ptr + b * k_batch + kv_head * k_head, m, k_node, m < num_nodes, columns_d,
                      key_width)  # fmt: skip
             scores = dot(q, tl.trans(k), precision, wide)
-            pair_at = pairs_at[:, None] + (group + m)[None, :]
-            same = tl.load(same_ptr + pair_at, mask=seen, other=0).to(tl.int1)
-            earlier = tl.load(earlier_ptr + pair_at, mask=seen, other=0).to(tl.int1)
-            weights = weigh(scores, same, earlier, alpha[:, None], inside, features)
+            pair_at = pairs_at[:, None] + (slots + m)[None, :]
+            near = tl.load(near_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            far = tl.load(far_ptr + pair_at, mask=seen, other=0).to(tl.int1)
+            weights = weigh(scores, near, far, alpha[:, None], inside, features)
         if taps > 0:
             lags_at = (b * num_nodes + node) * (taps - 1 + num_nodes)
             weights += lagged(lags_ptr, lags_at[:, None] + (taps - 1 + m)[None, :], seen,
@@ -213,15 +214,15 @@ def lagged(lags_ptr, at, seen, taps_at, taps: tl.constexpr, wide: tl.constexpr):
 @triton.jit
 def one(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, memory_ptr, tail_ptr,
-    same_ptr, earlier_ptr, lags_ptr, alpha_ptr, taps_ptr, out_ptr,
+    near_ptr, far_ptr, lags_ptr, alpha_ptr, taps_ptr, out_ptr,
     q_batch, q_head, q_node, k_batch, k_head, k_node, v_batch, v_head, v_node,
     keys_batch, keys_head, keys_slot, values_batch, values_head, values_slot,
     memory_batch, memory_head, memory_slot, tail_batch, tail_head, tail_slot,
     out_batch, out_head, out_node,
     kv_heads: tl.constexpr, repeats: tl.constexpr,
-    key_width: tl.constexpr, value_width: tl.constexpr, group: tl.constexpr,
+    key_width: tl.constexpr, value_width: tl.constexpr, slots: tl.constexpr,
     key_block: tl.constexpr, tile: tl.constexpr,
-    group_block: tl.constexpr, tail_block: tl.constexpr,
+    slots_block: tl.constexpr, tail_block: tl.constexpr,
     taps: tl.constexpr, inside: tl.constexpr, features: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one node a row. Program: (b and key/value head, value tile)."""
@@ -230,20 +231,20 @@ def one(
     columns_e = tl.program_id(1) * tile + tl.arange(0, tile)
     columns_d = tl.arange(0, key_block)
     in_e, in_d = columns_e < value_width, columns_d < key_width
-    m = tl.arange(0, group_block)
+    m = tl.arange(0, slots_block)
     own_v = tl.load(v_ptr + b * v_batch + kv_head * v_head + columns_e, mask=in_e, other=0.0)
     own_v = own_v.to(wide)
     if key_width > 0:
         own_k = tl.load(k_ptr + b * k_batch + kv_head * k_head + columns_d, mask=in_d, other=0.0)
-        k = load(keys_ptr + b * keys_batch + kv_head * keys_head, m, keys_slot, m < group,
+        k = load(keys_ptr + b * keys_batch + kv_head * keys_head, m, keys_slot, m < slots,
                  columns_d, key_width).to(wide)  # fmt: skip
         v = load(values_ptr + b * values_batch + kv_head * values_head, m, values_slot,
-                 m < group, columns_e, value_width).to(wide)  # fmt: skip
-        pairs_at = b * (group + 1)
-        same = tl.load(same_ptr + pairs_at + m, mask=m < group, other=0).to(tl.int1)
-        earlier = tl.load(earlier_ptr + pairs_at + m, mask=m < group, other=0).to(tl.int1)
-        own_same = tl.load(same_ptr + pairs_at + group).to(tl.int1)
-        own_earlier = tl.load(earlier_ptr + pairs_at + group).to(tl.int1)
+                 m < slots, columns_e, value_width).to(wide)  # fmt: skip
+        pairs_at = b * (slots + 1)
+        near = tl.load(near_ptr + pairs_at + m, mask=m < slots, other=0).to(tl.int1)
+        far = tl.load(far_ptr + pairs_at + m, mask=m < slots, other=0).to(tl.int1)
+        own_near = tl.load(near_ptr + pairs_at + slots).to(tl.int1)
+        own_far = tl.load(far_ptr + pairs_at + slots).to(tl.int1)
     if features:
         memory = load(memory_ptr + b * memory_batch + kv_head * memory_head, columns_d,
                       memory_slot, in_d, columns_e, value_width)  # fmt: skip
@@ -264,8 +265,8 @@ def one(
             if features:
                 out += alpha * total(q[:, None] * memory, 0)
             scores = total(k * q[None, :], 1)
-            out += total(weigh(scores, same, earlier, alpha, inside, features)[:, None] * v, 0)
-            own = weigh(total(own_k.to(wide) * q, 0), own_same, own_earlier, alpha, inside,
+            out += total(weigh(scores, near, far, alpha, inside, features)[:, None] * v, 0)
+            own = weigh(total(own_k.to(wide) * q, 0), own_near, own_far, alpha, inside,
                         features)  # fmt: skip
         if taps > 0:
             own += tl.load(taps_ptr + head * taps).to(wide)

@@ -179,7 +179,7 @@ def test_prefill_is_chunks_is_a_chain_of_nodes(name, backend):
             assert_close(out, whole[:, :, part])
             chain = torch.arange(-1, out.shape[2] - 1).expand(2, -1)
             visible = ancestors(chain)
-            layout = ops.Layout.of(visible, state.length, group=state.group, taps=state.taps)
+            layout = ops.Layout.of(visible, state.length, near=state.near, taps=state.taps)
             assert_close(made(*args, state=state, layout=layout)[0], whole[:, :, part])
             ops.fold_(state, keys, values, backend=backend)
 

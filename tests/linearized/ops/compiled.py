@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from linearized.near import Near
 from linearized.ops import kernels
 from linearized.ops.form import Form
 from linearized.ops.kernels import fold, launch, sequence
@@ -80,13 +81,13 @@ def record(
 
     state = GroupState.empty(
         batch, heads=kv_heads, features=width, key_width=width, value_width=values,
-        tail_width=values, group=group if inside != "linear" else 1, taps=taps, dtype=dtype,
+        tail_width=values, near=Near(group if inside != "linear" else 1), taps=taps, dtype=dtype,
         device="meta",
     )  # fmt: skip
     form = Form(group=state.group, inside=inside, features=width)
     for count in (1, 64):
         parents, length = torch.full((batch, count), -1), torch.zeros(batch, dtype=torch.int64)
-        layout = Layout.of(ancestors(parents), length, group=state.group, taps=taps)
+        layout = Layout.of(ancestors(parents), length, near=state.near, taps=taps)
         q, k, v = (
             rows(heads, count, width),
             rows(kv_heads, count, width),
@@ -98,6 +99,7 @@ def record(
     layers = GroupState(
         *(x.expand(3, *x.shape) for x in (state.memory, state.keys, state.values, state.tail)),
         state.length,
+        state.near,
     )
     kernels.fold_(layers, k.expand(3, *k.shape), v.expand(3, *v.shape), mask)
     return launches

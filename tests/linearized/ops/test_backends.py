@@ -17,6 +17,7 @@ if not CUDA:
 
 from linearized import ops  # noqa: E402
 from linearized.errors import ConfigError, StateError  # noqa: E402
+from linearized.near import Near  # noqa: E402
 from linearized.ops import Form, Layout, reference  # noqa: E402
 from linearized.ops import kernels as _kernels  # noqa: E402, F401
 from linearized.state import GroupState  # noqa: E402
@@ -127,7 +128,7 @@ def test_trees(backend, form, nodes, trim):
     parents = [[int(torch.randint(-1, max(n, 1), ())) if n else -1 for n in range(nodes)]
                for _ in range(2)]  # fmt: skip
     visible = ancestors(torch.tensor(parents, device=DEVICE))
-    layout = Layout.of(visible, state.length, group=state.group, taps=5, trim=trim)
+    layout = Layout.of(visible, state.length, near=state.near, taps=5, trim=trim)
     assert torch.equal(layout.visible, visible)
     given = {"form": FORMS[form], "state": state, "layout": layout, **weights()}
     want = ops.linear_attention(q, k, v, **given, backend="reference")
@@ -151,6 +152,7 @@ def test_all_layers_are_folded_as_each_is(backend, form, tokens, masked):
         **{name: torch.stack([s.tensors()[name] for s in states])
            for name in ("memory", "keys", "values", "tail")},
         length=states[0].length.clone(),
+        near=states[0].near,
     )  # fmt: skip
     for state, (k, v) in zip(states, parts, strict=True):
         reference.fold_(state, k, v, mask)
@@ -163,21 +165,21 @@ def test_all_layers_are_folded_as_each_is(backend, form, tokens, masked):
     ops.fold_(stacked, k, v, mask, backend=backend)
     for layer, state in enumerate(states):
         found = {n: t[layer] for n, t in stacked.tensors().items() if n != "length"}
-        assert_same(GroupState(**found, length=stacked.length), state)
+        assert_same(GroupState(**found, length=stacked.length, near=state.near), state)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_fold_away_from_the_processor_looks_at_nothing(masked):
     """Numbers on the meta device cannot be looked at, as those on a GPU should not."""
     state = GroupState.empty(
-        3, 2, heads=2, features=4, key_width=4, value_width=4, tail_width=4, group=8, taps=5,
+        3, 2, heads=2, features=4, key_width=4, value_width=4, tail_width=4, near=Near(8), taps=5,
         dtype=torch.float32, device="meta",
     )  # fmt: skip
     k = torch.empty(3, 2, 2, 7, 4, device="meta")
     mask = torch.empty(2, 7, dtype=torch.bool, device="meta") if masked else None
     ops.fold_(state, k, k, mask, backend="cpu")
     visible = torch.empty(2, 7, 7, dtype=torch.bool, device="meta")
-    Layout.of(visible, state.length, group=8, taps=5)
+    Layout.of(visible, state.length, near=Near(8), taps=5)
 
 
 @pytest.mark.parametrize("masked", [False, True])

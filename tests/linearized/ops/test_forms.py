@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearized import ops
 from linearized.errors import ConfigError, StateError
+from linearized.near import Near
 from linearized.ops import Form, Layout, reference
 from linearized.ops.cpu import segment
 from linearized.state import GroupState
@@ -24,7 +25,7 @@ def normal(*shape: int) -> Tensor:
 
 def case(
     inside: str, tokens: int, *, batch=2, heads=4, kv_heads=2, width=6, features=6, group=8,
-    taps=5, split=False, causal=True,
+    taps=5, split=False, causal=True, window=0, sinks=0,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict]:  # fmt: skip
     """Random q, k, v, and the settings of a call."""
     if inside in ("linear", "slots"):
@@ -41,7 +42,12 @@ def case(
         values[..., 0] = 1
     if inside == "none" and not features:
         group, taps = 1, max(taps, 1)
-    form = Form(group=group, inside=inside, features=features, causal=causal)
+    if inside not in ("relu2", "softmax", "laplace") or not causal:
+        window = sinks = 0
+    form = Form(
+        group=group, inside=inside, features=features, causal=causal, window=window,
+        sinks=min(sinks, group),
+    )  # fmt: skip
     num_taps = taps if causal else 2 * taps - 1
     made = {"form": form, "alpha": normal(heads)}
     made["taps"] = normal(heads, num_taps) if taps else None
@@ -57,6 +63,8 @@ shapes = {
     "inside": st.sampled_from(KINDS),
     "tokens": st.integers(1, 90),
     "group": st.integers(2, 17),
+    "window": st.sampled_from([0, 0, 1, 2]),
+    "sinks": st.sampled_from([0, 0, 1, 4]),
     "taps": st.integers(0, 20),
     "features": st.sampled_from([0, 1, 6, 9]),
     "kv_heads": st.sampled_from([1, 2, 4]),
@@ -71,14 +79,27 @@ shapes = {
     size=st.sampled_from([1, 300, 1 << 14]),
 )  # fmt: skip
 def test_chunks_are_the_reference(
-    inside, tokens, group, taps, features, kv_heads, split, seed, causal, documents, masked, size
+    inside,
+    tokens,
+    group,
+    window,
+    sinks,
+    taps,
+    features,
+    kv_heads,
+    split,
+    seed,
+    causal,
+    documents,
+    masked,
+    size,
 ):
     """Outputs and gradients, whatever the length of a segment of the walk."""
     torch.manual_seed(seed)
     features = max(features, 1) if split or inside in ("linear", "slots") else features
     given_, made = case(
         inside, tokens, group=group, taps=taps, features=features, kv_heads=kv_heads, split=split,
-        causal=causal,
+        causal=causal, window=window, sinks=sinks,
     )  # fmt: skip
     made["mask"] = torch.rand(2, tokens) > 0.3 if masked else None
     made["segments"] = (torch.rand(2, tokens) < 0.1).long().cumsum(1) if documents else None
@@ -107,13 +128,14 @@ def empty(given_: tuple[Tensor, ...], form: Form, taps: Tensor | None) -> GroupS
 @settings(max_examples=80)
 @given(**shapes, size=st.integers(1, 40), num_nodes=st.integers(1, 20))
 def test_states_and_trees(
-    inside, tokens, group, taps, features, kv_heads, split, seed, size, num_nodes
+    inside, tokens, group, window, sinks, taps, features, kv_heads, split, seed, size, num_nodes
 ):
     """Parts of any size are the whole; then a tree of the fast backend is the reference's."""
     torch.manual_seed(seed)
     features = max(features, 1) if split or inside in ("linear", "slots") else features
     sizes = {
-        "group": group, "taps": taps, "features": features, "kv_heads": kv_heads, "split": split
+        "group": group, "taps": taps, "features": features, "kv_heads": kv_heads, "split": split,
+        "window": window, "sinks": sinks,
     }  # fmt: skip
     given_, made = case(inside, tokens, **sizes)
     whole = ops.linear_attention(*given_, **made)
@@ -134,28 +156,32 @@ def test_states_and_trees(
     )  # fmt: skip
     state = states[0]
     visible = ancestors(parents)
-    layout = Layout.of(visible, state.length, group=state.group, taps=state.taps)
+    layout = Layout.of(visible, state.length, near=state.near, taps=state.taps)
     fast = ops.linear_attention(*tree, **made, state=state, layout=layout)
     assert_close(fast, reference.attend_tree(*tree, layout, state, **made))
-    trimmed = Layout.of(visible, state.length, group=state.group, taps=state.taps, trim=True)
-    assert trimmed.same.shape[2] <= layout.same.shape[2]
+    trimmed = Layout.of(visible, state.length, near=state.near, taps=state.taps, trim=True)
+    assert trimmed.near.shape[2] <= layout.near.shape[2]
     assert_close(ops.linear_attention(*tree, **made, state=state, layout=trimmed), fast)
-    for name in ("same", "earlier", "lags", "positions"):
-        assert torch.equal(getattr(trimmed.at(state.group), name), getattr(layout, name))
+    for name in ("near", "far", "lags", "positions"):
+        assert torch.equal(getattr(trimmed.at(state.near.slots), name), getattr(layout, name))
     assert other["form"] == made["form"]
 
 
 @settings(max_examples=60)
 @given(
-    length=st.integers(0, 20), tokens=st.integers(1, 30), group=st.integers(1, 9),
+    length=st.integers(0, 40), tokens=st.integers(1, 30), group=st.integers(1, 9),
+    window=st.integers(0, 3), sinks=st.integers(0, 5),
     taps=st.integers(1, 12), extra=st.integers(0, 2), features=st.integers(0, 3),
     masked=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_folding_is_the_references(length, tokens, group, taps, extra, features, masked, seed):
+def test_folding_is_the_references(
+    length, tokens, group, window, sinks, taps, extra, features, masked, seed
+):
     torch.manual_seed(seed)
+    near = Near(group, window, min(sinks, group))
     state = GroupState.empty(
         2, heads=2, features=features, key_width=4, value_width=3 + extra, tail_width=3,
-        group=group, taps=taps, dtype=torch.float64,
+        near=near, taps=taps, dtype=torch.float64,
     )  # fmt: skip
     states = [state, state.clone()]
     for count, mask in ((length, None), (tokens, torch.rand(2, tokens) > 0.4 if masked else None)):
@@ -198,7 +224,7 @@ def test_errors_name_the_value():
         state = empty(given_, made["form"], made["taps"])
         ops.linear_attention(*given_, **made, state=state, segments=torch.zeros(2, 10))
     wrong = GroupState.empty(
-        2, heads=2, features=6, key_width=6, value_width=5, tail_width=5, group=9, taps=5,
+        2, heads=2, features=6, key_width=6, value_width=5, tail_width=5, near=Near(9), taps=5,
         dtype=torch.float64,
     )  # fmt: skip
     with pytest.raises(StateError, match="does not fit"):

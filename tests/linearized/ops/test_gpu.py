@@ -180,7 +180,7 @@ def assert_close(found: dict[str, Tensor], truth: dict[str, Tensor], within: flo
 def cast(state: GroupState, device: str, dtype: torch.dtype) -> GroupState:
     """A copy."""
     kinds = {"memory": torch.promote_types(dtype, torch.float32), "length": torch.int64}
-    return GroupState(**{
+    return replace(state, **{
         name: x.to(device, kinds.get(name, dtype), copy=True)
         for name, x in state.tensors().items()
     })  # fmt: skip
@@ -356,7 +356,7 @@ def test_rows_that_lie_far_apart(device: str, dtype: torch.dtype) -> None:
     truth = nodes.tree(parents, state, "reference")
     nodes, past = nodes.to(device, dtype), cast(state, device, dtype)
     spread = {n: x.clone() if n == "length" else far(x) for n, x in past.tensors().items()}
-    rows = GroupState(**spread)
+    rows = replace(past, **spread)
     assert distance(nodes.tree(parents.to(device), rows, "triton"), truth) <= EXACT[dtype]
     ops.fold_(rows, nodes.k, nodes.v, backend="triton")
     ops.fold_(past, nodes.k, nodes.v, backend="triton")

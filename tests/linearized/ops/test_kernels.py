@@ -20,6 +20,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from linearized.errors import ConfigError  # noqa: E402
+from linearized.near import Near  # noqa: E402
 from linearized.ops import kernels  # noqa: E402
 from linearized.ops.form import Form  # noqa: E402
 from linearized.ops.kernels import launch, sequence  # noqa: E402
@@ -366,7 +367,7 @@ def state_of(k: Tensor, v: Tensor, lengths: list[int], *, group: int, taps: int)
     """The state after each row's first tokens, by definition."""
     state = GroupState.empty(
         len(k), heads=k.shape[1], features=k.shape[3], key_width=k.shape[3],
-        value_width=v.shape[3], tail_width=v.shape[3], group=group, taps=taps, dtype=k.dtype,
+        value_width=v.shape[3], tail_width=v.shape[3], near=Near(group), taps=taps, dtype=k.dtype,
         device=k.device,
     )  # fmt: skip
     for row, length in enumerate(lengths):
@@ -436,7 +437,7 @@ def check_tree(
     if not case.form.features:
         state = replace(state, memory=state.memory[:, :, :0])
     tree = torch.tensor(parents, device=device)
-    layout = Layout.of(ancestors(tree), state.length, group=group, taps=num_taps)
+    layout = Layout.of(ancestors(tree), state.length, near=Near(group), taps=num_taps)
     q, k, v = (x[:, :, past:].to(dtype) for x in (case.q, case.k, case.v))
     out = kernels.attend_tree(
         q, k, v, layout, state, form=case.form, alpha=case.alpha, taps=case.taps
@@ -451,7 +452,7 @@ def check_tree(
 def cast(state: GroupState, dtype: torch.dtype) -> GroupState:
     wide = {"memory": torch.promote_types(dtype, torch.float32), "length": torch.int64}
     tensors = state.tensors()
-    return GroupState(**{name: x.to(wide.get(name, dtype)) for name, x in tensors.items()})
+    return replace(state, **{name: x.to(wide.get(name, dtype)) for name, x in tensors.items()})
 
 
 def amid(state: GroupState) -> tuple[GroupState, list[Tensor]]:
@@ -462,7 +463,7 @@ def amid(state: GroupState) -> tuple[GroupState, list[Tensor]]:
     for name, x in tensors.items():
         padded[name][:, 1::2] = x
     views = {name: x[:, 1::2] for name, x in padded.items()}
-    return GroupState(**views, length=length), list(padded.values())
+    return replace(state, **views, length=length), list(padded.values())
 
 
 FOLDS = {
