@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from linearized.errors import ConfigError
@@ -24,6 +24,9 @@ ATTENTIONS = (
 """The names of the attention variants. `linearized.attention` has their classes, `docs/variants.md`
 their formulas."""
 
+EXACT = ("grouped", "hedgehog", "local")
+"""Those that attend near tokens exactly."""
+
 FLASH = "flash"
 """The attention of `FlashForCausalLM`, a model that is linear from scratch. No other model can use
 it."""
@@ -42,6 +45,16 @@ class LinearConfig:
     group: int = 64
     """Number of tokens that are attended exactly before they are folded into the state. Used by
     `local`, `global`, `grouped` and `hedgehog`."""
+    window: int = 0
+    """Number of groups before a token's own that are attended exactly, too. Used by `local`,
+    `grouped` and `hedgehog` in causal models. 0 is their published definition."""
+    sinks: int = 0
+    """Number of a document's first tokens that are attended exactly for good; at most `group`. Used
+    as `window` is."""
+    bound: float | None = None
+    """Number of far tokens from which on their weights shrink as 1 / (number of far tokens), so
+    that the mass of the far part no longer grows with the text. It is learnt per head from here.
+    Used by `hedgehog` in causal models. None is the published definition: no bound."""
     taps: int = 32
     """Length of the convolution. Tap i weighs the value i tokens back; where the model reads in
     both directions, also the value i tokens ahead."""
@@ -69,6 +82,7 @@ class LinearConfig:
             if not is_whole(value) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
             object.__setattr__(self, name, int(value))
+        self._check_near()
         if self.bits > 16:
             raise ConfigError(f"bits must be at most 16, tables of 65,536 buckets, got {self.bits}")
         if not is_whole(self.seed) or not 0 <= self.seed < 1 << 63:
@@ -76,6 +90,29 @@ class LinearConfig:
         object.__setattr__(self, "seed", int(self.seed))
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
+
+    def _check_near(self) -> None:
+        for name in ("window", "sinks"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 0:
+                raise ConfigError(f"{name} must be an integer of at least 0, got {value!r}")
+            object.__setattr__(self, name, int(value))
+            if value and self.attention not in EXACT:
+                raise ConfigError(
+                    f"{name} must be 0 with {self.attention!r}, which attends nothing exactly, got "
+                    f"{value}; choose from {', '.join(EXACT)}"
+                )
+        if self.sinks > self.group:
+            raise ConfigError(f"sinks must be at most group = {self.group}, got {self.sinks}")
+        if self.bound is None:
+            return
+        if self.attention != "hedgehog":
+            raise ConfigError(f"bound is hedgehog's; leave it out with {self.attention!r}")
+        if not isinstance(self.bound, Real) or isinstance(self.bound, bool):
+            raise ConfigError(f"bound must be a number above 0, got {self.bound!r}")
+        if not 0 < self.bound < float("inf"):
+            raise ConfigError(f"bound must be a number above 0, got {self.bound!r}")
+        object.__setattr__(self, "bound", float(self.bound))
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)

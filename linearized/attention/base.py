@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from linearized import documents, ops
 from linearized.config import LinearConfig
+from linearized.errors import ConfigError
 from linearized.state import GroupState
 
 
@@ -93,8 +94,24 @@ class LinearAttention(nn.Module):
         dtype = self.place.dtype or torch.get_default_dtype()
         return numbers.to(self.place.device, torch.promote_types(dtype, torch.float32))
 
-    def queries(self, q: Tensor, scaling: float) -> Tensor:
-        """q [B, H, T, D] to queries [B, H, T, X]; `scaling` is that of the softmax model."""
+    def near(self, config: LinearConfig) -> dict[str, int]:
+        """A form's settings of what is near.
+
+        Raises:
+            ConfigError: a window or sinks where the text is read in both directions.
+        """
+        if self.place.kind == "cross":  # nothing is
+            return {"group": config.group}
+        if (config.window or config.sinks) and not self.causal:
+            raise ConfigError(
+                f"window={config.window} and sinks={config.sinks} are for models that read one "
+                "way, this one reads in both directions; use 0 for both"
+            )
+        return {"group": config.group, "window": config.window, "sinks": config.sinks}
+
+    def queries(self, q: Tensor, scaling: float, positions: Tensor | None) -> Tensor:
+        """q [B, H, T, D] at `positions` [B or 1, T] (None: in another text) to queries
+        [B, H, T, X]; `scaling` is that of the softmax model."""
         return q
 
     def tokens(
@@ -109,11 +126,11 @@ class LinearAttention(nn.Module):
         return self.alpha
 
     def sums(
-        self, q: Tensor, k: Tensor, keys: Tensor, values: Tensor, scaling: float, **where: Any
+        self, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, values: Tensor, **where: Any
     ) -> Tensor:
         """The operator's sums, [B, H, T, U]."""
         sums = ops.linear_attention(
-            self.queries(q, scaling),
+            queries,
             keys,
             values,
             form=self.form,
@@ -163,10 +180,12 @@ class LinearAttention(nn.Module):
         nodes on top of `state`; without, T tokens that follow it in time. `scaling` is that of the
         softmax model, D^-½ by default."""
         scaling = self.place.width**-0.5 if scaling is None else scaling
-        keys, values = self.tokens(k, v, scaling, positions_of(k, state, mask, segments, layout))
+        positions = positions_of(k, state, mask, segments, layout)
+        queries = self.queries(q, scaling, positions)
+        keys, values = self.tokens(k, v, scaling, positions)
         where: dict[str, Any] = {"state": state, "mask": mask, "segments": segments}
         where["layout"] = layout
-        out = self.leave(self.sums(q, k, keys, values, scaling, **where))
+        out = self.leave(self.sums(q, k, queries, keys, values, **where))
         if self.taps is not None and not self.fused:
             own = values[..., values.shape[-1] - v.shape[-1] :]
             out = out + ops.convolve(
@@ -225,7 +244,7 @@ class CrossAttention(nn.Module):
         if memory is None:
             keys, values = variant.tokens(k, v, scaling, positions_of(k, None, mask, None, None))
             memory = ops.remember(keys[..., keys.shape[-1] - features :], values, mask)
-        queries = variant.queries(q, scaling)
+        queries = variant.queries(q, scaling, None)
         if variant.form.inside == "slots":
             sums = ops.pick(queries, memory)
         else:

@@ -1,4 +1,4 @@
-"""The flagship and its two halves: exact relu² attention inside a group, a linear memory of the
+"""The flagship and its two halves: exact relu² attention to what is near, a linear memory of the
 groups around it. Knows parameters; the mathematics is in `linearized/ops/`.
 
 Source: You et al., "When Linear Attention Meets Autoregressive Decoding", ICML 2024 (FLASH-style
@@ -21,19 +21,19 @@ FORMS = {"local": "relu2", "grouped": "relu2", "global": "none"}
 
 
 class GroupedAttention(LinearAttention):
-    """`local`: relu(q̂·k̂)² in the group alone. `global`: q̂·k̂ across groups alone (in both
-    directions: of all tokens). `grouped`: both, α_h of the second. α and taps start at zero."""
+    """`local`: relu(q̂·k̂)² of near tokens alone. `global`: q̂·k̂ across groups alone (in both
+    directions: of all tokens). `grouped`: both, α_h of far ones. α and taps start at zero."""
 
     def __init__(self, config: LinearConfig, place: Place) -> None:
         super().__init__(config, place)
         inside = FORMS[config.attention]
         features = 0 if config.attention == "local" else place.width
-        group = config.group
+        near = {"group": config.group} if config.attention == "global" else self.near(config)
         if place.kind == "cross":  # nothing is near: all is read by way of the memory
             features = place.width
         elif config.attention == "global" and not self.causal:
-            inside, group = "linear", 1
-        self.form = ops.Form(group=group, inside=inside, features=features, causal=self.causal)
+            inside, near = "linear", {"group": 1}
+        self.form = ops.Form(inside=inside, features=features, causal=self.causal, **near)
         if place.kind == "cross":
             self.alpha = self.zeros(place.heads)
             with torch.no_grad():
@@ -41,7 +41,7 @@ class GroupedAttention(LinearAttention):
         elif config.attention == "grouped":
             self.alpha = self.zeros(place.heads)
 
-    def queries(self, q: Tensor, scaling: float) -> Tensor:
+    def queries(self, q: Tensor, scaling: float, positions: Tensor | None) -> Tensor:
         return ops.unit(q)
 
     def tokens(

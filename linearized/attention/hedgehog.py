@@ -1,11 +1,14 @@
-"""Hedgehog in groups: exact softmax in the group, a learned feature map around it, normalised
+"""Hedgehog in groups: exact softmax of what is near, a learned feature map around it, normalised
 together. Knows parameters; the mathematics is in `linearized/ops/`.
 
 Source: Zhang et al., "The Hedgehog & the Porcupine", 2024, and "LoLCATs", 2024 (whose window
-slides or ends at a chunk: here it is the group).
+slides or ends at a chunk: here it is groups). Sinks: Xiao et al., "Efficient Streaming Language
+Models with Attention Sinks", 2024. The bound is this project's.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +21,48 @@ from linearized.config import LinearConfig
 
 class HedgehogAttention(LinearAttention):
     """φ(x) = [softmax(xW), softmax(-xW)], W learned, a matrix a head that starts as the identity;
-    pairs across groups have α_h φ(q)·φ(k), α = exp(`log_alpha`), which starts at one."""
+    far pairs have α_h φ(q)·φ(k), α = exp(`log_alpha`), which starts at one as published, at 0.1
+    beside a window, sinks or a bound. With a bound b_h = exp(`log_bound`), they weigh min(1, b_h /
+    the number of far tokens) times as much."""
 
     least = 1e-9
+    start = 0.1
 
     def __init__(self, config: LinearConfig, place: Place) -> None:
         super().__init__(config, place)
         width = place.width
         self.form = ops.Form(
-            group=config.group, inside="softmax", features=2 * width, causal=self.causal
+            inside="softmax", features=2 * width, causal=self.causal, **self.near(config)
         )
         identity = torch.eye(width, dtype=place.dtype, device=place.device)
         self.query_map = nn.Parameter(identity.repeat(place.heads, 1, 1))
         self.key_map = nn.Parameter(identity.repeat(place.kv_heads, 1, 1))
         self.log_alpha = self.zeros(place.heads)
+        self.log_bound = None
+        if self.causal and config.bound is not None:
+            self.log_bound = self.zeros(place.heads)
+            with torch.no_grad():
+                self.log_bound.fill_(math.log(config.bound))
+        if self.causal and (config.window or config.sinks or config.bound):
+            with torch.no_grad():
+                self.log_alpha.fill_(math.log(self.start))
 
     def scale(self) -> Tensor:
         return widen(self.log_alpha).exp()
 
-    def queries(self, q: Tensor, scaling: float) -> Tensor:
+    def queries(self, q: Tensor, scaling: float, positions: Tensor | None) -> Tensor:
         q = widen(q)
-        return torch.cat([q * scaling, _features(q, self.query_map)], dim=-1)
+        features = _features(q, self.query_map)
+        if self.log_bound is not None and positions is not None:
+            features = features * self._share(positions).to(features.dtype)
+        return torch.cat([q * scaling, features], dim=-1)
+
+    def _share(self, positions: Tensor) -> Tensor:
+        """[B or 1, H, T, 1], what the bound leaves of the far pairs' weights."""
+        assert self.log_bound is not None
+        near = self.form.near
+        far = (near.oldest(positions) - near.sinks).clamp(min=1)[:, None, :, None]
+        return (widen(self.log_bound).exp()[:, None, None] / far).clamp(max=1)
 
     def tokens(
         self, k: Tensor, v: Tensor, scaling: float, positions: Tensor

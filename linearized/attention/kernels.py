@@ -37,7 +37,7 @@ class KernelAttention(LinearAttention):
         """φ: [.., D] to [.., F]."""
         raise NotImplementedError
 
-    def queries(self, q: Tensor, scaling: float) -> Tensor:
+    def queries(self, q: Tensor, scaling: float, positions: Tensor | None) -> Tensor:
         return self.features(widen(q))
 
     def tokens(
@@ -80,7 +80,7 @@ class PerformerAttention(KernelAttention):
         self.register_buffer("omega", self.placed(omega))
         return config.features
 
-    def queries(self, q: Tensor, scaling: float) -> Tensor:
+    def queries(self, q: Tensor, scaling: float, positions: Tensor | None) -> Tensor:
         exponents = self._exponents(q, scaling) + self._shift()
         return (exponents - exponents.amax(-1, keepdim=True).detach()).exp()
 

@@ -29,7 +29,7 @@ class LinformerAttention(LinearAttention):
         numbers = self.drawn(config.seed, config.features, config.period)
         self.projection = nn.Parameter(self.placed(numbers * config.period**-0.5).to(place.dtype))
 
-    def queries(self, q: Tensor, scaling: float) -> Tensor:
+    def queries(self, q: Tensor, scaling: float, positions: Tensor | None) -> Tensor:
         return widen(q) * scaling
 
     def tokens(

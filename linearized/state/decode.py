@@ -132,7 +132,8 @@ class DecodeState:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of its tensors, but for rows and the room of a history: the same for all states of a
         model."""
-        found = {}
+        near = self.layers.near
+        found: dict[str, tuple[int, ...]] = {"near": (near.group, near.window, near.sinks)}
         for name, tensor in self._tensors().items():
             grows = 3 if name.startswith("history") else None
             kept = (size for dim, size in enumerate(tensor.shape) if dim not in (1, grows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,29 @@ from linearized.errors import ConfigError
 from linearized.tree import ancestors
 
 GROUP, TAPS, WIDTH, VALUES = 8, 5, 6, 4
+WINDOWED = ["grouped, windowed", "hedgehog, windowed", "local, windowed"]
+"""With groups of 3, a window of 1 group, 2 sinks, and a bound."""
+CAUSAL = [*ATTENTIONS, *WINDOWED]
+KINDS = [
+    (name, kind)
+    for name in CAUSAL
+    for kind in ("causal", "bidirectional", "cross")
+    if kind != "bidirectional" or name not in WINDOWED
+]
 
 
 def module(
-    attention: str, kind: str = "causal", *, augment: bool = True, seed: int = 0, **settings: int
+    attention: str, kind: str = "causal", *, augment: bool = True, seed: int = 0, **settings: Any
 ) -> LinearAttention:
     """Of 4 query and 2 key/value heads, with random parameters, float64."""
+    windowed = attention in WINDOWED
+    attention = attention.split(",")[0]
+    if windowed:
+        settings = {"group": 3, "window": 1, "sinks": 2, **settings}
+        settings["bound"] = 4.0 if attention == "hedgehog" else None
     config = LinearConfig(
-        attention=attention, augment=augment, group=GROUP, taps=TAPS,
-        **{"features": 10, "hashes": 6, "bits": 3, "period": 7, **settings},
+        attention=attention, augment=augment, taps=TAPS,
+        **{"group": GROUP, "features": 10, "hashes": 6, "bits": 3, "period": 7, **settings},
     )  # fmt: skip
     place = Place(
         layer=1, heads=4, kv_heads=2, width=WIDTH, value_width=VALUES, kind=kind,
@@ -78,8 +93,12 @@ def definition(m: LinearAttention, name: str, q: Tensor, k: Tensor, v: Tensor) -
 
 
 def answer(m, name, q, keys, values, h, t, seen, scaling) -> Tensor:
-    cross = m.place.kind == "cross"
-    near = [j for j in seen if j // GROUP == t // GROUP and not cross]
+    cross, windowed = m.place.kind == "cross", name in WINDOWED
+    name, group = name.split(",")[0], 3 if windowed else GROUP
+    window, sinks = (1, 2) if windowed else (0, 0)
+    near = [j for j in seen if j // group == t // group and not cross]
+    if windowed and not cross:
+        near = [j for j in seen if t // group - j // group <= window or j < sinks]
     far = [j for j in seen if j not in near]
     unit = ops.unit
     if name in ("local", "grouped", "global"):
@@ -107,6 +126,8 @@ def answer(m, name, q, keys, values, h, t, seen, scaling) -> Tensor:
         for j in far:
             pair = features(q, m.query_map[h]) @ features(keys[j], m.key_map[h // 2])
             weights[j] = m.log_alpha[h].exp() * pair
+            if windowed and not cross:
+                weights[j] *= min(1, m.log_bound[h].exp() / len(far))
         return weights @ values / weights.sum()
     weights = torch.zeros(len(keys), dtype=torch.float64)
     for j in seen:
@@ -133,8 +154,7 @@ def answer(m, name, q, keys, values, h, t, seen, scaling) -> Tensor:
 
 
 @pytest.mark.parametrize("augment", [True, False])
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name,kind", [(name, kind) for name, kind in KINDS if kind != "cross"])
 @torch.no_grad()
 def test_it_is_what_its_page_says(name, kind, augment):
     made = module(name, kind, augment=augment)
@@ -142,7 +162,7 @@ def test_it_is_what_its_page_says(name, kind, augment):
     assert_close(made(q, k, v)[0], definition(made, name, q, k, v))
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_cross_attention_takes_any_lengths(name):
     made = module(name, "cross")
@@ -163,7 +183,7 @@ def test_cross_attention_takes_any_lengths(name):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_prefill_is_chunks_is_a_chain_of_nodes(name, backend):
     made = module(name)
@@ -184,8 +204,7 @@ def test_prefill_is_chunks_is_a_chain_of_nodes(name, backend):
             ops.fold_(state, keys, values, backend=backend)
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name,kind", [(name, kind) for name, kind in KINDS if kind != "cross"])
 def test_each_document_of_a_row_is_as_alone(name, kind):
     """With padding between and around them, outputs and gradients."""
     made = module(name, kind)
@@ -209,7 +228,7 @@ def test_each_document_of_a_row_is_as_alone(name, kind):
                 assert_close(all_of_them[row : row + 1, :, kept], one)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_the_future_leaves_the_past_alone(name):
     made = module(name)
     q, k, v = inputs(40)
@@ -221,8 +240,7 @@ def test_the_future_leaves_the_past_alone(name):
     assert not torch.allclose(before[:, :, 25:], after[:, :, 25:])
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional", "cross"])
-@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "yoso"])
+@pytest.mark.parametrize("name,kind", [(name, kind) for name, kind in KINDS if name != "yoso"])
 def test_gradients(name, kind):
     made = module(name, kind)
     cross = CrossAttention(made)
@@ -305,7 +323,7 @@ def test_random_numbers_come_from_the_seed_and_the_layer():
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)])
-@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "yoso"])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "yoso"])
 @torch.no_grad()
 def test_lower_precision(name, dtype, tolerance):
     """Outputs in the model's type, sums in float32. (A hash of YOSO changes by a whole step.)"""
@@ -318,8 +336,7 @@ def test_lower_precision(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["causal", "bidirectional", "cross"])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name,kind", KINDS)
 def test_autocast(name, kind, dtype):
     """Weights of any type, sums in float32, outputs and gradients of each tensor's own type."""
     made = module(name, kind).to(dtype)
@@ -337,7 +354,7 @@ def test_autocast(name, kind, dtype):
         assert x.grad is not None and x.grad.dtype == x.dtype and torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_decoding_inside_autocast(name):
     """The state stays in the model's type, whatever it is folded."""
@@ -356,7 +373,7 @@ def test_decoding_inside_autocast(name):
     assert_close(torch.cat(outs, dim=2).double(), whole.double(), 3e-2)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_zero_vectors_and_large_ones_give_no_nan(name):
     made = module(name)
     q, k, v = inputs(30)
@@ -370,7 +387,7 @@ def test_zero_vectors_and_large_ones_give_no_nan(name):
         assert torch.isfinite(x).all()
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_the_state_has_the_size_that_the_page_says(name):
     made = module(name)
     d, e, f = WIDTH, VALUES, made.form.features
@@ -385,13 +402,13 @@ def test_the_state_has_the_size_that_the_page_says(name):
         "yoso": ((6 << 3) * (e + 1), 0),
         "linformer": (10 * (d + e), 0),
         "hedgehog": (2 * d * (e + 1), 3 * d + e + 1),
-    }[name]
+    }[name.split(",")[0]]
     state = made.empty_state(1, dtype=torch.float32, device=torch.device("cpu"))
     assert state.memory.numel() == 2 * memory
     assert state.tail.numel() == 2 * (TAPS - 1) * e
     slots = state.keys.numel() + state.values.numel()
     if group:
-        assert slots == 2 * GROUP * group
+        assert slots == 2 * (2 + 2 * 3 if name in WINDOWED else GROUP) * group
     else:
         assert state.group == 1 and slots == 2 * (f + state.values.shape[-1])
 
