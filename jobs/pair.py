@@ -98,29 +98,8 @@ def _workers(config: PairConfig) -> dict[str, Any]:
         raise ConfigError("this machine has no CUDA device; use gpu=false")
     autocast = config.autocast
     if autocast is None:
-        autocast = not gpu and _bfloat16_is_faster(config.cpus)
+        autocast = not gpu and measure.bfloat16_is_faster(config.cpus)
     return {"cpus": config.cpus, "gpu": gpu, "autocast": autocast}
-
-
-def _bfloat16_is_faster(threads: int) -> bool:
-    """Than float32, in a product like a layer's. Instructions for it do not say so: of two
-    processors with AVX512-BF16 one trained 2.5 times as fast in it, the other 0.64 times."""
-    import torch
-
-    def product(dtype: torch.dtype) -> Callable[[], object]:
-        x, weight = (torch.ones(rows, 512, dtype=dtype) for rows in (2048, 1408))
-        return lambda: torch.nn.functional.linear(x, weight)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        times = measure.in_turns(
-            {"float32": product(torch.float32), "bfloat16": product(torch.bfloat16)},
-            turns=20, budget=5, device=torch.device("cpu"),
-        )  # fmt: skip
-    finally:
-        torch.set_num_threads(before)
-    return times["bfloat16"].median < times["float32"].median
 
 
 if __name__ == "__main__":

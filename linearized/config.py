@@ -27,6 +27,12 @@ their formulas."""
 EXACT = ("grouped", "hedgehog", "local")
 """Those that attend near tokens exactly."""
 
+NAMED: dict[str, dict[str, Any]] = {
+    "anchored": {"attention": "hedgehog", "window": 1, "sinks": 4, "bound": 256.0},
+}
+"""Combinations that have proven themselves. `anchored` is the one for pretrained models: exact
+softmax of what is near and of the first tokens, and a far part whose mass is bounded."""
+
 FLASH = "flash"
 """The attention of `FlashForCausalLM`, a model that is linear from scratch. No other model can use
 it."""
@@ -113,6 +119,19 @@ class LinearConfig:
         if not 0 < self.bound < float("inf"):
             raise ConfigError(f"bound must be a number above 0, got {self.bound!r}")
         object.__setattr__(self, "bound", float(self.bound))
+
+    @classmethod
+    def named(cls, name: str, **settings: Any) -> LinearConfig:
+        """An attention by its name, or a combination from `NAMED`, such as `anchored`. `settings`
+        go before its own.
+
+        Raises:
+            ConfigError: there is no such name or setting.
+        """
+        if name not in (*NAMED, *ATTENTIONS):
+            choices = ", ".join(sorted((*NAMED, *ATTENTIONS)))
+            raise ConfigError(f"unknown attention {name!r}; choose from {choices}")
+        return cls.from_dict({**NAMED.get(name, {"attention": name}), **settings})
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)

@@ -125,6 +125,10 @@ class LinearAttention(nn.Module):
         """α, [H]."""
         return self.alpha
 
+    def far_weight(self) -> tuple[nn.Parameter, float] | None:
+        """The parameter behind α, and the number of it at which far pairs weigh nothing."""
+        return None if self.alpha is None else (self.alpha, 0.0)
+
     def sums(
         self, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, values: Tensor, **where: Any
     ) -> Tensor:

@@ -50,6 +50,9 @@ class HedgehogAttention(LinearAttention):
     def scale(self) -> Tensor:
         return widen(self.log_alpha).exp()
 
+    def far_weight(self) -> tuple[nn.Parameter, float]:
+        return self.log_alpha, -math.inf
+
     def queries(self, q: Tensor, scaling: float, positions: Tensor | None) -> Tensor:
         q = widen(q)
         features = _features(q, self.query_map)

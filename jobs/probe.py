@@ -1,0 +1,261 @@
+"""How well would this model linearize? In one process, in minutes, without Ray and DeepSpeed.
+
+Fits each candidate's attention layer by layer to that of the softmax model on a few ten thousand
+tokens, and then measures on held-out text what it costs: perplexity over the softmax model's, by
+position up to four times the length of the rows it was fitted on; the extra nats by the place in a
+group; each layer's error; and what its far part, its convolution and each layer's softmax are
+worth. Writes tables, a picture and probe.json to `out`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.progress import Progress, note
+from jobs import cli, measure, probe_report
+from linearized.config import LinearConfig
+from linearized.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    model: str
+    """Folder or Hub name of the softmax model."""
+    text: str = "stdlib"
+    """What to fit on, in the form that jobs.data takes."""
+    held_out: tuple[str, ...] = ()
+    """What to measure on, each in that form. Nothing: the documents of `text` that jobs.data would
+    hold out."""
+    text_column: str | None = None
+    """The column of JSON Lines, Parquet or a dataset that holds the text."""
+    candidates: tuple[str, ...] = ("anchored", "grouped")
+    """Names of attentions, or of combinations such as `anchored`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of LinearConfig that all candidates share, such as {group: 128}."""
+    tokens: int = 50_000
+    """Number of tokens to fit on."""
+    row: int = 1024
+    """Number of tokens in a row to fit on. Every row is a step."""
+    rows: int = 16
+    """Number of rows of each held-out text."""
+    length: int | None = None
+    """Number of tokens in a row of held-out text. null means four times `row`."""
+    softmax: float = 0.25
+    """Share of the layers that a hybrid keeps. They are chosen by what each is worth alone."""
+    lr: float = 5e-4
+    """Learning rate of the projections."""
+    new_lr: float = 2e-2
+    """Learning rate of the parameters that linearizing adds."""
+    autocast: bool | None = None
+    """Whether to multiply in bfloat16. null does so on a GPU, and on a CPU if that is faster."""
+    threads: int = 0
+    """Number of torch's threads; 0 leaves the choice to torch."""
+    seed: int = 0
+    """Chooses the rows, and a variant's random features."""
+    save: bool = False
+    """Whether to keep the fitted models, as folders in `out`."""
+    out: Path = Path("runs/probe")
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 2), ("row", 2), ("rows", 1), ("length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if self.tokens < self.row:
+            raise ConfigError(f"tokens={self.tokens} do not fill a row of {self.row}")
+        if not self.candidates:
+            raise ConfigError("candidates must name an attention, such as anchored")
+        if not 0 <= self.softmax < 1:
+            raise ConfigError(f"softmax must be at least 0 and less than 1, got {self.softmax}")
+        for name in self.candidates:
+            self.candidate(name)
+
+    @property
+    def measured(self) -> int:
+        """Number of tokens in a row of held-out text."""
+        return 4 * self.row if self.length is None else self.length
+
+    def candidate(self, name: str) -> LinearConfig:
+        return LinearConfig.named(name, **{"seed": self.seed, **self.settings})
+
+
+def probe() -> ProbeConfig:
+    """The demo's softmax model, on the Python standard library."""
+    return ProbeConfig(model="runs/demo/teacher", row=256)
+
+
+RECIPES = {"probe": probe}
+
+
+def main(config: ProbeConfig) -> None:
+    import torch
+
+    from jobs import probe_text
+    from linearized.folder import load
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    began = time.perf_counter()
+    config.out.mkdir(parents=True, exist_ok=True)
+    teacher = load(config.model).float().eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device)  # type: ignore[arg-type]
+    limit = getattr(teacher.config, "max_position_embeddings", None)
+    if limit is not None and max(config.row, config.measured) > limit:
+        raise ConfigError(
+            f"rows of {max(config.row, config.measured)} tokens are longer than the {limit} that "
+            f"the model was made for; choose a smaller row or length"
+        )
+    texts = probe_text.read(
+        config.model, config.text, config.held_out, text_column=config.text_column,
+        tokens=config.tokens, row=config.row, rows=config.rows, length=config.measured,
+        seed=config.seed,
+    )  # fmt: skip
+    autocast = config.autocast
+    if autocast is None:
+        autocast = device.type == "cuda" or measure.bfloat16_is_faster(torch.get_num_threads())
+    narrow = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    with narrow:
+        wanted = {
+            name: _losses(teacher, rows, f"softmax model on {name}")
+            for name, rows in texts.held_out.items()
+        }
+        found = [_candidate(config, name, teacher, texts, wanted) for name in config.candidates]
+    machine = measure.Machine.measure(device, torch.float32)
+    result: dict[str, Any] = {
+        "model": config.model,
+        "text": config.text,
+        "tokens": int(texts.fit.numel()),
+        "row": config.row,
+        "rows": {name: list(rows.shape) for name, rows in texts.held_out.items()},
+        "seed": config.seed,
+        "autocast": bool(autocast),
+        "perplexity": {name: probe_report.perplexity(x) for name, x in wanted.items()},
+        "candidates": found,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    console = measure.console()
+    console.print(f"\n{machine}")
+    probe_report.show(result, console)
+    probe_report.draw(result, config.out / "probe.png")
+    line = measure.last_line("jobs.probe", machine, **result)
+    (config.out / "probe.json").write_text(line + "\n")
+    note(f"picture: {config.out / 'probe.png'}")
+    print(line)
+
+
+def _candidate(
+    config: ProbeConfig,
+    name: str,
+    teacher: PreTrainedModel,
+    texts: Any,
+    wanted: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Fit one and measure it."""
+    from linearized.evaluation import ablation
+    from linearized.models import new_state
+    from linearized.slots import layer_number
+    from linearized.training import fit
+    from linearized.training.optim import Optim
+
+    linear = config.candidate(name)
+    student = fit.student_of(teacher, linear)
+    optim = Optim(lr=config.lr, new_lr=config.new_lr, warmup=5, weight_decay=0.0)
+    curve: list[float] = []
+    started = time.perf_counter()
+    with Progress(f"fit {name}", total=len(texts.fit), unit="rows") as progress:
+
+        def report(step: int, errors: dict[str, float]) -> None:
+            curve.append(sum(errors.values()) / len(errors))
+            progress.update(step, error=round(curve[-1], 4))
+
+        fit.fit(student, teacher, list(texts.fit[:, None]), optim=optim, report=report)
+    seconds = time.perf_counter() - started
+    short = {text: rows[:2, : config.row] for text, rows in texts.held_out.items()}
+    errors = fit.errors(student, teacher, list(short.values()))
+    found: dict[str, Any] = {
+        "name": name,
+        "config": linear.to_dict(),
+        "state_bytes": new_state(student, 1).nbytes,
+        "fit_seconds": round(seconds, 1),
+        "curve": [round(x, 5) for x in curve],
+        "errors": {layer_number(module): round(x, 5) for module, x in errors.items()},
+        "texts": {text: {} for text in wanted},
+    }
+
+    def extra(kind: str, rows: Mapping[str, Tensor], of: str) -> None:
+        for text, tokens in rows.items():
+            losses = _losses(student, tokens, f"{name}{of} on {text}")
+            than = wanted[text][: len(tokens), : tokens.shape[1] - 1]
+            found["texts"][text][kind] = probe_report.compare(losses, than, linear.group)
+
+    extra("whole", texts.held_out, "")
+    if ablation.has_far_part(student):
+        with ablation.without_far_part(student):
+            extra("far part off", texts.held_out, " without far part")
+    if ablation.has_convolution(student):
+        with ablation.without_convolution(student):
+            extra("convolution off", texts.held_out, " without convolution")
+    worth = _worth(student, name, short, wanted)
+    order = sorted(worth, key=lambda layer: -worth[layer])
+    found["worth"] = {layer: round(worth[layer], 5) for layer in sorted(worth)}
+    found["order"] = order
+    if keep := sorted(order[: int(config.softmax * len(order))]):
+        found["kept"] = keep
+        with ablation.softmax_in(student, keep):
+            extra("hybrid", texts.held_out, f", {len(keep)} layers softmax,")
+    if config.save:
+        student.to(teacher.dtype).save_pretrained(config.out / name)  # type: ignore[arg-type]
+    return found
+
+
+def _worth(
+    student: PreTrainedModel, name: str, rows: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[int, float]:
+    """By how many nats a token it is better with softmax in each layer alone."""
+    from linearized.evaluation.ablation import softmax_in
+    from linearized.evaluation.perplexity import token_losses
+    from linearized.slots import layer_number, linear_modules
+
+    layers = [layer_number(module) for module in linear_modules(student)]
+
+    def losses() -> float:
+        found = [token_losses(student, tokens).mean() for tokens in rows.values()]
+        return float(sum(found)) / len(found)
+
+    worth, whole = {}, losses()
+    with Progress(f"layers of {name}", total=len(layers), unit="layers") as progress:
+        for count, layer in enumerate(layers, start=1):
+            with softmax_in(student, [layer]):
+                worth[layer] = whole - losses()
+            progress.update(count, worth=round(worth[layer], 4))
+    return worth
+
+
+def _losses(model: PreTrainedModel, rows: Tensor, stage: str) -> Tensor:
+    """[R, T-1], of one row after the other."""
+    import torch
+
+    from linearized.evaluation.perplexity import token_losses
+
+    found = []
+    with Progress(stage, total=len(rows), unit="rows") as progress:
+        for count, row in enumerate(rows, start=1):
+            found.append(token_losses(model, row[None]).cpu())
+            progress.update(count, nats=round(float(found[-1].mean()), 3))
+    return torch.cat(found)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    cli.run(RECIPES, main, __doc__)

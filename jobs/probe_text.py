@@ -1,0 +1,111 @@
+"""The token rows of jobs.probe: some to fit on, some to measure on. Knows sources of text and a
+tokenizer; knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from linearized.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LETTERS = 16
+"""Characters of a token, at most on the average: so much text is tokenized for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    fit: Tensor
+    """[rows, T]."""
+    held_out: dict[str, Tensor]
+    """[rows, T] of each text, by its name."""
+
+
+def read(
+    tokenizer: str,
+    source: str,
+    held_out: Sequence[str] = (),
+    *,
+    text_column: str | None = None,
+    tokens: int,
+    row: int,
+    rows: int,
+    length: int,
+    seed: int,
+) -> Texts:
+    """Rows of tokens that follow each other in one document. Those to fit on, `tokens` in rows of
+    `row`, are spread over all documents of `source`; those to measure on, `rows` rows of `length`,
+    are the first ones of each text of `held_out`, or of documents of `source` that are held out.
+
+    Raises:
+        DataError: there is too little text.
+    """
+    from linearized.training import corpus
+    from linearized.training.tokenizer import load
+
+    encode = load(tokenizer)
+    table = corpus.read(source, text_column=text_column)
+    if held_out:
+        documents = table["text"]
+        held = {_name(one): corpus.read(one, text_column=text_column)["text"] for one in held_out}
+    else:
+        train, kept = corpus.split_documents(table["document"].to_pylist(), 0.05)
+        documents, held = table["text"].take(train), {"held out": table["text"].take(kept)}
+    fit = _spread(encode, documents, row, tokens // row, seed)
+    if len(fit) < tokens // row:
+        raise DataError(
+            f"{source!r} has documents for {fit.numel()} tokens in rows of {row}, not for "
+            f"{tokens}; bring more text, or choose a smaller row or fewer tokens"
+        )
+    return Texts(fit, {n: _first(encode, texts, length, rows, n) for n, texts in held.items()})
+
+
+def _name(source: str) -> str:
+    return Path(source).stem if Path(source).exists() else source
+
+
+def _spread(encode: Any, documents: pa.ChunkedArray, length: int, count: int, seed: int) -> Tensor:
+    """Up to `count` rows, of documents in an order of the seed; an equal share of each, and more of
+    some where others are short."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    share = -(-count // len(order))
+    rows: list[Tensor] = []
+    for most in (share, count):
+        for index in order:
+            if len(rows) >= count:
+                break
+            text = documents[index].as_py()
+            start = 0 if most == share else LETTERS * share * length
+            rows += _rows(encode, text[start:], length, min(most, count - len(rows)))
+    mixed = torch.randperm(len(rows), generator=generator)
+    return torch.stack(rows)[mixed] if rows else torch.zeros(0, length, dtype=torch.int64)
+
+
+def _first(encode: Any, documents: Sequence[Any], length: int, count: int, name: str) -> Tensor:
+    rows: list[Tensor] = []
+    for document in documents:
+        rows += _rows(encode, document.as_py(), length, count - len(rows))
+        if len(rows) >= count:
+            return torch.stack(rows[:count])
+    if rows:
+        return torch.stack(rows)
+    raise DataError(
+        f"no document of {name!r} has {length} tokens; choose a smaller row or length, or another "
+        "text to measure on"
+    )
+
+
+def _rows(encode: Any, text: str, length: int, count: int) -> list[Tensor]:
+    """The first rows of a text."""
+    ids = encode(text[: LETTERS * length * count], verbose=False)["input_ids"]
+    whole = min(len(ids) // length, count)
+    return list(torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length))
