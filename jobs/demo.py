@@ -93,11 +93,13 @@ def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:
     stages = {"data": ["jobs.data", "demo", *data]}
     if config.model is None:
         stages["teacher"] = ["jobs.pretrain", "demo", f"out={teacher}"]
+    stages["probe"] = ["jobs.probe", "demo", f"model={teacher}", f"text={source}"]
+    stages["probe"].append(f"out={run / 'probe'}")
     target, draft = run / "target", run / "draft"
     stages["linearize"] = ["jobs.finetune", "demo", f"model={teacher}", f"out={target}"]
     stages["draft"] = ["jobs.draft", "demo", f"target={target}", f"out={draft}"]
     for name, command in stages.items():
-        if name != "data":
+        if name not in ("data", "probe"):
             command.append(f"data={run / 'data'}")
     return {name: ["python", "-m", *command] for name, command in stages.items()}
 

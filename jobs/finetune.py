@@ -32,7 +32,7 @@ class FinetuneConfig:
 def demo() -> FinetuneConfig:
     """The demo's teacher, linearized in two minutes on two CPU cores."""
     return FinetuneConfig(
-        linear=LinearConfig(attention="grouped", augment=True),
+        linear=LinearConfig.named("anchored"),
         transfer=Stage(objective="transfer", steps=50, batch=8, optim=Optim(lr=1e-3)),
         finetune=Stage(objective="distillation", steps=200, batch=8, optim=Optim(lr=3e-3)),
         workers=Workers(),

@@ -30,7 +30,7 @@ def compare(losses: Tensor, than: Tensor, group: int) -> dict[str, Any]:
     ranges = {}
     first = 0
     while first < extra.shape[1]:
-        last = max(2 * first, SHORTEST * 4)
+        last = max(2 * first, SHORTEST)
         part = extra[:, first:last]
         ranges[f"{first}–{first + part.shape[1] - 1}"] = round(math.exp(float(part.mean())), 4)
         first = last

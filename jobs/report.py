@@ -74,6 +74,7 @@ def main(config: ReportConfig) -> None:
             "linearized": target["perplexity"]["after"],
             "draft": draft["perplexity"]["after"],
         },
+        "after_transfer": _after_transfer(config.run / "probe" / "probe.json"),
         "parameters": {name: done["parameters"] for name, done in trained.items()},
         "training_tokens": {name: done["tokens"] for name, done in trained.items()},
         "tokens_per_second": {"plain": _speed(plain), "speculative": _speed(speculative)},
@@ -163,6 +164,17 @@ def _speed(answers: list[Answer]) -> float:
     return round(statistics.median(a.tokens / a.seconds for a in answers), 1)
 
 
+def _after_transfer(file: Path) -> dict[str, dict[str, float]]:
+    """What jobs.probe found: for each attention, perplexity over the teacher's, by position."""
+    if not file.exists():
+        return {}
+    found = {}
+    for candidate in json.loads(file.read_text())["candidates"]:
+        whole = next(iter(candidate["texts"].values()))["whole"]
+        found[candidate["name"]] = {"all": whole["ratio"], **whole["ranges"]}
+    return found
+
+
 def _training(folder: Path) -> dict[str, Any]:
     file = folder / "run.json"
     if not file.exists():
@@ -179,6 +191,10 @@ def show(report: dict[str, Any], console: Console) -> None:
     table.add_row("", "swapped, untrained", f"{perplexity['swapped']:.2f}")
     table.add_row("", "linearized", f"{perplexity['linearized']:.2f}  ({ratio:.3f} x teacher)")
     table.add_row("", "draft", f"{perplexity['draft']:.2f}")
+    for i, (name, ratios) in enumerate(report["after_transfer"].items()):
+        by_position = ", ".join(f"{value:.2f} at {at}" for at, value in list(ratios.items())[1:])
+        first = "x teacher, attention" if i == 0 else "transfer alone" if i == 1 else ""
+        table.add_row(first, name, f"{ratios['all']:.3f} x ({by_position})")
     table.add_section()
     for i, (name, count) in enumerate(sizes.items()):
         tokens = report["training_tokens"][name]

@@ -51,6 +51,8 @@ def test_it_says_what_a_model_would_lose(folder, capsys):
     assert sorted(anchored["order"]) == [0, 1] and anchored["kept"] == anchored["order"][:1]
     for words in ("far part off", "softmax perplexity", "A hybrid keeps softmax"):
         assert words in out
+    probe.main(small(folder, "save=true"))
+    assert "is of the same model, texts and settings" in capsys.readouterr().out
     import linearized
 
     again = linearized.load(folder / "out" / "anchored")
@@ -63,8 +65,8 @@ def test_ratios_by_position_and_slot():
     losses[:, 256:512] = math.log(2)
     losses[:, 0::8] += 0.1
     found = probe_report.compare(losses, than, 8)
-    assert list(found["ranges"]) == ["0–255", "256–511", "512–1022"]
-    low, high, rest = found["ranges"].values()
+    assert list(found["ranges"]) == ["0–63", "64–127", "128–255", "256–511", "512–1022"]
+    low, _, _, high, rest = found["ranges"].values()
     assert low == pytest.approx(math.exp(0.1 / 8), abs=1e-3) and rest == pytest.approx(
         low, abs=1e-3
     )

@@ -69,6 +69,11 @@ def run(tmp_path, monkeypatch):
 
 
 def test_report(run):
+    (run.run / "probe").mkdir()
+    whole = {"ratio": 1.21, "ranges": {"0–63": 1.1, "64–127": 1.3}, "slots": []}
+    candidate = {"name": "anchored", "texts": {"held out": {"whole": whole}}}
+    found = json.dumps({"candidates": [candidate]})
+    (run.run / "probe" / "probe.json").write_text(found)
     report.main(run)
     done = json.loads((run.run / "report.json").read_text())
     assert done["perplexity"] == {
@@ -82,7 +87,13 @@ def test_report(run):
     assert (run.run / "report.png").read_bytes().startswith(b"\x89PNG")
     text = io.StringIO()
     report.show(done, Console(file=text, width=100))
-    for words in ("1.050 x teacher", "200.00", "3.00 M", "a text"):
+    for words in (
+        "1.210 x (1.10 at 0–63, 1.30 at 64–127)",
+        "1.050 x teacher",
+        "200.00",
+        "3.00 M",
+        "a text",
+    ):
         assert words in text.getvalue()
 
 
