@@ -51,6 +51,8 @@ class ProbeConfig:
     """Number of rows of each held-out text."""
     length: int | None = None
     """Number of tokens in a row of held-out text. null means four times `row`."""
+    passkeys: int = 0
+    """Number of rows with a pass key to be found again, as long as those of held-out text."""
     softmax: float = 0.25
     """Share of the layers that a hybrid keeps. They are chosen by what each is worth alone."""
     lr: float = 5e-4
@@ -133,7 +135,7 @@ def main(config: ProbeConfig) -> None:
     texts = probe_text.read(
         config.model, config.text, config.held_out, text_column=config.text_column,
         tokens=config.tokens, row=config.row, rows=config.rows, length=config.measured,
-        seed=config.seed,
+        passkeys=config.passkeys, seed=config.seed,
     )  # fmt: skip
     autocast = config.autocast
     if autocast is None:
@@ -144,6 +146,9 @@ def main(config: ProbeConfig) -> None:
             name: _losses(teacher, rows, f"softmax model on {name}")
             for name, rows in texts.held_out.items()
         }
+        recalled = None
+        if texts.passkeys:
+            recalled = _recalled(teacher, texts.passkeys, "softmax model")
         found = [_candidate(config, name, teacher, texts, wanted) for name in config.candidates]
     machine = measure.Machine.measure(device, torch.float32)
     result: dict[str, Any] = {
@@ -155,6 +160,7 @@ def main(config: ProbeConfig) -> None:
         "seed": config.seed,
         "autocast": bool(autocast),
         "perplexity": {name: probe_report.perplexity(x) for name, x in wanted.items()},
+        "passkey": recalled,
         "candidates": found,
         "seconds": round(time.perf_counter() - began, 1),
         "asked": asked,
@@ -235,9 +241,13 @@ def _candidate(
             found["texts"][text][kind] = probe_report.compare(losses, than, linear.group)
 
     extra("whole", texts.held_out, "")
+    if texts.passkeys:
+        found["passkey"] = _recalled(student, texts.passkeys, name)
     if ablation.has_far_part(student):
         with ablation.without_far_part(student):
             extra("far part off", texts.held_out, " without far part")
+            if texts.passkeys:
+                found["passkey, far part off"] = _recalled(student, texts.passkeys, name)
     if ablation.has_convolution(student):
         with ablation.without_convolution(student):
             extra("convolution off", texts.held_out, " without convolution")
@@ -275,6 +285,22 @@ def _worth(
                 worth[layer] = whole - losses()
             progress.update(count, worth=round(worth[layer], 4))
     return worth
+
+
+def _recalled(
+    model: PreTrainedModel, keys: list[tuple[Tensor, int]], name: str
+) -> dict[str, float]:
+    """The share of pass keys that a model would say, and nats a token of them."""
+    from linearized.evaluation.recall import answer
+
+    losses, right = [], 0
+    with Progress(f"pass keys, {name}", total=len(keys), unit="rows") as progress:
+        for count, (row, size) in enumerate(keys, start=1):
+            found, said = answer(model, row, size)
+            losses.append(found)
+            right += said
+            progress.update(count, nats=round(found, 3))
+    return {"right": right / len(losses), "nats": round(sum(losses) / len(losses), 4)}
 
 
 def _losses(model: PreTrainedModel, rows: Tensor, stage: str) -> Tensor:

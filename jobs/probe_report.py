@@ -47,6 +47,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         rows, length = result["rows"][text]
         console.print(f"\n{text}: {rows} rows of {length} tokens, softmax perplexity {value}")
         console.print(_ratios(result, text))
+    if result["passkey"] is not None:
+        console.print(_passkeys(result))
     for found in result["candidates"]:
         console.print(_layers(found))
         if "kept" in found:
@@ -69,6 +71,20 @@ def _ratios(result: dict[str, Any], text: str) -> Table:
                 *(f"{x:.3f}" for x in numbers["ranges"].values()),
                 *("–" if x is None else f"{x:+.3f}" for x in (slots[0], slots[-1])),
             )
+    return table
+
+
+def _passkeys(result: dict[str, Any]) -> Table:
+    table = Table(title="pass keys in rows as long as those of held-out text")
+    for name in ("", "said", "nats a token"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = [("softmax model", result["passkey"])]
+    for found in result["candidates"]:
+        for kind in ("passkey", "passkey, far part off"):
+            if kind in found:
+                rows.append((found["name"] + kind.removeprefix("passkey"), found[kind]))
+    for name, numbers in rows:
+        table.add_row(name, f"{numbers['right']:.0%}", f"{numbers['nats']:.2f}")
     return table
 
 

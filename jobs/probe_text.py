@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linearized.errors import DataError
+from linearized.evaluation.recall import passkey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,6 +28,8 @@ class Texts:
     """[rows, T]."""
     held_out: dict[str, Tensor]
     """[rows, T] of each text, by its name."""
+    passkeys: list[tuple[Tensor, int]]
+    """Rows [T] of the first of these texts that end with a pass key, and its number of tokens."""
 
 
 def read(
@@ -39,11 +42,13 @@ def read(
     row: int,
     rows: int,
     length: int,
+    passkeys: int = 0,
     seed: int,
 ) -> Texts:
     """Rows of tokens that follow each other in one document. Those to fit on, `tokens` in rows of
     `row`, are spread over all documents of `source`; those to measure on, `rows` rows of `length`,
-    are the first ones of each text of `held_out`, or of documents of `source` that are held out.
+    are the first ones of each text of `held_out`, or of documents of `source` that are held out. `passkeys`
+    rows of the same length ask for a pass key.
 
     Raises:
         DataError: there is too little text.
@@ -65,7 +70,8 @@ def read(
             f"{source!r} has documents for {fit.numel()} tokens in rows of {row}, not for "
             f"{tokens}; bring more text, or choose a smaller row or fewer tokens"
         )
-    return Texts(fit, {n: _first(encode, texts, length, rows, n) for n, texts in held.items()})
+    measured = {n: _first(encode, texts, length, rows, n) for n, texts in held.items()}
+    return Texts(fit, measured, _passkeys(encode, next(iter(measured.values())), passkeys, seed))
 
 
 def _name(source: str) -> str:
@@ -102,6 +108,19 @@ def _first(encode: Any, documents: Sequence[Any], length: int, count: int, name:
         f"no document of {name!r} has {length} tokens; choose a smaller row or length, or another "
         "text to measure on"
     )
+
+
+def _passkeys(encode: Any, rows: Tensor, count: int, seed: int) -> list[tuple[Tensor, int]]:
+    """At depths that are spread evenly, the end left out."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(text: str) -> list[int]:
+        return list(encode(text, add_special_tokens=False)["input_ids"])
+
+    return [
+        passkey(ids, rows[i % len(rows)], depth=0.9 * i / count, generator=generator)
+        for i in range(count)
+    ]
 
 
 def _rows(encode: Any, text: str, length: int, count: int) -> list[Tensor]:

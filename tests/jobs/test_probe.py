@@ -36,12 +36,12 @@ def small(folder, *assignments: str) -> probe.ProbeConfig:
 
 
 def test_it_says_what_a_model_would_lose(folder, capsys):
-    probe.main(small(folder, "save=true"))
+    probe.main(small(folder, "save=true", "passkeys=2", "length=200"))
     out = capsys.readouterr().out
     last = json.loads(out.splitlines()[-1])
     assert json.loads((folder / "out" / "probe.json").read_text()) == last
     assert (folder / "out" / "probe.png").stat().st_size > 10_000
-    assert last["tokens"] == 256 and last["rows"] == {"held": [2, 128]}
+    assert last["tokens"] == 256 and last["rows"] == {"held": [2, 200]}
     anchored, local = last["candidates"]
     assert anchored["config"]["window"] == 1 and anchored["config"]["group"] == 8
     kinds = anchored["texts"]["held"]
@@ -49,9 +49,16 @@ def test_it_says_what_a_model_would_lose(folder, capsys):
     assert list(local["texts"]["held"]) == ["whole", "convolution off", "hybrid"]
     assert len(kinds["whole"]["slots"]) == 8 and len(anchored["curve"]) == 8
     assert sorted(anchored["order"]) == [0, 1] and anchored["kept"] == anchored["order"][:1]
-    for words in ("far part off", "softmax perplexity", "A hybrid keeps softmax"):
+    for numbers in (last["passkey"], anchored["passkey"], anchored["passkey, far part off"]):
+        assert numbers["nats"] > 0 and 0 <= numbers["right"] <= 1
+    for words in (
+        "pass keys in rows",
+        "far part off",
+        "softmax perplexity",
+        "A hybrid keeps softmax",
+    ):
         assert words in out
-    probe.main(small(folder, "save=true"))
+    probe.main(small(folder, "save=true", "passkeys=2", "length=200"))
     assert "is of the same model, texts and settings" in capsys.readouterr().out
     import linearized
 
