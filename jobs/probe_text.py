@@ -47,8 +47,8 @@ def read(
 ) -> Texts:
     """Rows of tokens that follow each other in one document. Those to fit on, `tokens` in rows of
     `row`, are spread over all documents of `source`; those to measure on, `rows` rows of `length`,
-    are the first ones of each text of `held_out`, or of documents of `source` that are held out. `passkeys`
-    rows of the same length ask for a pass key.
+    are the first ones of each text of `held_out`, or of documents of `source` that are held out.
+    `passkeys` rows of the same length ask for a pass key.
 
     Raises:
         DataError: there is too little text.

@@ -41,5 +41,5 @@ def test_a_passkey_is_stated_and_asked(depth):
     assert f"The pass key is {answer}." in question and question.endswith("The pass key is")
     found = question.index("\nThe pass key is")
     assert found == round(depth * text.count("x"))
-    with pytest.raises(ConfigError, match="no room"):
+    with pytest.raises(ConfigError, match="50 tokens has no room"):
         passkey(encode, filler[:50], depth=0, generator=seeded())
