@@ -98,6 +98,9 @@ def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:
     target, draft = run / "target", run / "draft"
     stages["linearize"] = ["jobs.finetune", "demo", f"model={teacher}", f"out={target}"]
     stages["draft"] = ["jobs.draft", "demo", f"target={target}", f"out={draft}"]
+    if config.model is None:  # whose texts are short: with groups of 64 all of them would be near
+        stages["probe"].append("settings={group: 16}")
+        stages["linearize"].append("linear.group=16")
     for name, command in stages.items():
         if name not in ("data", "probe"):
             command.append(f"data={run / 'data'}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class RecallConfig:
     candidates: tuple[str, ...] = ("anchored", "grouped")
     """Names of attentions, or of combinations such as `anchored`."""
-    settings: Mapping[str, Any] = field(default_factory=lambda: {"group": 8, "taps": 4})
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"group": 4, "taps": 4})
     """Fields of LinearConfig that all candidates share."""
     length: int = 128
     """Number of tokens in a row."""

@@ -28,7 +28,7 @@ EXACT = ("grouped", "hedgehog", "local")
 """Those that attend near tokens exactly."""
 
 NAMED: dict[str, dict[str, Any]] = {
-    "anchored": {"attention": "hedgehog", "window": 1, "sinks": 4, "bound": 256.0},
+    "anchored": {"attention": "hedgehog", "window": 3, "sinks": 4, "bound": 256.0},
 }
 """Combinations that have proven themselves. `anchored` is the one for pretrained models: exact
 softmax of what is near and of the first tokens, and a far part whose mass is bounded."""

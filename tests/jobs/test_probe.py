@@ -43,7 +43,7 @@ def test_it_says_what_a_model_would_lose(folder, capsys):
     assert (folder / "out" / "probe.png").stat().st_size > 10_000
     assert last["tokens"] == 256 and last["rows"] == {"held": [2, 200]}
     anchored, local = last["candidates"]
-    assert anchored["config"]["window"] == 1 and anchored["config"]["group"] == 8
+    assert anchored["config"]["window"] == 3 and anchored["config"]["group"] == 8
     kinds = anchored["texts"]["held"]
     assert list(kinds) == ["whole", "far part off", "convolution off", "hybrid"]
     assert list(local["texts"]["held"]) == ["whole", "convolution off", "hybrid"]
