@@ -219,6 +219,27 @@ def test_a_hybrid(llama, programs):
     assert len(programs) == count
 
 
+@needs_compiler
+@pytest.mark.parametrize("near", ["grouped", "hedgehog"])
+def test_a_window(linear, programs, near):
+    """Where tokens are kept is a constant of a program; lengths are not."""
+    model = linear(dtype=torch.float32, layers=1, near=near)
+    inputs = {batch: torch.randint(1, 50, (batch, 45)) for batch in (1, 2)}
+    want = {batch: decoded(model, batch, tokens) for batch, tokens in inputs.items()}
+    linearized.compile(model)
+    for batch, tokens in inputs.items():
+        few, trees, state = decoded(model, batch, tokens)
+        torch.testing.assert_close(few, want[batch][0], atol=1e-4, rtol=1e-4)
+        for tree, expected in zip(trees, want[batch][1], strict=True):
+            torch.testing.assert_close(tree, expected, atol=1e-4, rtol=1e-4)
+        for name, tensor in state.layers.tensors().items():
+            expected = want[batch][2].layers.tensors()[name]
+            torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
+    count = len(programs)
+    decoded(model, 2, inputs[2][:, :2])  # shorter than the sinks
+    assert len(programs) == count
+
+
 def test_what_cannot_be_compiled_says_why(linear, monkeypatch):
     config = transformers.T5Config(
         vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4,
