@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import linearized
-from jobs import hybrids, measure
+from jobs import hybrids, measure, windows
 from jobs.bench_ops import DTYPES
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, show, show_bars
 from linearized.cache import CACHE
@@ -107,12 +107,14 @@ def main(
     _show_trees(trees, console)
     prefill = {n: _prefill(twins, n, chunk, **settings) for n in lengths}
     _show_prefill(prefill, console)
+    near = {sizes[0]: windows.models(softmax, sizes[0], **settings)}
+    windows.show_windows("A window and sinks beside none", near, console)
     bars = _bars(constant, decode, prefill)
     show_bars(bars, console)
     config = {"parameters": count, "hidden": hidden, "layers": layers, "chunk": chunk,
               "kv_heads": kv_heads, "dtype": dtype, "backend": backend}  # fmt: skip
     results = {"constant": constant, "decode": decode, "hybrid": mixed, "trees": trees,
-               "prefill": prefill}  # fmt: skip
+               "prefill": prefill, "windows": near}  # fmt: skip
     print(last_line("bench_models", machine, config=config, results=results, bars=bars))
 
 
@@ -218,15 +220,8 @@ def _with_static(
 
 def state_of(linear: PreTrainedModel, context: int) -> linearized.DecodeState:
     """Of a text of this length, in the middle of a group."""
-    state = linearized.new_state(linear)
-    tensors = state.layers.tensors()
-    tensors["memory"].normal_()
-    tensors["tail"].normal_()
-    half = state.layers.group // 2
-    tensors["keys"][:, :, :, :half].normal_()
-    tensors["values"][:, :, :, :half].normal_()
-    tensors["length"].fill_(context // state.layers.group * state.layers.group + half)
-    return state
+    group = linearized.models.linear_config(linear).group
+    return hybrids.state_of(linear, context // group * group + group // 2)
 
 
 def _dynamic(model: PreTrainedModel, context: int) -> transformers.DynamicCache:

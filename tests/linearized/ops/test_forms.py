@@ -167,11 +167,11 @@ def test_states_and_trees(
     assert other["form"] == made["form"]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     inside=st.sampled_from(["relu2", "softmax"]), group=st.integers(1, 5),
     window=st.integers(0, 3), sinks=st.integers(0, 5), taps=st.integers(0, 9),
-    features=st.sampled_from([0, 6]), widths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    features=st.sampled_from([0, 6]), widths=st.lists(st.integers(1, 14), min_size=2, max_size=4),
     share=st.sampled_from([0.1, 0.5, 0.9]), seed=st.integers(0, 99),
 )  # fmt: skip
 @torch.no_grad()
@@ -206,7 +206,7 @@ def test_rows_of_any_lengths_side_by_side(
                 assert_close(out[row : row + 1, :, mask[row]], want)
             assert not out[row, :, ~mask[row]].any()
     for name, tensor in states["cpu"].tensors().items():
-        assert_close(tensor, states["reference"].tensors()[name])
+        assert_close(tensor.double(), states["reference"].tensors()[name].double())
 
 
 @settings(max_examples=60)
