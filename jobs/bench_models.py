@@ -9,8 +9,9 @@ one token. The twin runs transformers' own forward with SDPA: prefill in one for
 cache, decoding with a dynamic and with a static cache. "packed" has its weights laid out for the
 CPU (`linearized.pack`), the twin's just as ours. Contexts for decoding are not computed: the caches
 are filled with random numbers, and so is our state, whose size does not depend on the length that
-it is given. Prefill is computed in full. Ends with one line of JSON. `jobs.bench_quick` prints the
-few ratios that tell machines apart, in a third of the time.
+it is given. Prefill is computed in full. Models with a window and sinks are timed beside those
+without, in turns. Ends with one line of JSON. `jobs.bench_quick` prints the few ratios that tell
+machines apart, in a third of the time.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def main(
     _show_prefill(prefill, console)
     near = {sizes[0]: windows.models(softmax, sizes[0], **settings)}
     windows.show_windows("A window and sinks beside none", near, console)
-    bars = _bars(constant, decode, prefill)
+    bars = _bars(constant, decode, prefill) + windows.bars(near, 1024)
     show_bars(bars, console)
     config = {"parameters": count, "hidden": hidden, "layers": layers, "chunk": chunk,
               "kv_heads": kv_heads, "dtype": dtype, "backend": backend}  # fmt: skip

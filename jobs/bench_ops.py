@@ -3,8 +3,9 @@
     python -m jobs.bench_ops            # about five minutes on two CPU cores
     python -m jobs.bench_ops --quick    # seconds; for a look, not for figures
 
-Forward, forward and backward, a decode step and trees, from 1K to 64K tokens of context; ends with
-one line of JSON.
+Forward, forward and backward, a decode step and trees, from 1K to 64K tokens of context; then the
+same with a window and sinks beside none, which is no rival but a choice. Ends with one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def main(
         results = _bench(setting, sizes, machine, console)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    bars = _bars(results, sizes) + windows.bars(results["windows"])
+    bars = _bars(results, sizes) + windows.bars(results["windows"], 16384)
     show_bars(bars, console)
     config = {"heads": heads, "width": width, "group": group, "taps": taps, "dtype": dtype}
     print(last_line("bench_ops", machine, config=config, results=results, bars=bars))

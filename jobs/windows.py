@@ -36,7 +36,7 @@ class Case:
 
     def __init__(
         self, kind: str, near: str, *, heads: int, width: int, dtype: torch.dtype,
-        device: torch.device, **sizes: int,
+        device: torch.device, **sizes: Any,
     ) -> None:  # fmt: skip
         place = Place(
             layer=0, heads=heads, kv_heads=heads, width=width, value_width=width, dtype=dtype,
@@ -203,8 +203,8 @@ def show_windows(title: str, found: Mapping[int, Any], console: Console) -> None
     show(title, columns, rows, console)
 
 
-def bars(found: Mapping[int, Any], tokens: int = 16384) -> list[Bar]:
-    """For the time with a window over the time without."""
+def bars(found: Mapping[int, Any], tokens: int) -> list[Bar]:
+    """For the time with a window over the time without, after so many tokens."""
     bounds = {"forward": 1.6, **{_named(nodes): 1.2 for nodes in NODES}}
     return [
         Bar(f"window 1 over window 0, {kind}, {name} at {tokens // 1024}K",
