@@ -82,7 +82,7 @@ def generate(model, prompt, **settings):
     "near, temperature, length",
     [
         *itertools.product([""], [0.0, 0.9], [1, 2, 7, 8, 9, 16, 21]),
-        *itertools.product(["local", "grouped", "hedgehog"], [0.9], [1, 21]),
+        *[("local", 0.9, 21), ("grouped", 0.9, 1), ("hedgehog", 0.0, 1), ("hedgehog", 0.9, 21)],
     ],
 )
 def test_the_text_is_the_same_for_every_drafter(linear, near, temperature, length):
