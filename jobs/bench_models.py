@@ -9,8 +9,9 @@ one token. The twin runs transformers' own forward with SDPA: prefill in one for
 cache, decoding with a dynamic and with a static cache. "packed" has its weights laid out for the
 CPU (`linearized.pack`), the twin's just as ours. Contexts for decoding are not computed: the caches
 are filled with random numbers, and so is our state, whose size does not depend on the length that
-it is given. Prefill is computed in full. Ends with one line of JSON. `jobs.bench_quick` prints the
-few ratios that tell machines apart, in a third of the time.
+it is given. Prefill is computed in full. Models with a window and sinks are timed beside those
+without, in turns. Ends with one line of JSON. `jobs.bench_quick` prints the few ratios that tell
+machines apart, in a third of the time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import linearized
-from jobs import hybrids, measure
+from jobs import hybrids, measure, windows
 from jobs.bench_ops import DTYPES
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, show, show_bars
 from linearized.cache import CACHE
@@ -107,12 +108,14 @@ def main(
     _show_trees(trees, console)
     prefill = {n: _prefill(twins, n, chunk, **settings) for n in lengths}
     _show_prefill(prefill, console)
-    bars = _bars(constant, decode, prefill)
+    near = {sizes[0]: windows.models(softmax, sizes[0], **settings)}
+    windows.show_windows("A window and sinks beside none", near, console)
+    bars = _bars(constant, decode, prefill) + windows.bars(near, 1024)
     show_bars(bars, console)
     config = {"parameters": count, "hidden": hidden, "layers": layers, "chunk": chunk,
               "kv_heads": kv_heads, "dtype": dtype, "backend": backend}  # fmt: skip
     results = {"constant": constant, "decode": decode, "hybrid": mixed, "trees": trees,
-               "prefill": prefill}  # fmt: skip
+               "prefill": prefill, "windows": near}  # fmt: skip
     print(last_line("bench_models", machine, config=config, results=results, bars=bars))
 
 
@@ -218,15 +221,8 @@ def _with_static(
 
 def state_of(linear: PreTrainedModel, context: int) -> linearized.DecodeState:
     """Of a text of this length, in the middle of a group."""
-    state = linearized.new_state(linear)
-    tensors = state.layers.tensors()
-    tensors["memory"].normal_()
-    tensors["tail"].normal_()
-    half = state.layers.group // 2
-    tensors["keys"][:, :, :, :half].normal_()
-    tensors["values"][:, :, :, :half].normal_()
-    tensors["length"].fill_(context // state.layers.group * state.layers.group + half)
-    return state
+    group = linearized.models.linear_config(linear).group
+    return hybrids.state_of(linear, context // group * group + group // 2)
 
 
 def _dynamic(model: PreTrainedModel, context: int) -> transformers.DynamicCache:

@@ -3,8 +3,9 @@
     python -m jobs.bench_ops            # about five minutes on two CPU cores
     python -m jobs.bench_ops --quick    # seconds; for a look, not for figures
 
-Forward, forward and backward, a decode step and trees, from 1K to 64K tokens of context; ends with
-one line of JSON.
+Forward, forward and backward, a decode step and trees, from 1K to 64K tokens of context; then the
+same with a window and sinks beside none, which is no rival but a choice. Ends with one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from jobs import baselines, measure
+from jobs import baselines, measure, windows
 from jobs.measure import Bar, Machine, Run, Timing, in_turns, last_line, peak_bytes, show, show_bars
 from linearized import ops
 from linearized.errors import ConfigError
@@ -99,7 +100,7 @@ def main(
         results = _bench(setting, sizes, machine, console)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    bars = _bars(results, sizes)
+    bars = _bars(results, sizes) + windows.bars(results["windows"], 16384)
     show_bars(bars, console)
     config = {"heads": heads, "width": width, "group": group, "taps": taps, "dtype": dtype}
     print(last_line("bench_ops", machine, config=config, results=results, bars=bars))
@@ -114,7 +115,17 @@ def _bench(
     _show_sequence("Forward and backward", both, setting, machine, console)
     steps = {n: _steps(setting, n) for n in sizes}
     _show_steps(steps, machine, console)
-    return {"forward": forward, "forward_backward": both, "steps": steps}
+    near = {n: _windows(setting, n) for n in sizes}
+    windows.show_windows("A window and sinks beside none", near, console)
+    return {"forward": forward, "forward_backward": both, "steps": steps, "windows": near}
+
+
+def _windows(setting: Setting, tokens: int) -> dict[str, Any]:
+    return windows.operators(
+        tokens, turns=setting.turns, budget=setting.budget / 4, device=setting.device,
+        heads=setting.heads, width=setting.width, group=setting.group, taps=setting.taps,
+        dtype=setting.dtype,
+    )  # fmt: skip
 
 
 def _sequence(setting: Setting, tokens: int, *, backward: bool) -> dict[str, Any]:

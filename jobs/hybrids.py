@@ -46,10 +46,10 @@ def state_of(model: PreTrainedModel, context: int) -> linearized.DecodeState:
     tensors = state.layers.tensors()
     tensors["memory"].normal_()
     tensors["tail"].normal_()
-    filled = context % state.layers.group
-    tensors["keys"][:, :, :, :filled].normal_()
-    tensors["values"][:, :, :, :filled].normal_()
     tensors["length"].fill_(context)
+    held = state.layers.near.held(state.length)[0] >= 0
+    for name in ("keys", "values"):
+        tensors[name].normal_().mul_(held[:, None])
     history = state.history
     if history is not None and history.filled is not None:
         history.reserve(context + 4 * NEW)

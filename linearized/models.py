@@ -77,6 +77,7 @@ def linearize(model: PreTrainedModel | str | Path, config: LinearConfig) -> PreT
 
     Raises:
         ModelError: it cannot be linearized; says why.
+        ConfigError: settings that are for models that read one way, and this one does not.
     """
     if isinstance(model, str | Path):
         model = load(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
@@ -60,11 +61,23 @@ def tiny_llama(
 
 
 def tiny_linear(
-    *, dtype: torch.dtype = torch.float64, group: int = 8, taps: int = 5, **settings: int
+    *,
+    dtype: torch.dtype = torch.float64,
+    group: int = 8,
+    taps: int = 5,
+    near: str = "",
+    linearize: tuple[int, ...] | None = None,
+    **settings: int,
 ) -> transformers.PreTrainedModel:
-    """A random linearized Llama whose new parameters are not zero."""
+    """A random linearized Llama whose new parameters are not zero. `near` names an attention that
+    has a window, sinks and, if it takes one, a bound."""
     model = tiny_llama(**settings).to(dtype)
-    config = linearized.LinearConfig(attention="grouped", group=group, taps=taps)
+    extra: dict[str, Any] = {"window": 1, "sinks": min(3, group)} if near else {}
+    if near == "hedgehog":
+        extra["bound"] = 3.0
+    config = linearized.LinearConfig(
+        attention=near or "grouped", group=group, taps=taps, layers=linearize, **extra
+    )
     linearized.linearize(model, config)
     for parameter in linearized.models.new_parameters(model):
         torch.nn.init.normal_(parameter)

@@ -98,14 +98,14 @@ class LinearAttention(nn.Module):
         """A form's settings of what is near.
 
         Raises:
-            ConfigError: a window or sinks where the text is read in both directions.
+            ConfigError: a window, sinks or a bound where the text is read in both directions.
         """
         if self.place.kind == "cross":  # nothing is
             return {"group": config.group}
-        if (config.window or config.sinks) and not self.causal:
+        if (config.window or config.sinks or config.bound is not None) and not self.causal:
             raise ConfigError(
-                f"window={config.window} and sinks={config.sinks} are for models that read one "
-                "way, this one reads in both directions; use 0 for both"
+                f"window={config.window}, sinks={config.sinks} and bound={config.bound} are for "
+                "models that read one way, this one reads in both directions; leave them out"
             )
         return {"group": config.group, "window": config.window, "sinks": config.sinks}
 

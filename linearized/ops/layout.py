@@ -69,6 +69,12 @@ class Layout:
         seen = self.near | self.far
         return seen[:, :, seen.shape[2] - num_nodes :]
 
+    def without_slots(self) -> Layout:
+        """The same where only nodes and stored values are looked at."""
+        num_nodes = self.near.shape[1]
+        near, far = (mask[:, :, mask.shape[2] - num_nodes :] for mask in (self.near, self.far))
+        return replace(self, near=near, far=far)
+
     def at(self, num_slots: int) -> Layout:
         """The same with this many slots, at least S, looked at."""
         num_nodes = self.near.shape[1]

@@ -88,16 +88,15 @@ def convolve(
     empty = v.new_zeros(v.shape[0], taps.shape[0], v.shape[2], 0)
     tail = None
     if state is not None:
-        near = state.near if layout is not None else Near(1)
-        shape = (*v.shape[:2], near.slots)
         tail = GroupState(
             memory=v.new_zeros(*v.shape[:2], 0, v.shape[3]),
-            keys=v.new_zeros(*shape, 0),
-            values=v.new_zeros(*shape, v.shape[3]),
+            keys=v.new_zeros(*v.shape[:2], 1, 0),
+            values=v.new_zeros(*v.shape[:2], 1, v.shape[3]),
             tail=state.tail,
             length=state.length,
-            near=near,
+            near=Near(1),
         )
+    layout = None if layout is None else layout.without_slots()
     form = replace(CONVOLUTION, causal=causal)
     return linear_attention(
         empty,

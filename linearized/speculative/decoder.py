@@ -75,10 +75,17 @@ class Decoder:
         size = CONTEXT
         while True:
             start = max(len(prompt) - size, 0)
-            while start and (prompt[start] in self.hidden or self.joins(prompt[start])):
+            for _ in range(MAX_BYTES):  # one of so many tokens begins a character, but in garbage
+                start = self._reach(prompt, start)
+                found = [token for token in prompt[start:] if token not in self.hidden]
+                text = self(found) if found else ""
+                if not start or (text and not text.startswith(REPLACEMENT)):
+                    return found
                 start -= 1
-            found = [token for token in prompt[start:] if token not in self.hidden]
-            text = self(found) if found else ""
-            if not start or (text and not text.startswith(REPLACEMENT)):
-                return found
             size = 2 * (len(prompt) - start)
+
+    def _reach(self, prompt: Sequence[int], start: int) -> int:
+        """The last token up to `start` that is not decoded together with those before it."""
+        while start and (prompt[start] in self.hidden or self.joins(prompt[start])):
+            start -= 1
+        return start

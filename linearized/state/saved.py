@@ -58,11 +58,11 @@ def _near(text: str) -> Near:
     try:
         found = json.loads(text)
         sizes = [found[name] for name in names]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StateError(f"damaged decode state: near is {text!r}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StateError(f"damaged decode state: near is {text[:80]!r}") from error
     whole = all(type(size) is int and 0 <= size < 1 << 31 for size in sizes)
     if len(found) != len(names) or not whole or not sizes[0]:
-        raise StateError(f"damaged decode state: near is {text!r}")
+        raise StateError(f"damaged decode state: near is {text[:80]!r}")
     return Near(*sizes)
 
 
@@ -118,5 +118,5 @@ def _metadata(blob: bytes) -> dict[str, str]:
         size = int.from_bytes(blob[:8], "little")
         header = json.loads(blob[8 : 8 + size])
         return dict(header.get("__metadata__", {}))
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise StateError("not a decode state: it does not begin as safetensors do") from error

@@ -114,8 +114,8 @@ def numbers(value: object) -> list[float]:
 @pytest.mark.parametrize(
     "module,parts",
     [
-        ("jobs.bench_ops", {"forward", "forward_backward", "steps"}),
-        ("jobs.bench_models", {"constant", "decode", "hybrid", "trees", "prefill"}),
+        ("jobs.bench_ops", {"forward", "forward_backward", "steps", "windows"}),
+        ("jobs.bench_models", {"constant", "decode", "hybrid", "trees", "prefill", "windows"}),
         ("jobs.bench_quick", {"steps", "prompts", "shares", "texts"}),
     ],
 )

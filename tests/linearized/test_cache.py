@@ -18,11 +18,18 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 PROMPT = torch.arange(3, 15)[None]
 
 
-@pytest.fixture(params=[None, [0], []], ids=["linear", "hybrid", "softmax"])
+ANCHORED = {"attention": "hedgehog", "window": 1, "sinks": 3, "bound": 4.0}
+"""With a window, sinks and a bound."""
+
+
+@pytest.fixture(
+    params=[{}, {"layers": [0]}, {"layers": []}, ANCHORED],
+    ids=["linear", "hybrid", "softmax", "anchored"],
+)
 def model(request, llama):
     made = llama().double()
-    config = linearized.LinearConfig(attention="grouped", group=8, taps=5, layers=request.param)
-    linearized.linearize(made, config)
+    settings = {"attention": "grouped", "group": 8, "taps": 5, **request.param}
+    linearized.linearize(made, linearized.LinearConfig(**settings))
     for parameter in new_parameters(made):
         torch.nn.init.normal_(parameter, std=0.5)
     return made

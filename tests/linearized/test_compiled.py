@@ -219,6 +219,25 @@ def test_a_hybrid(llama, programs):
     assert len(programs) == count
 
 
+@needs_compiler
+def test_a_window(linear, programs):
+    """Where tokens are kept is a constant of a program; lengths are not."""
+    model = linear(dtype=torch.float32, layers=1, near="hedgehog")
+    tokens = torch.randint(1, 50, (2, 45))
+    few, trees, state = decoded(model, 2, tokens)
+    linearized.compile(model)
+    got = decoded(model, 2, tokens)
+    torch.testing.assert_close(got[0], few, atol=1e-4, rtol=1e-4)
+    for tree, expected in zip(got[1], trees, strict=True):
+        torch.testing.assert_close(tree, expected, atol=1e-4, rtol=1e-4)
+    for name, tensor in got[2].layers.tensors().items():
+        expected = state.layers.tensors()[name]
+        torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
+    count = len(programs)
+    decoded(model, 2, tokens[:, :9])  # begins in the sinks
+    assert len(programs) == count
+
+
 def test_what_cannot_be_compiled_says_why(linear, monkeypatch):
     config = transformers.T5Config(
         vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import linearized
 from linearized.config import ATTENTIONS
-from linearized.errors import ModelError, StateError
+from linearized.errors import ConfigError, ModelError, StateError
 from linearized.models import new_parameters
 
 SIZES = {
@@ -139,6 +140,21 @@ def assert_laws(model) -> None:
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_variants(attention, augment):
     assert_laws(linear(causal(), attention, augment=augment))
+
+
+WINDOWS = [
+    {"attention": "local", "group": 3, "window": 3, "sinks": 0},
+    {"attention": "grouped", "group": 4, "window": 2, "sinks": 4},
+    {"attention": "hedgehog", "group": 3, "window": 1, "sinks": 2, "bound": 4.0},
+    {"attention": "hedgehog", "group": 1, "window": 1, "sinks": 1, "augment": False},
+]
+"""Some groups are shorter than the convolution, some are all sinks."""
+
+
+@pytest.mark.parametrize("family, layers", [("llama", None), ("llama", [0]), ("gpt2", [1])])
+@pytest.mark.parametrize("settings", WINDOWS, ids=str)
+def test_windows(family, layers, settings):
+    assert_laws(linear(causal(family), layers=layers, **settings))
 
 
 @pytest.mark.parametrize("attention", ["grouped", "performer", "hedgehog"])
@@ -360,6 +376,32 @@ def test_what_cannot_be_linearized_says_why():
         linearized.generate(linear(small), [3, 4], max_new_tokens=1)
     with pytest.raises(ModelError, match="no encoder"):
         linearized.encode(linear(causal()), tokens_of(1, 5))
+
+
+@pytest.mark.parametrize("settings", [
+    {"attention": "grouped", "window": 1}, {"attention": "local", "sinks": 2},
+    {"attention": "hedgehog", "bound": 4.0},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_window_is_for_models_that_read_one_way(family, settings):
+    """The model is as it was afterwards."""
+    if family == "bert":
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()
+    else:
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
+    before, names = model.config.to_dict(), [name for name, _ in model.named_modules()]
+    inputs = {"input_ids": tokens_of(1, 9)}
+    if family == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    want = model(**inputs).logits
+    with pytest.warns(UserWarning) if family == "t5" else nullcontext():
+        [[name, value]] = (pair for pair in settings.items() if pair[0] != "attention")
+        with pytest.raises(ConfigError, match=f"{name}={value}.*both directions"):
+            linearized.linearize(model, linearized.LinearConfig(**settings))
+    assert model.config.to_dict() == before
+    assert [name for name, _ in model.named_modules()] == names
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(**inputs).logits, want)
 
 
 @pytest.mark.parametrize("layers", [None, (1,)], ids=["all layers", "hybrid"])

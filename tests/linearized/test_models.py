@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ import transformers
 import linearized
 from linearized.cache import CACHE
 from linearized.errors import ConfigError, ModelError, StateError
-from linearized.models import attention_modules, new_parameters
+from linearized.models import attention_modules, linear_config, new_parameters
 
 LENGTHS = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
+NEAR = ["local", "grouped", "hedgehog"]
+"""With a window, sinks and a bound."""
 
 
 def tokens_of(model, batch: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -26,9 +29,12 @@ def tokens_of(model, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_forward_is_extend_is_chunks_is_one_by_one(linear, length):
-    model = linear(group=64, taps=32)
+@pytest.mark.parametrize(
+    "near, length",
+    [*(("", length) for length in LENGTHS), *itertools.product(NEAR, [2, 64, 130, 195])],
+)
+def test_forward_is_extend_is_chunks_is_one_by_one(linear, near, length):
+    model = linear(group=64, taps=32, near=near)
     tokens = tokens_of(model, 2, length)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
@@ -44,9 +50,11 @@ def test_forward_is_extend_is_chunks_is_one_by_one(linear, length):
             assert torch.allclose(tensor, other.layers.tensors()[name], atol=1e-10)
 
 
-@pytest.mark.parametrize("offset", range(8))
-def test_verify_is_extend_along_every_path_and_writes_nothing(linear, offset):
-    model = linear(group=8)
+@pytest.mark.parametrize(
+    "near, offset", [*(("", offset) for offset in range(8)), *itertools.product(NEAR, [-7, 2, 7])]
+)
+def test_verify_is_extend_along_every_path_and_writes_nothing(linear, near, offset):
+    model = linear(group=4 if near else 8, near=near)
     state = linearized.new_state(model, batch_size=2)
     linearized.extend(model, tokens_of(model, 2, 8 + offset), state)
     before = state.clone()
@@ -75,24 +83,32 @@ def test_verify_is_extend_along_every_path_and_writes_nothing(linear, offset):
                 assert torch.equal(tensor, other[name])
 
 
-def test_rows_of_a_batch_may_differ_in_length(linear):
-    model = linear(group=8)
-    tokens = tokens_of(model, 2, 30)
+@pytest.mark.parametrize("near", ["", *NEAR])
+def test_rows_of_a_batch_may_differ_in_length(linear, near):
+    """One of them is shorter than the sinks, two turn the ring; then all go on, by one mask."""
+    model = linear(group=8, near=near)
+    tokens = tokens_of(model, 3, 30)
     mask = torch.ones_like(tokens)
     mask[0, :11] = 0
-    state = linearized.new_state(model, batch_size=2)
+    mask[2, 2:] = 0
+    parts = [slice(11, None), slice(0, None), slice(0, 2)]
+    state = linearized.new_state(model, batch_size=3)
     logits = linearized.extend(model, tokens, state, mask=mask)
-    assert state.length.tolist() == [19, 30]
+    assert state.length.tolist() == [19, 30, 2]
     assert torch.isfinite(logits).all()
-    for row, first in ((0, 11), (1, 0)):
+    second = linearized.extend(model, tokens, state, mask=mask.flip(0))
+    few = linearized.extend(model, tokens[:, :3], state)
+    for row, part in enumerate(parts):
         alone = linearized.new_state(model)
-        want = linearized.extend(model, tokens[row : row + 1, first:], alone)
-        assert (want[0] - logits[row, first:]).abs().max() < 1e-10
+        for found, kept in ((logits, part), (second, parts[2 - row]), (few, slice(0, 3))):
+            want = linearized.extend(model, tokens[row : row + 1, kept], alone)
+            assert (want[0] - found[row, kept]).abs().max() < 1e-10
 
 
-def test_padding_in_a_plain_forward(linear):
+@pytest.mark.parametrize("near", ["", *NEAR])
+def test_padding_in_a_plain_forward(linear, near):
     """What transformers' users do: a padded batch with its attention mask."""
-    model = linear(group=8)
+    model = linear(group=8, near=near)
     tokens = tokens_of(model, 2, 30)
     mask = torch.ones_like(tokens)
     mask[0, :7] = 0
@@ -110,8 +126,9 @@ def test_padding_in_a_plain_forward(linear):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_state_bytes_are_constant(linear):
-    model = linear(dtype=torch.float32, group=64, taps=32, layers=1)
+@pytest.mark.parametrize("near", ["", "hedgehog"])
+def test_state_bytes_are_constant(linear, near):
+    model = linear(dtype=torch.float32, group=64, taps=32, layers=1, near=near)
     state = linearized.new_state(model)
     sizes = []
     for length in (100, 9_900):
@@ -169,6 +186,21 @@ print(linearized.fingerprint(model))
     assert done.stdout.strip() == linearized.fingerprint(model)
 
 
+@pytest.mark.parametrize("near", NEAR)
+def test_a_window_is_saved_with_the_model(linear, near, tmp_path):
+    """A state of one goes on in the other."""
+    model = linear(dtype=torch.float32, near=near)
+    tokens = tokens_of(model, 1, 30)
+    model.save_pretrained(tmp_path)
+    loaded = linearized.load(tmp_path)
+    assert linear_config(loaded) == linear_config(model)
+    state = linearized.new_state(model)
+    linearized.extend(model, tokens, state)
+    other = linearized.DecodeState.from_bytes(state.to_bytes())
+    want = linearized.extend(model, tokens[:, :3], state)
+    assert torch.equal(linearized.extend(loaded, tokens[:, :3], other), want)
+
+
 def test_transformers_alone_refuses_a_linearized_folder(linear, tmp_path):
     """Without `import linearized` it must not come up as a softmax model."""
     linear(dtype=torch.float32).save_pretrained(tmp_path)
@@ -192,8 +224,9 @@ def test_a_folder_that_lost_weights_is_refused(linear, tmp_path):
         linearized.load(tmp_path)
 
 
-def test_generate_of_transformers_works(linear):
-    model = linear(group=8)
+@pytest.mark.parametrize("near", ["", *NEAR])
+def test_generate_of_transformers_works(linear, near):
+    model = linear(group=8, near=near)
     model.generation_config.eos_token_id = None
     tokens = tokens_of(model, 2, 20)
     mask = torch.ones_like(tokens)
@@ -312,9 +345,10 @@ for logits in (whole, torch.cat(parts, dim=1)):
         linearized.set_backend(model, "cudnn")
 
 
-def test_training_with_the_defaults_of_transformers(linear):
+@pytest.mark.parametrize("near", ["", *NEAR])
+def test_training_with_the_defaults_of_transformers(linear, near):
     """Labels, and a cache that nobody asked for."""
-    model = linear(group=8).train()
+    model = linear(group=8, near=near).train()
     tokens = tokens_of(model, 2, 20)
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -19,8 +21,9 @@ def extended(model, length: int, batch: int = 1, seed: int = 0) -> linearized.De
     return state
 
 
-def test_bytes_round_trip(linear):
-    model = linear()
+@pytest.mark.parametrize("near", ["", "local", "grouped", "hedgehog"])
+def test_bytes_round_trip(linear, near):
+    model = linear(near=near)
     state = extended(model, 21, batch=2)
     back = linearized.DecodeState.from_bytes(state.to_bytes())
     back.check(linearized.fingerprint(model))
@@ -29,13 +32,11 @@ def test_bytes_round_trip(linear):
     assert torch.equal(want, linearized.extend(model, tokens, back))
 
 
-@pytest.mark.parametrize("layers", [None, [0]])
-def test_equal_states_give_equal_bytes(linear, llama, layers):
+@pytest.mark.parametrize("layers", [None, (0,)])
+@pytest.mark.parametrize("near", ["", "grouped"])
+def test_equal_states_give_equal_bytes(linear, near, layers):
     """However often, and whatever lies beyond the end of a hybrid's history."""
-    model = linear()
-    if layers is not None:
-        config = linearized.LinearConfig(attention="grouped", group=8, layers=layers)
-        model = linearized.linearize(llama().double(), config)
+    model = linear(near=near, linearize=layers)
     state = extended(model, 21, batch=2)
     if state.history is not None:
         longer = state.clone()
@@ -56,11 +57,12 @@ def test_equal_states_give_equal_bytes(linear, llama, layers):
         lambda blob: b"",
         lambda blob: b"hello",
         lambda blob: blob[: len(blob) // 2],
-        lambda blob: blob.replace(b"linearized-state/2", b"linearized-state/9"),
+        lambda blob: blob.replace(FORMAT.encode(), FORMAT[:-1].encode() + b"0"),
         lambda blob: b"\x80\x04K\x01." + blob,
         lambda blob: (1 << 62).to_bytes(8, "little") + blob[8:],
+        lambda blob: (1 << 17).to_bytes(8, "little") + b"[" * (1 << 17) + blob,
     ],
-    ids=["empty", "text", "cut", "version", "pickle", "huge header"],
+    ids=["empty", "text", "cut", "version", "pickle", "huge header", "deep header"],
 )
 def test_damaged_bytes_are_refused(linear, damage):
     blob = damage(extended(linear(), 5).to_bytes())
@@ -77,7 +79,8 @@ def test_tensors_that_do_not_fit_are_refused(linear, name, dim):
     model = linear()
     state = extended(model, 5)
     tensors = {n: t.contiguous() for n, t in state.layers.tensors().items()}
-    metadata = {"format": FORMAT, "fingerprint": linearized.fingerprint(model)}
+    near = json.dumps({"group": 8, "window": 0, "sinks": 0})
+    metadata = {"format": FORMAT, "fingerprint": linearized.fingerprint(model), "near": near}
     wrong = [tensors[name].narrow(dim, 0, tensors[name].shape[dim] - 1), tensors[name].half()]
     if name == "length":
         wrong.append(tensors[name] - 9)
@@ -86,6 +89,51 @@ def test_tensors_that_do_not_fit_are_refused(linear, name, dim):
         with pytest.raises(StateError, match="damaged"):
             read = linearized.DecodeState.from_bytes(safetensors.torch.save(changed, metadata))
             linearized.extend(model, torch.tensor([[1]]), read)
+
+
+WHICH = {"group": 8, "window": 1, "sinks": 3}
+
+
+@pytest.mark.parametrize(
+    "near",
+    [
+        None,
+        "",
+        "[" * 100_000,
+        "[8, 1, 3]",
+        *(json.dumps({**WHICH, "sinks": sinks}) for sinks in (2, -1, True, 3.0, None, "3")),
+        *(json.dumps({**WHICH, "group": group}) for group in (0, 1 << 40)),
+        json.dumps({"group": 8, "window": 1}),
+        json.dumps({**WHICH, "colour": 1}),
+        *(json.dumps({**WHICH, "group": g, "window": w}) for g, w in ((16, 0), (4, 3), (2, 7))),
+        json.dumps({"group": 1, "window": 0, "sinks": 18}),
+    ],
+    ids=lambda near: str(near)[:50],
+)
+def test_slots_that_mean_something_else_are_refused(linear, near):
+    """Where each token is kept is part of a state; as many slots do not tell."""
+    model = linear(near="grouped")
+    state = extended(model, 21)
+    tensors = {n: t.contiguous() for n, t in state.layers.tensors().items()}
+    metadata = {"format": FORMAT, "fingerprint": linearized.fingerprint(model)}
+    if near is not None:
+        metadata["near"] = near
+    with pytest.raises(StateError, match="damaged") as refused:
+        read = linearized.DecodeState.from_bytes(safetensors.torch.save(tensors, metadata))
+        linearized.extend(model, torch.tensor([[1]]), read)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("setting", [{"window": 2}, {"sinks": 2}, {"group": 4}], ids=str)
+def test_a_state_of_another_window_is_refused(llama, setting):
+    models = [
+        linearized.linearize(
+            llama(), linearized.LinearConfig(**{"attention": "grouped", **WHICH, **given})
+        )
+        for given in ({}, setting)
+    ]
+    with pytest.raises(StateError, match="belongs to model"):
+        linearized.extend(models[1], torch.ones(1, 3, dtype=torch.long), extended(models[0], 21))
 
 
 def test_a_state_made_in_inference_mode_is_an_ordinary_one(linear):

@@ -13,10 +13,11 @@ from linearized.step import read, step
 from linearized.tree import Tree
 
 
-@pytest.fixture(params=["linear", "hybrid"])
+@pytest.fixture(params=["linear", "hybrid", "local", "hedgehog"])
 def model(request, linear, llama):
-    if request.param == "linear":
-        return linear()
+    if request.param != "hybrid":
+        near = "" if request.param == "linear" else request.param
+        return linear(near=near)
     config = linearized.LinearConfig(attention="grouped", group=8, taps=5, layers=(1,))
     return linearized.linearize(llama().double(), config)
 

@@ -168,18 +168,19 @@ def test_all_layers_are_folded_as_each_is(backend, form, tokens, masked):
         assert_same(GroupState(**found, length=stacked.length, near=state.near), state)
 
 
+@pytest.mark.parametrize("near", [Near(8), Near(8, 2, 4)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_fold_away_from_the_processor_looks_at_nothing(masked):
+def test_a_fold_away_from_the_processor_looks_at_nothing(masked, near):
     """Numbers on the meta device cannot be looked at, as those on a GPU should not."""
     state = GroupState.empty(
-        3, 2, heads=2, features=4, key_width=4, value_width=4, tail_width=4, near=Near(8), taps=5,
+        3, 2, heads=2, features=4, key_width=4, value_width=4, tail_width=4, near=near, taps=5,
         dtype=torch.float32, device="meta",
     )  # fmt: skip
     k = torch.empty(3, 2, 2, 7, 4, device="meta")
     mask = torch.empty(2, 7, dtype=torch.bool, device="meta") if masked else None
     ops.fold_(state, k, k, mask, backend="cpu")
     visible = torch.empty(2, 7, 7, dtype=torch.bool, device="meta")
-    Layout.of(visible, state.length, near=Near(8), taps=5)
+    Layout.of(visible, state.length, near=near, taps=5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -224,7 +225,7 @@ def test_errors_name_the_value():
     form, (q, k, v) = FORMS["grouped"], inputs(5)
     state = after(3, form)
     layout = Layout.of(torch.ones(2, 5, 5, dtype=torch.bool).tril().to(DEVICE), state.length,
-                       group=8, taps=5)  # fmt: skip
+                       near=state.near, taps=5)  # fmt: skip
     with pytest.raises(ConfigError, match="stand on a state"):
         ops.linear_attention(q, k, v, form=form, layout=layout, **weights())
     with pytest.raises(StateError, match=r"does not fit.*\[2, 2, 8, 12\].*\[2, 1, 5, 12\]"):

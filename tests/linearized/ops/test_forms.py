@@ -167,6 +167,48 @@ def test_states_and_trees(
     assert other["form"] == made["form"]
 
 
+@settings(max_examples=25)
+@given(
+    inside=st.sampled_from(["relu2", "softmax"]), group=st.integers(1, 5),
+    window=st.integers(0, 3), sinks=st.integers(0, 5), taps=st.integers(0, 9),
+    features=st.sampled_from([0, 6]), widths=st.lists(st.integers(1, 14), min_size=2, max_size=4),
+    share=st.sampled_from([0.1, 0.5, 0.9]), seed=st.integers(0, 99),
+)  # fmt: skip
+@torch.no_grad()
+def test_rows_of_any_lengths_side_by_side(
+    inside, group, window, sinks, taps, features, widths, share, seed
+):
+    """Each as if it were alone, whoever of them is in its sinks, and whatever lies in padding."""
+    torch.manual_seed(seed)
+    rows = 3
+    given_, made = case(
+        inside, sum(widths), batch=rows, group=group, taps=taps, features=features,
+        window=window, sinks=sinks,
+    )  # fmt: skip
+    mask = torch.rand(rows, sum(widths)) < torch.tensor([[share], [1.0], [share / 2]])
+    alone = []
+    for row in range(rows):
+        kept = [x[row : row + 1, :, mask[row]] for x in given_]
+        alone.append(reference.attend_sequence(*kept, **made) if mask[row].any() else None)
+    states = {
+        backend: empty(given_, made["form"], made["taps"]) for backend in ("cpu", "reference")
+    }
+    for backend, state in states.items():
+        outs = []
+        parts = zip(*(x.split(widths, dim=2) for x in given_), mask.split(widths, 1), strict=True)
+        for q, k, v, here in parts:
+            where = {"state": state, "mask": here, "backend": backend}
+            outs.append(ops.linear_attention(q, k, v, **made, **where))
+            ops.fold_(state, k, v, here, backend=backend)
+        out = torch.cat(outs, dim=2)
+        for row, want in enumerate(alone):
+            if want is not None:
+                assert_close(out[row : row + 1, :, mask[row]], want)
+            assert not out[row, :, ~mask[row]].any()
+    for name, tensor in states["cpu"].tensors().items():
+        assert_close(tensor.double(), states["reference"].tensors()[name].double())
+
+
 @settings(max_examples=60)
 @given(
     length=st.integers(0, 40), tokens=st.integers(1, 30), group=st.integers(1, 9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders
 
-from linearized.speculative.decoder import REPLACEMENT, Decoder
+from linearized.speculative.decoder import CONTEXT, REPLACEMENT, Decoder
 from linearized.speculative.detokenizer import (
     MAX_WINDOW,
     Detokenizer,
@@ -160,10 +161,8 @@ def test_nothing_is_held_back_without_need(name, data):
             assert len(text) - len(out) <= 3 * text.endswith(REPLACEMENT)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "byte level"])
-@given(st.data())
-def test_long_texts_are_decoded_in_pieces(name, data):
-    """The same text, at a bounded price where characters end."""
+def counting(name: str) -> tuple[Decoder, Callable[[list[int]], str], list[int]]:
+    """A decoder, the function that it calls, and how many tokens it has been called with."""
     decoder, names = DECODERS[name]
     plain, sizes = by_name(decoder, names), []
 
@@ -171,14 +170,49 @@ def test_long_texts_are_decoded_in_pieces(name, data):
         sizes.append(len(tokens))
         return plain(tokens)
 
-    decode = Decoder(counted, run=HIGH if names is FALLBACK else ())
-    parts = data.draw(st.lists(tokens_of(names), min_size=3, max_size=5))
-    tokens = [token for part in parts for token in [*part, len(names) - 1]] * 5
+    return Decoder(counted, run=HIGH if names is FALLBACK else ()), plain, sizes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "byte level"])
+@given(st.data())
+def test_long_texts_are_decoded_in_pieces(name, data):
+    """The same text, at a bounded price where characters end: a few tokens at once, and a run of
+    byte tokens where it is decoded as a whole."""
+    decode, plain, sizes = counting(name)
+    names = DECODERS[name][1]
+    spelled = st.sampled_from(PIECES).map(lambda piece: list(piece.encode()))
+    whole = [n for n in range(256, len(names)) if REPLACEMENT not in plain([n])]
+    letters = st.sampled_from(whole).map(lambda token: [token])
+    parts = data.draw(st.lists(st.lists(spelled | letters, max_size=30), min_size=3, max_size=5))
+    tokens = [token for part in parts for one in [*part, whole[-1:]] for token in one] * 5
     cut = data.draw(st.integers(0, len(tokens)))
     sizes.clear()
     found = "".join(streamed(decode, tokens[:cut], tokens[cut:]))
-    assert max(sizes, default=0) < 250
+    runs = [len([*run]) for byte, run in itertools.groupby(tokens, lambda n: n < 256) if byte]
+    assert max(sizes, default=0) <= 4 * CONTEXT + decode.joint * max(runs, default=0)
     assert found == added(plain, tokens[:cut], tokens[cut:])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "byte level"])
+@given(st.data())
+def test_long_texts_of_any_bytes(name, data):
+    """Also where no character ends, at whatever price."""
+    decode, plain, _ = counting(name)
+    names = DECODERS[name][1]
+    parts = data.draw(st.lists(tokens_of(names), min_size=3, max_size=5))
+    tokens = [token for part in parts for token in [*part, len(names) - 1]] * 5
+    cut = data.draw(st.integers(0, len(tokens)))
+    found = "".join(streamed(decode, tokens[:cut], tokens[cut:]))
+    assert found == added(plain, tokens[:cut], tokens[cut:])
+
+
+def test_a_prompt_is_cut_at_a_character_wherever_its_bytes_lie():
+    """In this one, 16, 32, 64, 128, and 256 tokens before its end lie inside characters."""
+    decode, _, sizes = counting("byte level")
+    family, last = list("👨‍👩‍👧".encode()), [len(BYTE_LEVEL) - 1]
+    tokens = [*last, 0xC3, 0xA9, *last, *family, *[0] * 18, *last, *[0] * 3, *family, *last] * 5
+    assert len(decode.context(tokens[:273])) <= 2 * CONTEXT
+    assert max(sizes) <= 2 * CONTEXT
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "byte fallback", "byte level"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 
@@ -77,11 +78,17 @@ def generate(model, prompt, **settings):
     return linearized.generate(model, prompt, adaptive=False, **settings)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 21])
-def test_the_text_is_the_same_for_every_drafter(linear, temperature, length):
-    """Groups of 8 and 40 new tokens: rounds begin at every offset and cross boundaries."""
-    model = linear(group=8, taps=5)
+@pytest.mark.parametrize(
+    "near, temperature, length",
+    [
+        *itertools.product([""], [0.0, 0.9], [1, 2, 7, 8, 9, 16, 21]),
+        *[("local", 0.9, 21), ("grouped", 0.9, 1), ("hedgehog", 0.0, 1), ("hedgehog", 0.9, 21)],
+    ],
+)
+def test_the_text_is_the_same_for_every_drafter(linear, near, temperature, length):
+    """Groups of 8 and 40 new tokens: rounds begin at every offset and cross boundaries; with a
+    window, they turn the ring."""
+    model = linear(group=8, taps=5, near=near)
     prompt = (PROMPT * 3)[:length]
     settings = {"max_new_tokens": 40, "temperature": temperature, "top_p": 0.95, "seed": 5}
     plain = generate(model, prompt, **settings)
