@@ -79,7 +79,9 @@ class Planner:
         best, self._rate = 0, batch / self._clock.seconds(batch, 0, drafted=False)
         expected = float(batch)
         reaches = [self.reach(text) for text in texts]
-        for depth in range(1, min(self._max_depth, max(2 * self._all.deepest, 2)) + 1):
+        # All of them: where a few nodes cost nearly what many do, a little deeper may not pay and
+        # much deeper may. Levels that nobody has seen are thought to be like the one above them.
+        for depth in range(1, self._max_depth + 1):
             expected += sum(map(next, reaches))
             nodes = max(round(self._sizes[depth].mean(min(2 * depth, self._max_nodes))), 1)
             seconds = self._clock.seconds(batch, nodes, drafted=True)

@@ -76,11 +76,6 @@ class Record:
             if parent in known:
                 self.guess(step, rank).add(float(node in path))
 
-    @property
-    def deepest(self) -> int:
-        """Level that a tree of late has reached, be it in vain."""
-        return max((level for level, seen in self.steps.items() if seen.weight > 0.1), default=0)
-
     def doubt(self) -> None:
         """What is known is old: new observations are to count for more."""
         for average in self.steps.values():
