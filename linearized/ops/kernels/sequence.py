@@ -99,6 +99,7 @@ def scan(
     before: Tensor | None,  # [B, K, M-1, E], values before slot 0
     start: Tensor | None,  # [B, C], first group of a group's document
     valid: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Outputs [B, H, S, E] of the tokens on a grid; see `ops/cpu/scan.py`.
 
@@ -108,6 +109,11 @@ def scan(
     check(form, q.shape[3], v)
     if not form.causal:
         raise ConfigError("the Triton kernels are causal; for both directions use backend='cpu'")
+    if form.window or form.sinks:
+        raise ConfigError(
+            "the Triton kernels have no window and no sinks yet for sequences, got "
+            f"{form.window} and {form.sinks}; use backend='cpu', which runs on GPUs too"
+        )
     group = form.group if form.grouped else CHUNK
     num_groups = -(-q.shape[2] // group)
     if start is not None and start.shape != (q.shape[0], num_groups):

@@ -224,7 +224,7 @@ def test_errors_name_the_value():
     form, (q, k, v) = FORMS["grouped"], inputs(5)
     state = after(3, form)
     layout = Layout.of(torch.ones(2, 5, 5, dtype=torch.bool).tril().to(DEVICE), state.length,
-                       group=8, taps=5)  # fmt: skip
+                       near=Near(8), taps=5)  # fmt: skip
     with pytest.raises(ConfigError, match="stand on a state"):
         ops.linear_attention(q, k, v, form=form, layout=layout, **weights())
     with pytest.raises(StateError, match=r"does not fit.*\[2, 2, 8, 12\].*\[2, 1, 5, 12\]"):
