@@ -363,18 +363,21 @@ def test_start_has_a_number_for_every_group() -> None:
         replace(Case.of(20), start=torch.zeros(2, 3, dtype=torch.int64)).scan()
 
 
-def state_of(k: Tensor, v: Tensor, lengths: list[int], *, group: int, taps: int) -> GroupState:
+def state_of(k: Tensor, v: Tensor, lengths: list[int], *, near: Near, taps: int) -> GroupState:
     """The state after each row's first tokens, by definition."""
     state = GroupState.empty(
         len(k), heads=k.shape[1], features=k.shape[3], key_width=k.shape[3],
-        value_width=v.shape[3], tail_width=v.shape[3], near=Near(group), taps=taps, dtype=k.dtype,
+        value_width=v.shape[3], tail_width=v.shape[3], near=near, taps=taps, dtype=k.dtype,
         device=k.device,
     )  # fmt: skip
     for row, length in enumerate(lengths):
-        closed = length // group * group
-        state.memory[row] = k[row, :, :closed].transpose(-1, -2) @ v[row, :, :closed]
-        state.keys[row, :, : length - closed] = k[row, :, closed:length]
-        state.values[row, :, : length - closed] = v[row, :, closed:length]
+        oldest = max(length // near.group - near.window, 0) * near.group
+        far = slice(near.sinks, max(oldest, near.sinks))
+        state.memory[row] = k[row, :, far].transpose(-1, -2) @ v[row, :, far]
+        for p in range(length):
+            if p < near.sinks or p >= oldest:
+                slot = p if p < near.sinks else near.sinks + p % near.ring
+                state.keys[row, :, slot], state.values[row, :, slot] = k[row, :, p], v[row, :, p]
         recent = v[row, :, max(length - taps + 1, 0) : length]
         state.tail[row, :, taps - 1 - recent.shape[1] :] = recent
         state.length[row] = length
@@ -432,12 +435,12 @@ def check_tree(
         for _ in lengths
     ]  # fmt: skip
     num_taps = 1 if case.taps is None else case.taps.shape[1]
-    group = case.form.group
-    state = cast(state_of(case.k, case.v, lengths, group=group, taps=num_taps), dtype)
+    near = case.form.near
+    state = cast(state_of(case.k, case.v, lengths, near=near, taps=num_taps), dtype)
     if not case.form.features:
         state = replace(state, memory=state.memory[:, :, :0])
     tree = torch.tensor(parents, device=device)
-    layout = Layout.of(ancestors(tree), state.length, near=Near(group), taps=num_taps)
+    layout = Layout.of(ancestors(tree), state.length, near=near, taps=num_taps)
     q, k, v = (x[:, :, past:].to(dtype) for x in (case.q, case.k, case.v))
     out = kernels.attend_tree(
         q, k, v, layout, state, form=case.form, alpha=case.alpha, taps=case.taps
@@ -472,9 +475,14 @@ FOLDS = {
     "some tokens": dict(tokens=5, lengths=[0, 6]),
     "several groups": dict(tokens=45, lengths=[3, 8]),
     "more than the tail": dict(tokens=12, lengths=[3, 2]),
-    "groups of one": dict(tokens=5, lengths=[0, 4], group=1),
-    "wide": dict(tokens=40, lengths=[0, 60], group=64, width=80, values=40, taps=33),
+    "groups of one": dict(tokens=5, lengths=[0, 4], near=Near(1)),
+    "wide": dict(tokens=40, lengths=[0, 60], near=Near(64), width=80, values=40, taps=33),
     "no tail": dict(tokens=11, lengths=[1, 7], taps=1),
+    "window": dict(tokens=5, lengths=[30, 5], near=Near(8, 1)),
+    "sinks": dict(tokens=9, lengths=[2, 20], near=Near(8, 0, 3)),
+    "a text's first groups": dict(tokens=25, lengths=[0, 6], near=Near(8, 2, 4)),
+    "many tokens": dict(tokens=90, lengths=[1, 37], near=Near(8, 1, 8)),
+    "a wide window": dict(tokens=40, lengths=[70, 39], near=Near(40, 1, 4), width=40),
 }
 
 
@@ -482,7 +490,7 @@ FOLDS = {
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", FOLDS)
 def test_fold(name: str, masked: bool) -> None:
-    settings = dict(group=8, taps=5, width=6, values=10) | FOLDS[name]
+    settings = dict(near=Near(8), taps=5, width=6, values=10) | FOLDS[name]
     check_fold(settings, masked, torch.float64, 1e-12, "cpu")
 
 
@@ -500,7 +508,7 @@ def check_fold(
         return x.to(dtype).double().to(device)
 
     k, v = normal(width), normal(settings["values"])
-    shape = dict(group=settings["group"], taps=settings["taps"])
+    shape = dict(near=settings["near"], taps=settings["taps"])
     state, padded = amid(cast(state_of(k, v, lengths, **shape), dtype))
     after = [length + count for length, count in zip(lengths, kept, strict=True)]
     new_k, new_v = torch.full_like(k[:, :, :tokens], 7.0), torch.full_like(v[:, :, :tokens], 7.0)
@@ -521,7 +529,7 @@ def test_features_are_the_last_columns() -> None:
     """Keys may have columns for inside the group alone, values such as are not convolved."""
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(2, 3, 40, 12, generator=generator, dtype=torch.float64) for _ in "kv")
-    full = state_of(k, v, [5, 0], group=8, taps=4)
+    full = state_of(k, v, [5, 0], near=Near(8), taps=4)
     state = replace(full, memory=full.memory[:, :, 7:].clone(), tail=full.tail[..., 3:].clone())
     new_k, new_v = k.clone(), v.clone()
     for row, length in enumerate([5, 0]):
@@ -529,7 +537,7 @@ def test_features_are_the_last_columns() -> None:
         new_v[row, :, : 20 - length] = v[row, :, length:20]
     kept = torch.arange(20) < torch.tensor([[15], [20]])
     kernels.fold_(state, new_k[:, :, :20], new_v[:, :, :20], kept)
-    expected = state_of(k, v, [20, 20], group=8, taps=4)
+    expected = state_of(k, v, [20, 20], near=Near(8), taps=4)
     assert distance(state.memory, expected.memory[:, :, 7:]) < 1e-12
     assert distance(state.tail, expected.tail[..., 3:]) == 0
     assert distance(state.keys, expected.keys) == 0
@@ -587,7 +595,8 @@ def test_tree_on_a_gpu(shape: str, nodes: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 100])
 def test_fold_on_a_gpu(tokens: int, masked: bool) -> None:
-    settings = dict(group=64, taps=32, width=128, values=128, tokens=tokens, lengths=[3, 63])
+    near = Near(64, 1, 4)
+    settings = dict(near=near, taps=32, width=128, values=128, tokens=tokens, lengths=[3, 127])
     check_fold(settings, masked, torch.bfloat16, 5e-3, "cuda")
 
 
