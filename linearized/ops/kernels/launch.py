@@ -24,15 +24,18 @@ SHORTEST = 256
 
 def check(form: Form, key_width: int, v: Tensor) -> None:
     """Raises ConfigError, naming the remedy, for what no kernel here does."""
-    if form.inside not in ("relu2", "none", "linear"):
+    if form.inside not in ("relu2", "softmax", "none", "linear"):
         raise ConfigError(
-            f"the Triton kernels know the weights relu2, none and linear, not {form.inside!r}; "
-            "use backend='cpu', which runs on GPUs too"
+            f"the Triton kernels know the weights relu2, softmax, none and linear, not "
+            f"{form.inside!r}; use backend='cpu', which runs on GPUs too"
         )
-    if form.features not in (0, key_width) or (form.inside == "linear" and not form.features):
+    shared = form.features == key_width
+    if (not form.exact and form.features and not shared) or (
+        form.inside == "linear" and not shared
+    ):
         raise ConfigError(
-            f"the Triton kernels take features as wide as the keys, {key_width}, or none, got "
-            f"{form.features} with {form.inside!r}; use backend='cpu', which runs on GPUs too"
+            f"the Triton kernels take, with {form.inside!r}, features as wide as the keys, "
+            f"{key_width}, got {form.features}; use backend='cpu', which runs on GPUs too"
         )
     check_device(v)
 

@@ -109,10 +109,10 @@ def scan(
     check(form, q.shape[3], v)
     if not form.causal:
         raise ConfigError("the Triton kernels are causal; for both directions use backend='cpu'")
-    if form.window or form.sinks:
+    if form.window or form.sinks or form.inside == "softmax" or 0 < form.features < q.shape[3]:
         raise ConfigError(
-            "the Triton kernels have no window and no sinks yet for sequences, got "
-            f"{form.window} and {form.sinks}; use backend='cpu', which runs on GPUs too"
+            "the Triton kernels have no window, no sinks, no softmax and no features beside the "
+            f"keys yet for sequences, got {form}; use backend='cpu', which runs on GPUs too"
         )
     group = form.group if form.grouped else CHUNK
     num_groups = -(-q.shape[2] // group)

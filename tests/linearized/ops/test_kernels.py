@@ -23,6 +23,7 @@ from linearized.errors import ConfigError  # noqa: E402
 from linearized.near import Near  # noqa: E402
 from linearized.ops import kernels  # noqa: E402
 from linearized.ops.form import Form  # noqa: E402
+from linearized.ops.grid import Grid  # noqa: E402
 from linearized.ops.kernels import launch, sequence  # noqa: E402
 from linearized.ops.layout import Layout  # noqa: E402
 from linearized.state import GroupState  # noqa: E402
@@ -67,6 +68,9 @@ class Case:
         alpha=True,
         past=False,
         documents=False,
+        window=0,
+        sinks=0,
+        beside=0,
         seed=0,
         device="cpu",
     ) -> Case:
@@ -75,7 +79,9 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
-        form = Form(group=group, inside=inside, features=width if across else 0)
+        features = beside or (width if across else 0)
+        width += beside
+        form = Form(group=group, inside=inside, features=features, window=window, sinks=sinks)
         unit_group = group if form.grouped else 64
         num_groups = -(-slots // unit_group)
         start = None
@@ -90,7 +96,7 @@ class Case:
             v=normal(batch, kv_heads, slots, values),
             alpha=normal(heads) if alpha else None,
             taps=normal(heads, taps) if taps else None,
-            memory=normal(batch, kv_heads, width, values) if past and across else None,
+            memory=normal(batch, kv_heads, features, values) if past and features else None,
             before=normal(batch, kv_heads, taps - 1, values) if past and taps > 1 else None,
             start=start,
             form=form,
@@ -109,9 +115,13 @@ class Case:
         return replace(self, **{name: leaf(name, x) for name, x in self.tensors().items()})
 
     def scan(self) -> Tensor:
+        sinks = None
+        if self.form.sinks:
+            grid = Grid(self.q.shape[2], self.q.shape[2], start=self.start)
+            sinks = tuple(grid.sinks(x, self.form.near, None) for x in (self.k, self.v))
         return sequence.scan(
             self.q, self.k, self.v, form=self.form, unit_norm=self.unit, alpha=self.alpha,
-            taps=self.taps, memory=self.memory, before=self.before, start=self.start,
+            taps=self.taps, memory=self.memory, before=self.before, start=self.start, sinks=sinks,
         )  # fmt: skip
 
     def truth(self) -> Tensor:
@@ -136,15 +146,20 @@ def pairwise(case: Case) -> Tensor:
     begin = start[:, t // group]  # B S
     seen = (lag >= 0) & (t // group >= begin[:, :, None])  # B S S
     seen = seen[:, None]
-    same = (t // group)[:, None] == t // group
-    scores = q @ k.transpose(-1, -2)
+    near = (t // group)[:, None] - t // group <= form.window
+    near = near | (t - group * begin[:, :, None] < form.sinks)[:, None]  # B 1 S S
+    skipped = q.shape[3] - form.features
+    own = skipped or q.shape[3]
+    scores = q[..., :own] @ k[..., :own].transpose(-1, -2)
+    across = alpha * (q[..., skipped:] @ k[..., skipped:].transpose(-1, -2))
+    largest = scores.masked_fill(~(near & seen), -1e9).amax(-1, keepdim=True)
     inside = {
-        "relu2": scores.clamp(min=0) ** 2,
-        "none": torch.zeros_like(scores),
-        "linear": alpha * scores,
-    }[form.inside]
-    across = alpha * scores if form.features else torch.zeros_like(scores)
-    weights = torch.where(same, inside, across) * seen
+        "relu2": lambda: scores.clamp(min=0) ** 2,
+        "softmax": lambda: (scores - largest).masked_fill(~near, 0).exp(),
+        "none": lambda: torch.zeros_like(scores),
+        "linear": lambda: alpha * scores,
+    }[form.inside]()
+    weights = torch.where(near, inside, across) * seen
     if case.taps is not None:
         num_taps = case.taps.shape[1]
         reached = (lag >= 0) & (lag < num_taps)
@@ -153,7 +168,7 @@ def pairwise(case: Case) -> Tensor:
     first = (begin == 0)[:, None, :, None]
     if case.memory is not None:
         memory = case.memory.repeat_interleave(repeats, 1).to(q.dtype)
-        out = out + alpha * (q @ memory) * first
+        out = out + alpha * (q[..., skipped:] @ memory) * first
     if case.before is not None:
         back = t[:, None] + torch.arange(num_taps - 1, 0, -1, device=q.device)  # S M-1
         weights = case.taps[:, back.clamp(max=num_taps - 1)] * (back < num_taps)
@@ -340,8 +355,8 @@ def test_compiles_whole() -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (dict(inside="softmax", group=16, features=24), "softmax"),
-        (dict(inside="relu2", group=16, features=8), "8"),
+        (dict(inside="laplace", group=16, features=24), "laplace"),
+        (dict(inside="none", group=16, features=8), "8"),
         (dict(inside="relu2", group=16, features=24, causal=False), "both directions"),
     ],
 )
@@ -404,6 +419,18 @@ TREES = {
     "linear step": dict(nodes=1, inside="linear", group=1),
     "large tree": dict(nodes=70, heads=2, kv_heads=1, width=80, values=96, taps=20),
     "wide group": dict(nodes=20, group=72, lengths=[70, 5]),
+    "step in a window": dict(nodes=1, window=1, sinks=4),
+    "tree in a window": dict(nodes=9, window=1, sinks=4, lengths=[46, 15]),
+    "tree with sinks": dict(nodes=9, group=8, sinks=8, lengths=[39, 2]),
+    "local tree in a window": dict(nodes=9, window=2, across=False, lengths=[70, 3]),
+    "softmax step": dict(nodes=1, inside="softmax", beside=40),
+    "softmax step in a window": dict(nodes=1, inside="softmax", beside=40, window=1, sinks=4),
+    "softmax tree": dict(nodes=9, inside="softmax", beside=40, lengths=[31, 2]),
+    "softmax tree in a window": dict(
+        nodes=34, inside="softmax", beside=40, window=1, sinks=4, lengths=[46, 0], group=8
+    ),
+    "softmax of features": dict(nodes=9, inside="softmax", window=1, taps=0),
+    "features beside": dict(nodes=9, beside=10, sinks=1, lengths=[31, 47]),
 }
 
 
@@ -437,8 +464,7 @@ def check_tree(
     num_taps = 1 if case.taps is None else case.taps.shape[1]
     near = case.form.near
     state = cast(state_of(case.k, case.v, lengths, near=near, taps=num_taps), dtype)
-    if not case.form.features:
-        state = replace(state, memory=state.memory[:, :, :0])
+    state = replace(state, memory=state.memory[:, :, case.k.shape[3] - case.form.features :])
     tree = torch.tensor(parents, device=device)
     layout = Layout.of(ancestors(tree), state.length, near=near, taps=num_taps)
     q, k, v = (x[:, :, past:].to(dtype) for x in (case.q, case.k, case.v))
