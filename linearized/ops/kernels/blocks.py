@@ -27,6 +27,18 @@ def greatest(x, axis: tl.constexpr):
 
 
 @triton.jit
+def exact(s, near, largest, inside: tl.constexpr):
+    """Weights of near pairs that have one of their own, from their scores."""
+    weights = tl.full(s.shape, 0.0, s.dtype)
+    if inside == "relu2":
+        positive = tl.maximum(s, 0.0)
+        weights = tl.where(near, positive * positive, 0.0)
+    if inside == "softmax":
+        weights = tl.exp(tl.where(near, s - largest, LOWEST))
+    return weights
+
+
+@triton.jit
 def dot(a, b, precision: tl.constexpr, wide: tl.constexpr):
     return tl.dot(a, b, input_precision=precision, out_dtype=wide)
 
@@ -185,7 +197,7 @@ def score(a, norm_a, b, norm_b, precision: tl.constexpr, wide: tl.constexpr):
 def reached(weights, j, begin, group: tl.constexpr):
     """The convolution's weights where the key is in the query's document."""
     if begin is not None:  # what is before slot 0 belongs to the document that begins there
-        weights = tl.where((begin == 0) | (j >= begin * group), weights, 0.0)
+        weights = tl.where((begin <= 0) | (j >= begin * group), weights, 0.0)
     return weights
 
 

@@ -179,7 +179,7 @@ def before(launch: Launch, x: Inputs) -> Tensor:
     weights = F.pad(x.taps, (0, 1)).to(wide)[:, lags.clamp(max=num_tail + 1)]
     near = g[:, :, :reach].to(wide)
     if x.start is not None:
-        near = near * (x.start[:, slots // launch.group] == 0)[:, None, :, None]
+        near = near * (x.start[:, slots // launch.group] <= 0)[:, None, :, None]
     found = weights.transpose(1, 2) @ near  # B H M-1 E
     return found.unflatten(1, (v.shape[1], -1)).sum(2).to(values.dtype)
 

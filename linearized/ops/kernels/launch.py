@@ -191,8 +191,9 @@ def given(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def new(rows: Tensor, columns: Tensor) -> Tensor:
+def new(rows: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room for [B, H, S, ..] of these tensors, slots before heads in memory, where models want
     their outputs."""
     batch, heads, num_slots, _ = rows.shape
-    return columns.new_empty(batch, num_slots, heads, columns.shape[3]).transpose(1, 2)
+    shape = batch, num_slots, heads, columns.shape[3]
+    return columns.new_empty(shape, dtype=dtype or columns.dtype).transpose(1, 2)

@@ -206,7 +206,7 @@ def sum_lags(
         if start_ptr is not None:
             begin = begins(start_ptr, t, there, group)[:, None] * group
             products = tl.where(t[None, :] >= begin, products, 0.0)
-            seen = (begin == 0) | (j[None, :] >= begin)
+            seen = (begin <= 0) | (j[None, :] >= begin)
             products_past = tl.where(seen, products_past, 0.0)
         near += products
         past += products_past

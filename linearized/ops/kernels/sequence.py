@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from linearized.errors import ConfigError
 from linearized.ops.form import Form
@@ -46,6 +47,8 @@ from linearized.ops.kernels.launch import (
     rowwise,
     strides,
 )
+from linearized.ops.kernels.near import attend_near
+from linearized.ops.reference import unit
 from linearized.state import GroupState
 
 CHUNK = 64
@@ -99,7 +102,7 @@ def scan(
     before: Tensor | None,  # [B, K, M-1, E], values before slot 0
     start: Tensor | None,  # [B, C], first group of a group's document
     valid: Tensor | None = None,
-    sinks: tuple[Tensor, Tensor] | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,  # [B, K, C or 1, sinks, ·], keys and values
 ) -> Tensor:
     """Outputs [B, H, S, E] of the tokens on a grid; see `ops/cpu/scan.py`.
 
@@ -109,11 +112,6 @@ def scan(
     check(form, q.shape[3], v)
     if not form.causal:
         raise ConfigError("the Triton kernels are causal; for both directions use backend='cpu'")
-    if form.window or form.sinks or form.inside == "softmax" or 0 < form.features < q.shape[3]:
-        raise ConfigError(
-            "the Triton kernels have no window, no sinks, no softmax and no features beside the "
-            f"keys yet for sequences, got {form}; use backend='cpu', which runs on GPUs too"
-        )
     group = form.group if form.grouped else CHUNK
     num_groups = -(-q.shape[2] // group)
     if start is not None and start.shape != (q.shape[0], num_groups):
@@ -121,22 +119,116 @@ def scan(
             f"start must be [batch, groups] = {[q.shape[0], num_groups]} with groups of {group} "
             f"slots, got {list(start.shape)}"
         )
-    features = form.features > 0
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if form.window or form.sinks or form.inside == "softmax" or 0 < form.features < q.shape[3]:
+        return _in_parts(
+            q,
+            k,
+            v,
+            form=form,
+            unit_norm=unit_norm,
+            alpha=alpha,
+            taps=taps,
+            memory=memory,
+            before=before,
+            start=start,
+            sinks=sinks,
+        )
+    inside, has_memory = form.inside, form.features > 0
+    return _walk(
+        q, k, v, alpha, taps, memory, before, start, group, inside, has_memory, unit_norm, False
+    )
+
+
+def _in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    form: Form,
+    unit_norm: bool,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    memory: Tensor | None,
+    before: Tensor | None,
+    start: Tensor | None,
+    sinks: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Near pairs, far pairs and convolution, each by kernels of its own, added up and rounded once.
+    Far pairs are a walk without near pairs: over keys that come a window late, without sinks."""
+    if unit_norm:
+        q, k = unit(q), unit(k)
+    skipped = q.shape[3] - form.features
+    own = skipped or q.shape[3]
+    if sinks is not None:
+        sink_keys, sink_values = (x.to(v.dtype) for x in sinks)
+        sink_keys = unit(sink_keys) if unit_norm else sink_keys
+        sinks = sink_keys[..., :own], sink_values
+    out = attend_near(
+        q[..., :own],
+        k[..., :own],
+        v,
+        near=form.near,
+        inside=form.inside,
+        start=start,
+        sinks=sinks,
+    )
+    group = form.group
+    if form.features:
+        late = None if start is None else torch.where(start > 0, start + form.window, start)
+        keys, values = _late(k[..., skipped:], form, start, True), _late(v, form, start, False)
+        far = (keys, values, alpha, None, memory, None, late)
+        out = out + _walk(q[..., skipped:], *far, group, "none", True, False, True)
+    if taps is not None:
+        nothing = (q[..., :0], k[..., :0], v, None, taps, None, before, start)
+        out = out + _walk(*nothing, group, "none", False, False, True)
+    return out.to(v.dtype)
+
+
+def _late(x: Tensor, form: Form, start: Tensor | None, is_key: bool) -> Tensor:
+    """[B, K, S, ·], a window late; keys without those of sinks."""
+    num_slots = x.shape[2]
+    if form.sinks and is_key:
+        slots = torch.arange(num_slots, device=x.device)
+        groups = slots // form.group
+        first = start[:, groups] if start is not None else torch.zeros_like(groups)[None]
+        is_sink = (groups == first) & (slots % form.group < form.sinks)  # B S
+        x = x.masked_fill(is_sink[:, None, :, None], 0)
+    late = min(form.window * form.group, num_slots)
+    return F.pad(x[:, :, : num_slots - late], (0, 0, late, 0)) if late else x
+
+
+def _walk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    taps: Tensor | None,
+    memory: Tensor | None,
+    before: Tensor | None,
+    start: Tensor | None,
+    group: int,
+    inside: str,
+    features: bool,
+    unit_norm: bool,
+    wide: bool,
+) -> Tensor:
+    """Outputs, as wide as sums are, or rounded."""
     num_taps = 1 if taps is None else taps.shape[1]
-    wide = torch.promote_types(v.dtype, torch.float32)
     out, *_ = _scan(
-        q.to(v.dtype),
-        k.to(v.dtype),
+        q,
+        k,
         v,
         alpha if features else None,
         taps,
-        memory.to(wide) if features and memory is not None else None,
+        memory.to(_wide(v)) if features and memory is not None else None,
         before.to(v.dtype) if before is not None and num_taps > 1 else None,
         start,
         group,
-        form.inside,
+        inside,
         features,
         unit_norm,
+        wide,
     )
     return out
 
@@ -154,7 +246,8 @@ def _scan(
     group: int,
     inside: str,
     features: bool,
-    unit: bool,
+    unit_norm: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs, what queries and keys are multiplied by to have norm 1, [B, H, S] and [B, K, S],
     and the memory that each segment is given, [B, K, P, D, E]; empty where there is none."""
@@ -162,9 +255,9 @@ def _scan(
     launch = Launch.of(q, k, v, group, inside, features)
     before, start, taps = contiguous(before), contiguous(start), contiguous(taps)
     with on(v.device):
-        q_norm, k_norm = _norms(launch, q, unit), _norms(launch, k, unit)
+        q_norm, k_norm = _norms(launch, q, unit_norm), _norms(launch, k, unit_norm)
         memories = _memories(launch, k, v, given(k_norm), memory, start)
-        out = new(q, v)
+        out = new(q, v, _wide(v) if wide else None)
         tiling = launch.tiling(launch.key_block, launch.value_block, 2 * launch.key_block)
         forward.outputs[launch.grid(q, launch.value_width, tiling)](
             q, k, v, given(q_norm), given(k_norm), alpha, taps, given(memories), before, start, out,
@@ -189,15 +282,21 @@ def _(
     group: int,
     inside: str,
     features: bool,
-    unit: bool,
+    unit_norm: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launch = Launch.of(q, k, v, group, inside, features)
-    q_norm, k_norm = _new_norms(launch, q, unit), _new_norms(launch, k, unit)
-    return new(q, v), q_norm, k_norm, _new_memories(launch, k, v, memory)
+    q_norm, k_norm = _new_norms(launch, q, unit_norm), _new_norms(launch, k, unit_norm)
+    out = new(q, v, _wide(v) if wide else None)
+    return out, q_norm, k_norm, _new_memories(launch, k, v, memory)
 
 
-def _norms(launch: Launch, x: Tensor, unit: bool) -> Tensor:
-    norms = _new_norms(launch, x, unit)
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _norms(launch: Launch, x: Tensor, unit_norm: bool) -> Tensor:
+    norms = _new_norms(launch, x, unit_norm)
     if norms.numel():
         batch, heads, num_slots, width = x.shape
         forward.invert_norms[(batch * heads, -(-num_slots // 32))](
@@ -208,9 +307,9 @@ def _norms(launch: Launch, x: Tensor, unit: bool) -> Tensor:
     return norms
 
 
-def _new_norms(launch: Launch, x: Tensor, unit: bool) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[:3] if unit and launch.key_width else (0,), dtype=wide)
+def _new_norms(launch: Launch, x: Tensor, unit_norm: bool) -> Tensor:
+    shape = x.shape[:3] if unit_norm and launch.key_width else (0,)
+    return x.new_empty(shape, dtype=_wide(x))
 
 
 def _memories(
@@ -236,11 +335,10 @@ def _memories(
 
 
 def _new_memories(launch: Launch, k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:
-    wide = torch.promote_types(v.dtype, torch.float32)
     if not launch.features or (launch.num_segments == 1 and memory is None):
-        return v.new_empty(0, dtype=wide)
+        return v.new_empty(0, dtype=_wide(v))
     shape = (k.shape[0], k.shape[1], launch.num_segments, k.shape[3], v.shape[3])
-    return v.new_empty(shape, dtype=wide)
+    return v.new_empty(shape, dtype=_wide(v))
 
 
 @torch.library.custom_op("linearized::scan_backward", mutates_args=())
@@ -302,7 +400,6 @@ def _(
     features: bool,
     wants_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(v.dtype, torch.float32)
     memory = (*k.shape[:2], q.shape[3], v.shape[3]) if wants_memory and features else (0,)
     return (
         new(q, q),
@@ -310,22 +407,23 @@ def _(
         new(v, v),
         v.new_empty(0) if alpha is None else alpha.new_empty(alpha.shape),
         v.new_empty(0) if taps is None else taps.new_empty(taps.shape),
-        v.new_empty(memory, dtype=wide),
+        v.new_empty(memory, dtype=_wide(v)),
         v.new_empty(0) if before is None else before.new_empty(before.shape),
     )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, alpha, taps, _, before, start, *ctx.constants, _ = inputs
+    q, k, v, alpha, taps, _, before, start, *ctx.constants, _, _ = inputs
     ctx.save_for_backward(q, k, v, alpha, taps, *output[1:], before, start)
 
 
 def _differentiate(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     alpha, taps, memory, before = ctx.needs_input_grad[3:7]
+    g = g.to(ctx.saved_tensors[2].dtype)
     found = _scan_backward(g, *ctx.saved_tensors, *ctx.constants, memory)
     wanted = (True, True, True, alpha, taps, memory, before)
     grads = [x if is_wanted else None for x, is_wanted in zip(found, wanted, strict=True)]
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 _scan.register_autograd(_differentiate, setup_context=_keep)

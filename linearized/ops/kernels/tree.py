@@ -18,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from linearized.ops.form import Form
-from linearized.ops.kernels.blocks import LOWEST, add_dot, dot, greatest, load, products, total
+from linearized.ops.kernels.blocks import (
+    LOWEST,
+    add_dot,
+    dot,
+    exact,
+    greatest,
+    load,
+    products,
+    total,
+)
 from linearized.ops.kernels.launch import block, check, new, numbers, on, rowwise, strides
 from linearized.ops.layout import Layout
 from linearized.state import GroupState
@@ -103,15 +112,10 @@ def attend_tree(
 @triton.jit
 def weigh(s, near, alpha, largest, inside: tl.constexpr):
     """A near pair's weight, from its score."""
-    weights = tl.full(s.shape, 0.0, s.dtype)
     if inside == "linear":
-        weights = tl.where(near, alpha * s, 0.0)
-    if inside == "relu2":
-        positive = tl.maximum(s, 0.0)
-        weights = tl.where(near, positive * positive, 0.0)
-    if inside == "softmax":
-        weights = tl.exp(tl.where(near, s - largest, LOWEST))
-    return weights
+        return tl.where(near, alpha * s, 0.0)
+    else:
+        return exact(s, near, largest, inside)
 
 
 @triton.jit

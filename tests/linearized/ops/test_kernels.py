@@ -232,6 +232,21 @@ SCANS = {
     "global": dict(slots=100, inside="none", past=True),
     "global wide": dict(slots=100, group=64, inside="none", past=True, taps=0),
     "linear": dict(slots=150, group=1, inside="linear", past=True),
+    "window": dict(slots=70, window=1, past=True),
+    "window and sinks": dict(slots=75, window=1, sinks=4, past=True),
+    "sinks": dict(slots=50, sinks=16, unit=False),
+    "window of documents": dict(slots=150, window=2, sinks=3, documents=True, past=True),
+    "window of wide groups": dict(slots=120, group=40, window=1, sinks=4, heads=2),
+    "window of odd groups": dict(slots=50, group=5, window=2, sinks=2, documents=True, taps=15),
+    "local window": dict(slots=70, window=1, sinks=2, across=False),
+    "window beyond the text": dict(slots=40, window=4, sinks=4),
+    "softmax": dict(slots=40, inside="softmax", unit=False, taps=0),
+    "softmax in a window": dict(
+        slots=75, inside="softmax", beside=40, window=1, sinks=4, unit=False, past=True
+    ),
+    "softmax of documents": dict(
+        slots=90, inside="softmax", beside=10, window=1, sinks=4, unit=False, documents=True
+    ),
     "linear documents": dict(slots=150, group=1, inside="linear", past=True, documents=True),
     "convolution": dict(slots=100, group=1, inside="none", across=False, past=True),
     "convolution without keys": dict(
@@ -328,9 +343,9 @@ def test_the_future_leaves_the_past_alone() -> None:
 def test_operators_are_well_behaved(short_segments: None) -> None:
     """Schema, fake tensors and autograd registration, as torch checks them."""
     case = Case.of(20, batch=1, heads=2, kv_heads=1, past=True, documents=True).leaves()
-    inputs = (*(getattr(case, name) for name in NAMES), case.start, 16, "relu2", True, True)
+    inputs = (*(getattr(case, name) for name in NAMES), case.start, 16, "relu2", True, True, True)
     torch.library.opcheck(torch.ops.linearized.scan.default, inputs)
-    bare = (case.q, case.k, case.v, None, None, None, None, None, 16, "none", False, False)
+    bare = (case.q, case.k, case.v, None, None, None, None, None, 16, "none", False, False, False)
     torch.library.opcheck(torch.ops.linearized.scan.default, bare)
 
 
