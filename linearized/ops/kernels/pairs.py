@@ -1,5 +1,5 @@
-"""Near pairs, one by one: outputs of a window and sinks, and their gradients. Knows blocks of slots;
-knows no memory.
+"""Near pairs, one by one: outputs of a window and sinks, and their gradients. Knows blocks of
+slots; knows no memory.
 
 t query slots, j key slots, both of one group in a block: its queries see the same sinks, and begin
 at the same key. Scores and g·v are worked out again by every program that needs them, some columns

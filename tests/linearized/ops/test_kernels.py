@@ -19,6 +19,7 @@ if not CUDA:
     # Triton decides as a kernel is defined, and linearized defines its kernels on first use.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import linearized  # noqa: E402
 from linearized.errors import ConfigError  # noqa: E402
 from linearized.near import Near  # noqa: E402
 from linearized.ops import kernels  # noqa: E402
@@ -232,20 +233,42 @@ SCANS = {
     "global": dict(slots=100, inside="none", past=True),
     "global wide": dict(slots=100, group=64, inside="none", past=True, taps=0),
     "linear": dict(slots=150, group=1, inside="linear", past=True),
-    "window": dict(slots=70, window=1, past=True),
-    "window and sinks": dict(slots=75, window=1, sinks=4, past=True),
-    "sinks": dict(slots=50, sinks=16, unit=False),
-    "window of documents": dict(slots=150, window=2, sinks=3, documents=True, past=True),
-    "window of wide groups": dict(slots=120, group=40, window=1, sinks=4, heads=2),
-    "window of odd groups": dict(slots=50, group=5, window=2, sinks=2, documents=True, taps=15),
-    "local window": dict(slots=70, window=1, sinks=2, across=False),
-    "window beyond the text": dict(slots=40, window=4, sinks=4),
-    "softmax": dict(slots=40, inside="softmax", unit=False, taps=0),
+    "window": dict(slots=45, window=1, sinks=4, past=True, heads=2, batch=1),
+    "window of documents": dict(
+        slots=60, window=1, sinks=3, documents=True, past=True, heads=2, kv_heads=1, seed=1
+    ),
+    "window of odd groups": dict(
+        slots=25, group=5, window=2, sinks=2, heads=2, kv_heads=1, batch=1, taps=15
+    ),
+    "window of wide groups": dict(
+        slots=100, group=40, window=1, sinks=34, heads=1, kv_heads=1, batch=1, taps=0
+    ),
+    "window beyond the text": dict(slots=20, window=2, sinks=4, heads=2, batch=1),
+    "local sinks": dict(slots=40, sinks=16, across=False, heads=2, kv_heads=1, batch=1, unit=False),
+    "softmax": dict(slots=35, inside="softmax", unit=False, heads=2, batch=1, taps=0),
     "softmax in a window": dict(
-        slots=75, inside="softmax", beside=40, window=1, sinks=4, unit=False, past=True
+        slots=60,
+        inside="softmax",
+        beside=70,
+        window=1,
+        sinks=4,
+        unit=False,
+        past=True,
+        heads=2,
+        kv_heads=1,
+        batch=1,
     ),
     "softmax of documents": dict(
-        slots=90, inside="softmax", beside=10, window=1, sinks=4, unit=False, documents=True
+        slots=60,
+        inside="softmax",
+        beside=10,
+        window=1,
+        sinks=4,
+        unit=False,
+        documents=True,
+        heads=2,
+        kv_heads=1,
+        seed=1,
     ),
     "linear documents": dict(slots=150, group=1, inside="linear", past=True, documents=True),
     "convolution": dict(slots=100, group=1, inside="none", across=False, past=True),
@@ -347,6 +370,10 @@ def test_operators_are_well_behaved(short_segments: None) -> None:
     torch.library.opcheck(torch.ops.linearized.scan.default, inputs)
     bare = (case.q, case.k, case.v, None, None, None, None, None, 16, "none", False, False, False)
     torch.library.opcheck(torch.ops.linearized.scan.default, bare)
+    case = Case.of(20, batch=1, heads=2, kv_heads=1, documents=True, group=8).leaves()
+    sinks = [torch.randn(1, 1, 3, 3, x.shape[3]).to(x).requires_grad_() for x in (case.k, case.v)]
+    inputs = (case.q, case.k, case.v, *sinks, case.start, 8, 1, 3, "softmax")
+    torch.library.opcheck(torch.ops.linearized.near.default, inputs)
 
 
 @interpreted
@@ -643,7 +670,9 @@ def test_fold_on_a_gpu(tokens: int, masked: bool) -> None:
 
 COMPILED = {
     "documents": ("bfloat16", 90, dict(width=128, values=128, group=16, repeats=4, past=True)),
+    "window": ("bfloat16", 80, dict(width=64, values=64, window=1, sinks=4, past=True)),
 }
+HEDGEHOG = dict(window=1, sinks=4, inside="softmax", repeats=2, past=True)
 COMPILED_SLOWLY = {
     f"{dtype} {width} for {capability}": (dtype, capability, dict(width=width, values=width))
     for dtype in ("bfloat16", "float16", "float32")
@@ -653,6 +682,9 @@ COMPILED_SLOWLY = {
     "wide groups": ("bfloat16", 90, dict(width=128, values=128, group=256)),
     "odd": ("bfloat16", 90, dict(width=80, values=96, group=48)),
     "linear": ("bfloat16", 90, dict(width=64, values=64, inside="linear")),
+    "hedgehog": ("float32", 80, HEDGEHOG | dict(width=64, values=65, beside=128)),
+    "wide hedgehog": ("float32", 90, HEDGEHOG | dict(width=128, values=129, beside=256)),
+    "wide window": ("bfloat16", 90, dict(width=256, values=256, window=1, sinks=4)),
 }
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may have."""
@@ -674,15 +706,16 @@ def compile_all(dtype: str, capability: int, settings: dict[str, Any]) -> None:
     """In a process of its own, where nothing is interpreted: no GPU is needed to compile."""
     script = Path(__file__).with_name("compiled.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(linearized.__file__).parents[1])  # those tested here
     done = subprocess.run(
         [sys.executable, str(script), dtype, str(capability), json.dumps(settings)],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = json.loads(done.stdout)
-    assert {"outputs", "query_gradients", "key_gradients", "value_gradients", "sum_lags"} <= {
-        kernel["name"] for kernel in kernels
-    }
-    assert {"many", "close", "append"} <= {kernel["name"] for kernel in kernels}
+    walk = {"outputs", "query_gradients", "key_gradients", "value_gradients", "sum_lags"}
+    near = {"near_outputs", "near_query_gradients", "near_key_gradients"}
+    names = near if "window" in settings else walk
+    assert names | {"many", "close", "append"} <= {kernel["name"] for kernel in kernels}
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
