@@ -77,7 +77,8 @@ class Cut:
         return x.shape[0] * x.shape[1] * blocks, -(-width // self.tile(width))
 
     def tile(self, width: int) -> int:
-        return min(block(width), 64)
+        """Of the columns of a sum: every tile works the scores out again, so that few is best."""
+        return min(block(width), 8192 // self.rows)
 
     def settings(self, v: Tensor, width: int, slots: int) -> dict[str, Any]:
         return {

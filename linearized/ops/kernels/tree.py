@@ -33,7 +33,7 @@ from linearized.ops.layout import Layout
 from linearized.state import GroupState
 
 AT_ONCE = 16384
-"""Elements of the slots' keys that `one` can hold."""
+"""Elements of the ring's keys that `one` can hold."""
 
 
 def attend_tree(
@@ -65,7 +65,7 @@ def attend_tree(
     if form.inside == "none" and (num_nodes == 1 or not features):
         own = 0
     repeats, key_block = heads // kv_heads, block(own)
-    held = block(num_slots) * key_block
+    near, held = state.near, block(state.near.ring) * key_block
     single = num_nodes == 1 and max(held, block(features) * 32) <= AT_ONCE
     most = 64 if not single or batch * kv_heads >= 128 else 32
     tile = min(block(v.shape[3]), most, AT_ONCE // block(features) if single else most)
@@ -77,7 +77,8 @@ def attend_tree(
         "value_width": v.shape[3],
         "features": features,
         "skipped": width - features,
-        "slots": num_slots,
+        "sinks": near.sinks,
+        "ring": near.ring,
         "key_block": key_block,
         "tile": tile,
         "taps": 0 if taps is None else taps.shape[1],
@@ -96,8 +97,9 @@ def attend_tree(
         if single:
             warps = 8 if held > AT_ONCE // 2 else 4
             one[(batch * kv_heads, tiles)](
-                *tensors, slots_block=block(num_slots), feature_block=block(features),
-                tail_block=block(state.taps - 1), num_warps=warps, num_stages=1, **shapes,
+                *tensors, ring_block=block(near.ring), sinks_block=block(near.sinks),
+                feature_block=block(features), tail_block=block(state.taps - 1), num_warps=warps,
+                num_stages=1, **shapes,
             )  # fmt: skip
         else:
             rows = min(max(16, triton.next_power_of_2(repeats * num_nodes)), 64)
@@ -161,12 +163,13 @@ def many(
     out_batch, out_head, out_node, num_nodes,
     kv_heads: tl.constexpr, repeats: tl.constexpr,
     key_width: tl.constexpr, value_width: tl.constexpr,
-    features: tl.constexpr, skipped: tl.constexpr, slots: tl.constexpr,
+    features: tl.constexpr, skipped: tl.constexpr, sinks: tl.constexpr, ring: tl.constexpr,
     key_block: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     taps: tl.constexpr, inside: tl.constexpr,
     wide: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a block of rows. Program: (b and key/value head, value tile, block of rows)."""
+    slots: tl.constexpr = sinks + ring
     pair = tl.program_id(0)
     b, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row = tl.program_id(2) * rows + tl.arange(0, rows)
@@ -290,9 +293,9 @@ def one(
     out_batch, out_head, out_node,
     kv_heads: tl.constexpr, repeats: tl.constexpr,
     key_width: tl.constexpr, value_width: tl.constexpr,
-    features: tl.constexpr, skipped: tl.constexpr, slots: tl.constexpr,
-    key_block: tl.constexpr, tile: tl.constexpr,
-    slots_block: tl.constexpr, feature_block: tl.constexpr, tail_block: tl.constexpr,
+    features: tl.constexpr, skipped: tl.constexpr, sinks: tl.constexpr, ring: tl.constexpr,
+    key_block: tl.constexpr, tile: tl.constexpr, ring_block: tl.constexpr,
+    sinks_block: tl.constexpr, feature_block: tl.constexpr, tail_block: tl.constexpr,
     taps: tl.constexpr, inside: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one node a row. Program: (b and key/value head, value tile)."""
@@ -301,16 +304,22 @@ def one(
     columns_e = tl.program_id(1) * tile + tl.arange(0, tile)
     columns_d, columns_f = tl.arange(0, key_block), tl.arange(0, feature_block)
     in_e, in_d, in_f = columns_e < value_width, columns_d < key_width, columns_f < features
-    m = tl.arange(0, slots_block)
     own_v = tl.load(v_ptr + b * v_batch + kv_head * v_head + columns_e, mask=in_e, other=0.0)
     own_v = own_v.to(wide)
     if key_width > 0:
         own_k = tl.load(k_ptr + b * k_batch + kv_head * k_head + columns_d, mask=in_d, other=0.0)
-        k = load(keys_ptr + b * keys_batch + kv_head * keys_head, m, keys_slot, m < slots,
-                 columns_d, key_width).to(wide)  # fmt: skip
-        v = load(values_ptr + b * values_batch + kv_head * values_head, m, values_slot,
-                 m < slots, columns_e, value_width).to(wide)  # fmt: skip
-        near = tl.load(near_ptr + b * (slots + 1) + m, mask=m < slots, other=0).to(tl.int1)
+        keys_ptr += b * keys_batch + kv_head * keys_head
+        values_ptr += b * values_batch + kv_head * values_head
+        near_ptr += b * (sinks + ring + 1)
+        m = tl.arange(0, ring_block)
+        k = load(keys_ptr, sinks + m, keys_slot, m < ring, columns_d, key_width).to(wide)
+        v = load(values_ptr, sinks + m, values_slot, m < ring, columns_e, value_width).to(wide)
+        near = tl.load(near_ptr + sinks + m, mask=m < ring, other=0).to(tl.int1)
+        if sinks > 0:  # apart: the ring's slots alone are often a power of two
+            n = tl.arange(0, sinks_block)
+            sink_k = load(keys_ptr, n, keys_slot, n < sinks, columns_d, key_width).to(wide)
+            sink_v = load(values_ptr, n, values_slot, n < sinks, columns_e, value_width).to(wide)
+            sink_near = tl.load(near_ptr + n, mask=n < sinks, other=0).to(tl.int1)
     if features > 0:
         memory = load(memory_ptr + b * memory_batch + kv_head * memory_head, columns_f,
                       memory_slot, in_f, columns_e, value_width)  # fmt: skip
@@ -333,9 +342,13 @@ def one(
             q = tl.load(q_at + columns_d, mask=in_d, other=0.0).to(wide)
             scores = total(k * q[None, :], 1)
             score = total(own_k.to(wide) * q, 0)
-            largest = score
-            if inside == "softmax":
-                largest = tl.maximum(score, greatest(tl.where(near, scores, LOWEST), 0))
+            largest = tl.maximum(score, greatest(tl.where(near, scores, LOWEST), 0))
+            if sinks > 0:
+                sink_scores = total(sink_k * q[None, :], 1)
+                most = greatest(tl.where(sink_near, sink_scores, LOWEST), 0)
+                largest = tl.maximum(largest, most)
+                weights = weigh(sink_scores, sink_near, alpha, largest, inside)
+                out += total(weights[:, None] * sink_v, 0)
             out += total(weigh(scores, near, alpha, largest, inside)[:, None] * v, 0)
             own = weigh(score, tl.full([], 1, tl.int1), alpha, largest, inside)
         if taps > 0:
