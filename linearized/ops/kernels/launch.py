@@ -122,9 +122,16 @@ class Launch:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """Are there pairs of different groups in a chunk, or such as weigh the same?"""
+        """Are there pairs of different groups in a chunk, or such as weigh the same? Does a pair in
+        a chunk weigh anything?"""
         across = self.features and (self.inside == "linear" or self.chunk > self.group)
-        return {"inside": self.inside, "features": self.features, "across": across}
+        paired = across or self.inside != "none"
+        return {
+            "inside": self.inside,
+            "features": self.features,
+            "across": across,
+            "paired": paired,
+        }
 
     def convolution(self, taps: Tensor | None) -> dict[str, int]:
         num_taps = 1 if taps is None else taps.shape[1]
