@@ -102,7 +102,8 @@ def attend_tree(
                 num_stages=1, **shapes,
             )  # fmt: skip
         else:
-            rows = min(max(16, triton.next_power_of_2(repeats * num_nodes)), 64)
+            most = 64 if v.dtype.itemsize <= 2 else 32  # that the registers hold
+            rows = min(block(repeats * num_nodes), most)
             blocks = -(-repeats * num_nodes // rows)
             many[(batch * kv_heads, tiles, blocks)](
                 *tensors, num_nodes, rows=rows, columns=32, num_warps=4, num_stages=2,
