@@ -1,7 +1,7 @@
 """The walk forwards: memories and outputs of a sequence. Knows one segment at a time.
 
 B batch, H query heads, K key/value heads, S slots, D key width, E value width, P segments, M taps.
-See `sequence.py` for the walk as a whole and `blocks.py` for what pairs weigh. Names of compile
+See `walk.py` for the walk as a whole and `blocks.py` for what pairs weigh. Names of compile
 time: `chunk` slots are whole groups (`chunk` ≥ `group`) and `blocks` blocks of `rows` slots;
 `key_block` ≥ D and `tile` are powers of two; `window` ≥ M-1 slots lie before a block.
 """

@@ -1,4 +1,4 @@
-"""Gradients of `sequence.py`, launch by launch. Knows shapes and scratch memory; the mathematics is
+"""Gradients of `walk.py`, launch by launch. Knows shapes and scratch memory; the mathematics is
 in `replay.py` and `backward.py`."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from linearized.ops.kernels.launch import Launch, block, new, numbers, strides
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The inputs of a call, and the gradient g of its outputs; see `sequence.scan`."""
+    """The inputs of a call, and the gradient g of its outputs; see `walk.walk`."""
 
     g: Tensor
     q: Tensor

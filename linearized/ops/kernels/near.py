@@ -223,8 +223,8 @@ def _(
     sinks: int,
     inside: str,
 ) -> Gradients:
-    to_sinks = (v.new_empty(0 if x is None else x.shape) for x in (sink_keys, sink_values))
-    return new(q, q), new(k, k), new(v, v), *to_sinks
+    shapes = [(0,) if x is None else x.shape for x in (sink_keys, sink_values)]
+    return new(q, q), new(k, k), new(v, v), v.new_empty(shapes[0]), v.new_empty(shapes[1])
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from triton.runtime import JITFunction
 
 from linearized.ops import kernels
 from linearized.ops.form import Form
-from linearized.ops.kernels import fold, launch, near, sequence
+from linearized.ops.kernels import fold, launch, near, walk
 from linearized.ops.layout import Layout
 from linearized.state import GroupState
 from linearized.tree import ancestors
@@ -91,10 +91,10 @@ def record(
     memory = empty(batch, kv_heads, features, values, of=torch.float32) if past else None
     constants = (inner, inside, True)
     if not window or beside:  # with a window it is that of other forms
-        out, *saved = sequence._scan._init_fn(
+        out, *saved = walk._scan._init_fn(
             *far, v, alpha, weights, memory, before, start, *constants, unit_norm, False
         )
-        sequence._scan_backward._init_fn(
+        walk._scan_backward._init_fn(
             out, *far, v, alpha, weights, *saved, before, start, *constants, past
         )
 

@@ -312,9 +312,10 @@ def test_scan(name: str, short_segments: None, poison: None) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scan_in_other_types(dtype: torch.dtype, short_segments: None) -> None:
-    case = Case.of(70, past=True, documents=True)
-    rounded = {name: x.to(dtype).double() for name, x in case.tensors().items()}
-    check(replace(case, **rounded), dtype, EXACT[dtype])
+    window = dict(inside="softmax", beside=8, window=1, sinks=4, unit=False, heads=2, batch=1)
+    for case in (Case.of(70, past=True, documents=True), Case.of(40, past=True, **window)):
+        rounded = {name: x.to(dtype).double() for name, x in case.tensors().items()}
+        check(replace(case, **rounded), dtype, EXACT[dtype])
 
 
 @interpreted
@@ -620,6 +621,22 @@ REAL = {
     "narrow groups": dict(slots=500, group=16, width=128, values=128, taps=32, documents=True),
     "documents": dict(slots=1000, group=64, width=128, values=128, taps=32, documents=True),
     "linear": dict(slots=500, group=1, inside="linear", width=64, values=64, taps=32),
+    "window": dict(slots=500, group=64, width=128, values=128, taps=32, window=1, sinks=4),
+    "window of documents": dict(
+        slots=500, group=16, width=64, values=64, taps=32, window=1, sinks=4, documents=True
+    ),
+    "hedgehog": dict(
+        slots=500,
+        group=64,
+        width=64,
+        beside=128,
+        values=65,
+        taps=0,
+        inside="softmax",
+        window=1,
+        sinks=4,
+        unit=False,
+    ),
     "convolution": dict(slots=500, group=1, inside="none", across=False, width=64, values=64),
     "long": dict(slots=9000, group=64, width=64, values=64, taps=32, batch=1, heads=2, kv_heads=1),
 }
@@ -631,13 +648,15 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_scan_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     case = Case.of(**REAL[name], past=True, device="cuda")
+    if name == "hedgehog":  # of large scores alone the largest would matter, and its rounding
+        case = replace(case, q=case.q / 8)
     rounded = {name: x.to(dtype).double() for name, x in case.tensors().items()}
     check(replace(case, **rounded), dtype, EXACT[dtype])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["llama", "narrow groups", "wide groups"])
+@pytest.mark.parametrize("name", ["llama", "narrow groups", "wide groups", "window", "hedgehog"])
 def test_same_bits_twice_on_a_gpu(name: str) -> None:
     runs = []
     for _ in range(2):
@@ -652,7 +671,8 @@ def test_same_bits_twice_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("nodes", [1, 4, 33, 128])
 @pytest.mark.parametrize(
-    "shape", ["llama", "small heads", "wide heads", "odd heads", "wide groups"]
+    "shape",
+    ["llama", "small heads", "wide heads", "odd heads", "wide groups", "window", "hedgehog"],
 )
 def test_tree_on_a_gpu(shape: str, nodes: int, dtype: torch.dtype) -> None:
     check_tree(REAL[shape] | {"slots": 300}, nodes, [170, 127], dtype, EXACT[dtype], "cuda")
