@@ -112,8 +112,8 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def set_backend(model: PreTrainedModel, backend: str | None) -> None:
     """Who computes linear attention from now on: "cpu" (chunks, on every device), "triton" (on a
-    GPU, and of the attentions only `local`, `grouped` and causal `global`), "reference" (slow and
-    plain), or None: the library chooses.
+    GPU, and of causal attentions only, without `linformer`), "reference" (slow and plain), or None:
+    the library chooses.
 
     Raises:
         ConfigError: there is no such backend, or not here.

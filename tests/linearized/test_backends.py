@@ -57,9 +57,16 @@ def test_a_backend_is_the_model(linear, backend, step):
 
 
 @pytest.mark.parametrize("steps", [["commit"], pytest.param(STEPS, marks=pytest.mark.slow)])
-def test_triton_is_the_model(linear, steps, tmp_path):
+@pytest.mark.parametrize("attention", ["grouped", "hedgehog"])
+def test_triton_is_the_model(linear, llama, attention, steps, tmp_path):
     """In a process of its own, where Triton's interpreter stands in for the GPU."""
-    model = linear(dtype=torch.float32, layers=1)
+    if attention == "grouped":
+        model = linear(dtype=torch.float32, layers=1)
+    else:
+        config = linearized.LinearConfig(
+            attention=attention, group=8, window=1, sinks=4, bound=16.0, taps=5
+        )
+        model = linearized.linearize(llama(layers=1), config)
     model.save_pretrained(tmp_path)
     torch.save({step: used(model, step) for step in steps}, tmp_path / "want.pt")
     script = f"""

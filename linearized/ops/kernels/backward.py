@@ -90,7 +90,7 @@ def key_gradients(
     key_width: tl.constexpr, value_width: tl.constexpr,
     group: tl.constexpr, chunk: tl.constexpr, blocks: tl.constexpr, rows: tl.constexpr,
     key_block: tl.constexpr, value_block: tl.constexpr, tile: tl.constexpr,
-    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr,
+    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr, paired: tl.constexpr,
     precision: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """dk of a segment. Program: (b and key/value head, segment, key tile). With one key tile dk is
@@ -148,11 +148,12 @@ def key_gradients(
                 q_norm_at = at_head(q_norm_ptr, b * kv_heads * repeats + head, num_slots)
                 norm_t = load_norm(q_norm_at, t, there_t, wide)
                 q_tile = q if whole else load(q_at, t, q_slot, there_t, columns_t, key_width)
-                scores = score(k, norm, q, norm_t, precision, wide)
-                slopes = slope(scores, t[None, :], j[:, None], as_row(begin), alpha,
-                               group, inside, across)  # fmt: skip
-                slopes *= dot(v, tl.trans(g), precision, wide) * norm_t[None, :]
-                dk = add_dot(dk, slopes.to(q.dtype), q_tile, precision)
+                if paired:
+                    scores = score(k, norm, q, norm_t, precision, wide)
+                    slopes = slope(scores, t[None, :], j[:, None], as_row(begin), alpha,
+                                   group, inside, across)  # fmt: skip
+                    slopes *= dot(v, tl.trans(g), precision, wide) * norm_t[None, :]
+                    dk = add_dot(dk, slopes.to(q.dtype), q_tile, precision)
                 if features and blocks == 1:
                     scale = reading(norm_t, alpha, begin, limit)
                     memory = add_dot(memory, tl.trans(g), scaled(q_tile, scale), precision)
@@ -190,7 +191,7 @@ def value_gradients(
     key_width: tl.constexpr, value_width: tl.constexpr,
     group: tl.constexpr, chunk: tl.constexpr, blocks: tl.constexpr, rows: tl.constexpr,
     key_block: tl.constexpr, tile: tl.constexpr, taps: tl.constexpr, window: tl.constexpr,
-    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr,
+    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr, paired: tl.constexpr,
     precision: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """dv of a segment. Program: (b and key/value head, segment, value tile)."""
@@ -249,9 +250,10 @@ def value_gradients(
                     q = load(q_at, j, q_slot, there, columns_d, key_width)
                     q_norm_at = at_head(q_norm_ptr, b * kv_heads * repeats + head, num_slots)
                     norm_q = load_norm(q_norm_at, j, there, wide)
-                    scores = score(k, norm, q, norm_q, precision, wide)
-                    weights = weigh(scores, j[None, :], j[:, None], as_row(begin), alpha,
-                                    group, inside, across)  # fmt: skip
+                    if paired:
+                        scores = score(k, norm, q, norm_q, precision, wide)
+                        weights = weigh(scores, j[None, :], j[:, None], as_row(begin), alpha,
+                                        group, inside, across)  # fmt: skip
                     if features and blocks == 1:
                         scale = reading(norm_q, alpha, begin, limit)
                         memory = add_dot(memory, tl.trans(q), scaled(g, scale), precision)
@@ -259,7 +261,8 @@ def value_gradients(
                     if repeats > 1:
                         near = toeplitz(taps_ptr + head * taps, near_lags, taps, kind)
                     weights += reached(near, j[:, None], as_row(begin), group).to(wide)
-                dv = add_dot(dv, weights.to(kind), g, precision)
+                if paired or taps_ptr is not None:
+                    dv = add_dot(dv, weights.to(kind), g, precision)
                 if taps > 1:
                     t = tl.minimum(c * chunk + (n + 1) * rows, (c + 1) * chunk) + next_index
                     begin = begins(start_ptr, t, t < num_slots, group)
@@ -268,7 +271,8 @@ def value_gradients(
                     g = load(g_at, t, g_slot, t < num_slots, columns_e, value_width)
                     weights = reached(far, j[:, None], as_row(begin), group)
                     dv = add_dot(dv, weights, g, precision)
-            for i in range((blocks - 1 - n) * repeats):  # of later blocks of the same group
+            later_blocks = blocks - 1 - n if paired else 0
+            for i in range(later_blocks * repeats):  # of later blocks of the same group
                 head = kv_head * repeats + i % repeats
                 local_t = (n + 1 + i // repeats) * rows + index
                 t = c * chunk + local_t

@@ -10,12 +10,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOWEST = tl.constexpr(-3e38)
+"""A score that weighs nothing beside any other. (No infinity: their difference is no number.)"""
+
 
 @triton.jit
 def total(x, axis: tl.constexpr):
     # tl.sum itself is fixed to the compiler or the interpreter when triton is imported; this is
     # fixed when this file is.
     return tl.reduce(x, axis, tl.standard._sum_combine)
+
+
+@triton.jit
+def greatest(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+
+@triton.jit
+def exact(s, near, largest, inside: tl.constexpr):
+    """Weights of near pairs that have one of their own, from their scores."""
+    weights = tl.full(s.shape, 0.0, s.dtype)
+    if inside == "relu2":
+        positive = tl.maximum(s, 0.0)
+        weights = tl.where(near, positive * positive, 0.0)
+    if inside == "softmax":
+        weights = tl.exp(tl.where(near, s - largest, LOWEST))
+    return weights
 
 
 @triton.jit
@@ -40,6 +60,26 @@ def load(ptr, rows, stride, there, columns, width: tl.constexpr):
 def store(ptr, x, rows, stride, there, columns, width: tl.constexpr):
     at = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(at, x.to(ptr.dtype.element_ty), mask=there[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def products(
+    a_ptr, a_at, a_there, b_ptr, b_at, b_there,
+    width: tl.constexpr, precision: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """[rows, columns], of a's rows at the offsets `a_at` with b's, some columns at a time, so that
+    rows of any width fit the chip."""
+    step: tl.constexpr = 16 if width <= 32 else 64
+    out = tl.full([a_at.shape[0], b_at.shape[0]], 0.0, wide)
+    for first in range(0, width, step):
+        columns = first + tl.arange(0, step)
+        within = (columns < width)[None, :]
+        a = tl.load(a_ptr + a_at[:, None] + columns[None, :], mask=a_there[:, None] & within,
+                    other=0.0)  # fmt: skip
+        b = tl.load(b_ptr + b_at[:, None] + columns[None, :], mask=b_there[:, None] & within,
+                    other=0.0)  # fmt: skip
+        out = add_dot(out, a, tl.trans(b), precision)
+    return out
 
 
 @triton.jit
@@ -157,7 +197,7 @@ def score(a, norm_a, b, norm_b, precision: tl.constexpr, wide: tl.constexpr):
 def reached(weights, j, begin, group: tl.constexpr):
     """The convolution's weights where the key is in the query's document."""
     if begin is not None:  # what is before slot 0 belongs to the document that begins there
-        weights = tl.where((begin == 0) | (j >= begin * group), weights, 0.0)
+        weights = tl.where((begin <= 0) | (j >= begin * group), weights, 0.0)
     return weights
 
 

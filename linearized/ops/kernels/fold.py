@@ -1,13 +1,14 @@
 """Committing tokens to the state on a GPU, in place. Knows rows of state; knows no trees.
 
-L layers, B rows, K key/value heads, T tokens, G group size, X key width (the last F columns are
-features), U value width (the last E columns are the convolution's), M taps.
+L layers, B rows, K key/value heads, T tokens, G group size, R = (window + 1)·G slots of the ring, X
+key width (the last F columns are features), U value width (the last E columns are the
+convolution's), M taps.
 
-The open group's tokens and the new ones are one line; token i of it is closed if i is less than
-`closed`, the whole groups on that line. Two launches, each for all layers and rows at once: `close`
-reads the open group and adds what is closed to the memory; `append`, after it, moves the rest into
-the slots and the tail. Neither asks the GPU for a length, so that a commit can be captured in a
-graph.
+The tokens in the ring and the new ones are one line; those whose places on it are less than
+`closed` are far from now on, but for sinks. Two launches, each for all layers and rows at once:
+`close` adds what becomes far to the memory; `append`, after it, clears the slots of that, and puts
+the rest of the new tokens into slots and tail. Neither asks the GPU for a length, so that a commit
+can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def fold_(state: GroupState, k: Tensor, v: Tensor, mask: Tensor | None = None) -
     num_layers, batch, kv_heads, num_tokens, key_width = k.shape
     shapes = {
         "kv_heads": kv_heads,
-        "group": layers.group,
+        "group": layers.near.group,
+        "window": layers.near.window,
+        "sinks": layers.near.sinks,
         "key_width": key_width,
         "value_width": v.shape[4],
         "rows": ROWS,
@@ -109,16 +112,33 @@ def token_places(mask_ptr, b, first, num_tokens, line, rows: tl.constexpr):
 
 
 @triton.jit
-def measure(mask_ptr, length_ptr, b, num_tokens, group: tl.constexpr, rows: tl.constexpr):
-    """Tokens in the open group, on the line, and of these in whole groups."""
-    filled = (tl.load(length_ptr + b) % group).to(tl.int32)
+def measure(
+    mask_ptr, length_ptr, b, num_tokens,
+    group: tl.constexpr, window: tl.constexpr, sinks: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    """Of the line: tokens in the state, tokens in all, and of these the places that are far after
+    it; how many of the first are sinks, and the ring's slot of the first."""
+    length = tl.load(length_ptr + b)
+    oldest = tl.maximum(length // group - window, 0) * group
+    filled = (length - oldest).to(tl.int32)
     line = filled
     if mask_ptr is None:
         line += num_tokens
     else:
         for first in range(0, num_tokens, rows):
             _, _, line = token_places(mask_ptr, b, first, num_tokens, line, rows)
-    return filled, line, line // group * group
+    closed = tl.maximum(line // group - window, 0) * group
+    num_sinks = tl.where(oldest == 0, sinks, 0)
+    return filled, line, closed, num_sinks, (oldest % ((window + 1) * group)).to(tl.int32)
+
+
+@triton.jit
+def slots_of(
+    places, num_sinks, turn, group: tl.constexpr, window: tl.constexpr, sinks: tl.constexpr
+):
+    """Where a state keeps tokens at these places on the line, as `Near.slot` says."""
+    ring = sinks + (turn + places) % ((window + 1) * group)
+    return tl.where(places < num_sinks, places, ring)
 
 
 @triton.jit
@@ -128,15 +148,17 @@ def close(
     keys_layer, keys_batch, keys_head, keys_slot,
     values_layer, values_batch, values_head, values_slot,
     memory_layer, memory_batch, memory_head, memory_slot, num_tokens, batch,
-    kv_heads: tl.constexpr, group: tl.constexpr,
+    kv_heads: tl.constexpr, group: tl.constexpr, window: tl.constexpr, sinks: tl.constexpr,
     key_width: tl.constexpr, value_width: tl.constexpr, rows: tl.constexpr,
     features: tl.constexpr, feature_tile: tl.constexpr, tile: tl.constexpr,
     wide: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Add what is closed to the memory. Program: (layer, row and head; tiles)."""
+    """Add what becomes far to the memory. Program: (layer, row and head; tiles)."""
     pair = tl.program_id(0)
     layer, b, head = place(pair, batch, kv_heads)
-    filled, line, closed = measure(mask_ptr, length_ptr, b, num_tokens, group, rows)
+    filled, line, closed, num_sinks, turn = measure(
+        mask_ptr, length_ptr, b, num_tokens, group, window, sinks, rows
+    )
     if closed == 0:
         return
     skipped: tl.constexpr = key_width - features
@@ -149,15 +171,18 @@ def close(
     columns_u = tl.program_id(1) * tile + tl.arange(0, tile)
     index = tl.arange(0, rows)
     memory = load(memory_ptr, columns_f, memory_slot, columns_f < features, columns_u, value_width)
-    for first in range(0, group, rows):
-        slots = first + index
-        k = load(keys_ptr, slots, keys_slot, slots < filled, columns_f, features)
-        v = load(values_ptr, slots, values_slot, slots < filled, columns_u, value_width)
+    leaving = tl.minimum(filled, closed)
+    for first in range(0, leaving, rows):
+        places = first + index
+        leaves = (places >= num_sinks) & (places < leaving)
+        slots = slots_of(places, num_sinks, turn, group, window, sinks)
+        k = load(keys_ptr, slots, keys_slot, leaves, columns_f, features)
+        v = load(values_ptr, slots, values_slot, leaves, columns_u, value_width)
         memory = add_dot(memory, tl.trans(k), v, precision)
     line = filled
     for first in range(0, num_tokens, rows):
         there, places, line = token_places(mask_ptr, b, first, num_tokens, line, rows)
-        there = there & (places < closed)
+        there = there & (places >= num_sinks) & (places < closed)
         k = load(k_ptr, first + index, k_slot, there, columns_f, features)
         v = load(v_ptr, first + index, v_slot, there, columns_u, value_width)
         memory = add_dot(memory, tl.trans(k), v, precision)
@@ -171,16 +196,19 @@ def append(
     keys_layer, keys_batch, keys_head, keys_slot,
     values_layer, values_batch, values_head, values_slot,
     tail_layer, tail_batch, tail_head, tail_slot, num_tokens, batch,
-    kv_heads: tl.constexpr, group: tl.constexpr,
+    kv_heads: tl.constexpr, group: tl.constexpr, window: tl.constexpr, sinks: tl.constexpr,
     key_width: tl.constexpr, value_width: tl.constexpr, rows: tl.constexpr,
     num_tail: tl.constexpr, tail_width: tl.constexpr,
     key_block: tl.constexpr, value_block: tl.constexpr,
     tail_block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Move what is not closed into the slots, and the tail on. Program: layer, row and head."""
+    """Clear the slots of what has become far, put the rest into slots, and move the tail on.
+    Program: layer, row and head."""
     pair = tl.program_id(0)
     layer, b, head = place(pair, batch, kv_heads)
-    filled, line, closed = measure(mask_ptr, length_ptr, b, num_tokens, group, rows)
+    filled, line, closed, num_sinks, turn = measure(
+        mask_ptr, length_ptr, b, num_tokens, group, window, sinks, rows
+    )
     k_ptr += layer * k_layer + b * k_batch + head * k_head
     v_ptr += layer * v_layer + b * v_batch + head * v_head
     keys_ptr += layer * keys_layer + b * keys_batch + head * keys_head
@@ -188,13 +216,15 @@ def append(
     tail_ptr += layer * tail_layer + b * tail_batch + head * tail_head
     columns_x, columns_u = tl.arange(0, key_block), tl.arange(0, value_block)
     index = tl.arange(0, rows)
-    if closed > 0:
-        for first in range(0, group, rows):
-            slots = first + index
-            nought = tl.full([rows, key_block], 0.0, tl.float32)
-            store(keys_ptr, nought, slots, keys_slot, slots < group, columns_x, key_width)
-            nought = tl.full([rows, value_block], 0.0, tl.float32)
-            store(values_ptr, nought, slots, values_slot, slots < group, columns_u, value_width)
+    leaving = tl.minimum(filled, closed)
+    for first in range(0, leaving, rows):
+        places = first + index
+        leaves = (places >= num_sinks) & (places < leaving)
+        slots = slots_of(places, num_sinks, turn, group, window, sinks)
+        nought = tl.full([rows, key_block], 0.0, tl.float32)
+        store(keys_ptr, nought, slots, keys_slot, leaves, columns_x, key_width)
+        nought = tl.full([rows, value_block], 0.0, tl.float32)
+        store(values_ptr, nought, slots, values_slot, leaves, columns_u, value_width)
     if num_tail > 0:
         places = tl.arange(0, tail_block)
         kept = places + (line - filled) < num_tail
@@ -210,8 +240,8 @@ def append(
         there, places, line = token_places(mask_ptr, b, first, num_tokens, line, rows)
         k = load(k_ptr, first + index, k_slot, there, columns_x, key_width)
         v = load(v_ptr, first + index, v_slot, there, columns_u, value_width)
-        slots = places - closed
-        stays = there & (slots >= 0)
+        slots = slots_of(places, num_sinks, turn, group, window, sinks)
+        stays = there & ((places >= closed) | (places < num_sinks))
         store(keys_ptr, k, slots, keys_slot, stays, columns_x, key_width)
         store(values_ptr, v, slots, values_slot, stays, columns_u, value_width)
         if num_tail > 0:

@@ -1,7 +1,7 @@
 """The walk forwards: memories and outputs of a sequence. Knows one segment at a time.
 
 B batch, H query heads, K key/value heads, S slots, D key width, E value width, P segments, M taps.
-See `sequence.py` for the walk as a whole and `blocks.py` for what pairs weigh. Names of compile
+See `walk.py` for the walk as a whole and `blocks.py` for what pairs weigh. Names of compile
 time: `chunk` slots are whole groups (`chunk` ≥ `group`) and `blocks` blocks of `rows` slots;
 `key_block` ≥ D and `tile` are powers of two; `window` ≥ M-1 slots lie before a block.
 """
@@ -177,7 +177,7 @@ def outputs(
     key_width: tl.constexpr, value_width: tl.constexpr,
     group: tl.constexpr, chunk: tl.constexpr, blocks: tl.constexpr, rows: tl.constexpr,
     key_block: tl.constexpr, tile: tl.constexpr, taps: tl.constexpr, window: tl.constexpr,
-    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr,
+    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr, paired: tl.constexpr,
     precision: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a segment. Program: (b and query head, segment, value tile)."""
@@ -225,7 +225,7 @@ def outputs(
             if features:
                 scale = reading(norm, alpha, begin, limit)
                 out = dot(q, memory.to(kind), precision, wide) * scale[:, None]
-            for n in range(i):
+            for n in range(i if paired else 0):
                 j = c * chunk + n * rows + index
                 k = load(k_ptr, j, k_slot, j < num_slots, columns_d, key_width)
                 v = load(v_ptr, j, v_slot, j < num_slots, columns_e, value_width)
@@ -239,12 +239,14 @@ def outputs(
             if key_width > 0:
                 k = load(k_ptr, t, k_slot, there, columns_d, key_width)
                 norm_k = load_norm(k_norm_ptr, t, there, wide)
+            if paired:
                 scores = score(q, norm, k, norm_k, precision, wide)
                 weights = weigh(scores, t[:, None], t[None, :], as_column(begin), alpha,
                                 group, inside, across)  # fmt: skip
             if taps_ptr is not None:
                 weights += reached(near, t[None, :], as_column(begin), group).to(wide)
-            out = add_dot(out, weights.to(kind), v, precision)
+            if paired or taps_ptr is not None:
+                out = add_dot(out, weights.to(kind), v, precision)
             if taps > 1:
                 j = c * chunk + i * rows + past_index
                 past = load_past(v_ptr, before_ptr, j, v_slot, num_slots, columns_e, value_width,

@@ -1,4 +1,4 @@
-"""Gradients of `sequence.py`, launch by launch. Knows shapes and scratch memory; the mathematics is
+"""Gradients of `walk.py`, launch by launch. Knows shapes and scratch memory; the mathematics is
 in `replay.py` and `backward.py`."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from linearized.ops.kernels.launch import Launch, block, new, numbers, strides
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The inputs of a call, and the gradient g of its outputs; see `sequence.scan`."""
+    """The inputs of a call, and the gradient g of its outputs; see `walk.walk`."""
 
     g: Tensor
     q: Tensor
@@ -179,7 +179,7 @@ def before(launch: Launch, x: Inputs) -> Tensor:
     weights = F.pad(x.taps, (0, 1)).to(wide)[:, lags.clamp(max=num_tail + 1)]
     near = g[:, :, :reach].to(wide)
     if x.start is not None:
-        near = near * (x.start[:, slots // launch.group] == 0)[:, None, :, None]
+        near = near * (x.start[:, slots // launch.group] <= 0)[:, None, :, None]
     found = weights.transpose(1, 2) @ near  # B H M-1 E
     return found.unflatten(1, (v.shape[1], -1)).sum(2).to(values.dtype)
 

@@ -24,15 +24,18 @@ SHORTEST = 256
 
 def check(form: Form, key_width: int, v: Tensor) -> None:
     """Raises ConfigError, naming the remedy, for what no kernel here does."""
-    if form.inside not in ("relu2", "none", "linear"):
+    if form.inside not in ("relu2", "softmax", "none", "linear"):
         raise ConfigError(
-            f"the Triton kernels know the weights relu2, none and linear, not {form.inside!r}; "
-            "use backend='cpu', which runs on GPUs too"
+            f"the Triton kernels know the weights relu2, softmax, none and linear, not "
+            f"{form.inside!r}; use backend='cpu', which runs on GPUs too"
         )
-    if form.features not in (0, key_width) or (form.inside == "linear" and not form.features):
+    shared = form.features == key_width
+    if (not form.exact and form.features and not shared) or (
+        form.inside == "linear" and not shared
+    ):
         raise ConfigError(
-            f"the Triton kernels take features as wide as the keys, {key_width}, or none, got "
-            f"{form.features} with {form.inside!r}; use backend='cpu', which runs on GPUs too"
+            f"the Triton kernels take, with {form.inside!r}, features as wide as the keys, "
+            f"{key_width}, got {form.features}; use backend='cpu', which runs on GPUs too"
         )
     check_device(v)
 
@@ -119,9 +122,16 @@ class Launch:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """Are there pairs of different groups in a chunk, or such as weigh the same?"""
+        """Are there pairs of different groups in a chunk, or such as weigh the same? Does a pair in
+        a chunk weigh anything?"""
         across = self.features and (self.inside == "linear" or self.chunk > self.group)
-        return {"inside": self.inside, "features": self.features, "across": across}
+        paired = across or self.inside != "none"
+        return {
+            "inside": self.inside,
+            "features": self.features,
+            "across": across,
+            "paired": paired,
+        }
 
     def convolution(self, taps: Tensor | None) -> dict[str, int]:
         num_taps = 1 if taps is None else taps.shape[1]
@@ -188,8 +198,9 @@ def given(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def new(rows: Tensor, columns: Tensor) -> Tensor:
+def new(rows: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room for [B, H, S, ..] of these tensors, slots before heads in memory, where models want
     their outputs."""
     batch, heads, num_slots, _ = rows.shape
-    return columns.new_empty(batch, num_slots, heads, columns.shape[3]).transpose(1, 2)
+    shape = batch, num_slots, heads, columns.shape[3]
+    return columns.new_empty(shape, dtype=dtype or columns.dtype).transpose(1, 2)

@@ -58,7 +58,7 @@ def query_gradients(
     key_width: tl.constexpr, value_width: tl.constexpr,
     group: tl.constexpr, chunk: tl.constexpr, blocks: tl.constexpr, rows: tl.constexpr,
     key_block: tl.constexpr, value_block: tl.constexpr, tile: tl.constexpr,
-    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr,
+    inside: tl.constexpr, features: tl.constexpr, across: tl.constexpr, paired: tl.constexpr,
     precision: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """dq of a segment, and what it adds to dα, [B, H, P, key tiles]. Program: (b and query head,
@@ -116,15 +116,16 @@ def query_gradients(
                 v = load(v_ptr, j, v_slot, there_j, columns_e, value_width)
                 norm_k = load_norm(k_norm_ptr, j, there_j, wide)
                 k_tile = k if whole else load(k_ptr, j, k_slot, there_j, columns_t, key_width)
-                scores = score(q, norm, k, norm_k, precision, wide)
-                products = dot(g, tl.trans(v), precision, wide)
-                if across:
-                    far = scores * products * apart(t[:, None], j[None, :], as_column(begin),
-                                                    group, inside)  # fmt: skip
-                    dalpha += tl.where(part == 0, total(far, 1), 0.0)
-                products *= slope(scores, t[:, None], j[None, :], as_column(begin), alpha,
-                                  group, inside, across)  # fmt: skip
-                dq = add_dot(dq, (products * norm_k[None, :]).to(k.dtype), k_tile, precision)
+                if paired:
+                    scores = score(q, norm, k, norm_k, precision, wide)
+                    products = dot(g, tl.trans(v), precision, wide)
+                    if across:
+                        far = scores * products * apart(t[:, None], j[None, :], as_column(begin),
+                                                        group, inside)  # fmt: skip
+                        dalpha += tl.where(part == 0, total(far, 1), 0.0)
+                    products *= slope(scores, t[:, None], j[None, :], as_column(begin), alpha,
+                                      group, inside, across)  # fmt: skip
+                    dq = add_dot(dq, (products * norm_k[None, :]).to(k.dtype), k_tile, precision)
                 if features and blocks == 1:
                     memory = kept(memory, limit, last)
                     memory = across_keys(memory, v, k_tile, norm_k, j, last, group, precision)
@@ -206,7 +207,7 @@ def sum_lags(
         if start_ptr is not None:
             begin = begins(start_ptr, t, there, group)[:, None] * group
             products = tl.where(t[None, :] >= begin, products, 0.0)
-            seen = (begin == 0) | (j[None, :] >= begin)
+            seen = (begin <= 0) | (j[None, :] >= begin)
             products_past = tl.where(seen, products_past, 0.0)
         near += products
         past += products_past

@@ -19,10 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from linearized.near import Near
 from linearized.ops import kernels
 from linearized.ops.form import Form
-from linearized.ops.kernels import fold, launch, sequence
+from linearized.ops.kernels import fold, launch, near, walk
 from linearized.ops.layout import Layout
 from linearized.state import GroupState
 from linearized.tree import ancestors
@@ -31,6 +30,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
@@ -48,6 +48,9 @@ def record(
     repeats: int = 1,
     past: bool = False,
     taps: int = 32,
+    window: int = 0,
+    sinks: int = 0,
+    beside: int = 0,
 ) -> list[Launch]:
     """The launches of a training step, of trees with one node and with many, and of a commit."""
     launches: list[Launch] = []
@@ -68,23 +71,38 @@ def record(
 
     q, k, v = rows(heads, slots, width), rows(kv_heads, slots, width), rows(kv_heads, slots, values)
     alpha, weights = empty(heads, of=torch.float32), empty(heads, taps, of=torch.float32)
-    memory = empty(batch, kv_heads, width, values, of=torch.float32) if past else None
     before = empty(batch, kv_heads, taps - 1, values) if past else None
     start = empty(batch, -(-slots // inner), of=torch.int64) if past else None
-    constants = (inner, inside, True)
-    out, *saved = sequence._scan._init_fn(
-        q, k, v, alpha, weights, memory, before, start, *constants, True
-    )
-    sequence._scan_backward._init_fn(
-        out, q, k, v, alpha, weights, *saved, before, start, *constants, past
-    )
-
-    state = GroupState.empty(
-        batch, heads=kv_heads, features=width, key_width=width, value_width=values,
-        tail_width=values, near=Near(group if inside != "linear" else 1), taps=taps, dtype=dtype,
-        device="meta",
+    features = beside or width
+    form = Form(
+        group=group if inside != "linear" else 1, inside=inside, features=features, window=window,
+        sinks=sinks,
     )  # fmt: skip
-    form = Form(group=state.group, inside=inside, features=width)
+    far, unit_norm = (q, k), True
+    if window or sinks or beside:  # near pairs by kernels of their own
+        of_sinks: list[Tensor | None] = [None, None]
+        if sinks:
+            of_sinks = [empty(batch, kv_heads, 1, sinks, x) for x in (width, values)]
+        tensors, settings = (q, k, v, *of_sinks, start), (group, window, sinks, inside)
+        _, *saved = near._near._init_fn(*tensors, *settings)
+        near._near_backward._init_fn(rows(heads, slots, values), *tensors, *saved, *settings)
+        far = rows(heads, slots, features), rows(kv_heads, slots, features)
+        inside, unit_norm = "none", False
+    memory = empty(batch, kv_heads, features, values, of=torch.float32) if past else None
+    constants = (inner, inside, True)
+    if not window or beside:  # with a window it is that of other forms
+        out, *saved = walk._scan._init_fn(
+            *far, v, alpha, weights, memory, before, start, *constants, unit_norm, False
+        )
+        walk._scan_backward._init_fn(
+            out, *far, v, alpha, weights, *saved, before, start, *constants, past
+        )
+
+    width += beside
+    state = GroupState.empty(
+        batch, heads=kv_heads, features=features, key_width=width, value_width=values,
+        tail_width=values, near=form.near, taps=taps, dtype=dtype, device="meta",
+    )  # fmt: skip
     for count in (1, 64):
         parents, length = torch.full((batch, count), -1), torch.zeros(batch, dtype=torch.int64)
         layout = Layout.of(ancestors(parents), length, near=state.near, taps=taps)

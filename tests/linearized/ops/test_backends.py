@@ -32,6 +32,7 @@ FORMS = {
     "local": Form(group=8, inside="relu2", features=0),
     "global": Form(group=8, inside="none", features=12),
     "linear": Form(group=1, inside="linear", features=12),
+    "softmax": Form(group=8, inside="softmax", features=8, window=1, sinks=2),
 }
 FAST = [name for name in ops.BACKENDS if name != "reference"]
 
@@ -82,7 +83,7 @@ def test_backends_have_one_signature(name):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tokens,before", [(1, 0), (7, 13), (33, 0), (40, 9)])
+@pytest.mark.parametrize("tokens,before", [(1, 0), (7, 29), (33, 0), (40, 9)])
 def test_sequences(backend, form, tokens, before):
     torch.manual_seed(0)
     state = after(before, FORMS[form]) if before else None
@@ -124,7 +125,7 @@ def test_documents(backend, form):
 @pytest.mark.parametrize("nodes", [1, 9])
 def test_trees(backend, form, nodes, trim):
     torch.manual_seed(nodes)
-    state, q, k, v = after(13, FORMS[form]), *inputs(nodes)
+    state, q, k, v = after(29, FORMS[form]), *inputs(nodes)
     parents = [[int(torch.randint(-1, max(n, 1), ())) if n else -1 for n in range(nodes)]
                for _ in range(2)]  # fmt: skip
     visible = ancestors(torch.tensor(parents, device=DEVICE))
@@ -145,7 +146,7 @@ def test_trees(backend, form, nodes, trim):
 @pytest.mark.parametrize("tokens", [1, 5, 19])
 def test_all_layers_are_folded_as_each_is(backend, form, tokens, masked):
     torch.manual_seed(0)
-    states = [after(13, FORMS[form]) for _ in range(3)]
+    states = [after(29, FORMS[form]) for _ in range(3)]
     parts = [inputs(tokens)[1:] for _ in range(3)]
     mask = torch.rand(2, tokens).to(DEVICE) > 0.4 if masked else None
     stacked = GroupState(
