@@ -105,8 +105,8 @@ class _Inputs:
         layers, history = state.layers, state.history
         past = (None, None) if history is None else (history.view().keys, history.view().values)
         return cls(
-            (tree.tokens, tree.visible, layers.memory, layers.keys, layers.values, layers.tail,
-             layers.length, state.shift, *past)
+            (_in_order(tree.tokens), _in_order(tree.visible), layers.memory, layers.keys,
+             layers.values, layers.tail, layers.length, state.shift, *past)
         )  # fmt: skip
 
     def mark(self) -> None:
@@ -115,6 +115,13 @@ class _Inputs:
         for tensor, varying in zip(self.tensors, dims, strict=True):
             if tensor is not None:
                 _mark(tensor, varying)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """The same numbers, one after the other in memory. A program is for strides, too, also those of
+    dimensions of size 1, which `contiguous` leaves as they are: chains and trees would have one
+    each."""
+    return tensor.reshape(-1).view(tensor.shape)
 
 
 def _mark(tensor: Tensor, dims: Iterable[int]) -> None:

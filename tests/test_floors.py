@@ -17,7 +17,7 @@ linearized/ops/
 linearized/tables.py
 linearized/state/
 linearized/documents.py  linearized/folder.py  linearized/head.py  linearized/rope.py
-linearized/tree.py  linearized/config.py
+linearized/tree.py  linearized/near.py  linearized/config.py
 linearized/errors.py
 """
 
@@ -61,6 +61,7 @@ ROOMS = {  # room: floor; a longer name is the closer match
     "linearized.medusa": 2,
     "linearized.packing": 2,
     "linearized.documents": 1,
+    "linearized.near": 1,
     "linearized.products": 1,
     "linearized.tree": 1,
     "linearized.head": 1,
