@@ -39,11 +39,11 @@ def attend_tree(
     if taps is not None and taps.dtype != wide:
         taps = taps.to(wide)
     num_slots = layout.near.shape[2] - num_nodes
-    keys = _joined(state.keys[:, :, :num_slots], k)
-    values = _joined(state.values[:, :, :num_slots], v)
     memory = state.memory.flatten(0, 1)
     queries = q.reshape(batch * kv_heads, rows, width)
     if form.inside == "slots":
+        keys = _joined(state.keys[:, :, :num_slots], k)
+        values = _joined(state.values[:, :, :num_slots], v)
         out = _slots(queries, keys, values, layout, memory)
         return out.view(batch, heads, num_nodes, -1).to(dtype)
     features = queries[..., width - num_features :]
@@ -51,17 +51,21 @@ def attend_tree(
         scaled = q[..., width - num_features :] * alpha[:, None, None]
         features = scaled.reshape(batch * kv_heads, rows, num_features)
     inside = width - num_features or width
-    shape = (batch, heads, num_nodes, keys.shape[1])
-    local = torch.bmm(queries[..., :inside], keys[..., :inside].transpose(1, 2)).view(shape)
+    shape = (batch, heads, num_nodes, num_slots + num_nodes)
+    parts = _parts(state.keys, k, num_slots)
+    local = _scores(queries[..., :inside], [part[..., :inside] for part in parts]).view(shape)
     across = None
     if num_features and (form.inside == "linear" or layout.crosses):
         if inside == width:  # the same scores
             across = local if alpha is None else local * alpha[:, None, None]
         else:
-            far = keys[..., width - num_features :].transpose(1, 2)
-            across = torch.bmm(features, far).view(shape)
-    weights = _weights(form, local, across, layout)
-    out = torch.bmm(weights.view(batch * kv_heads, rows, -1), values)
+            far = [part[..., width - num_features :] for part in parts]
+            across = _scores(features, far).view(shape)
+    weights = _weights(form, local, across, layout).view(batch * kv_heads, rows, -1)
+    out = torch.bmm(weights[..., num_slots:], v.flatten(0, 1))
+    if num_slots:
+        slots, _ = _parts(state.values, v, num_slots)
+        out.baddbmm_(weights[..., :num_slots], slots)
     if num_features:
         out.baddbmm_(features, memory)
     if taps is not None:
@@ -70,6 +74,21 @@ def attend_tree(
         out.baddbmm_(reach, _joined(state.tail, v))
     out = out.view(batch, heads, num_nodes, -1)
     return out if dtype == wide else out.to(dtype)
+
+
+def _parts(old: Tensor, new: Tensor, num_slots: int) -> list[Tensor]:
+    """[B·K, S, X] of the state's first slots and [B·K, N, X] of the nodes. Slots are not copied:
+    there may be many times as many of them as nodes."""
+    nodes = new.flatten(0, 1)
+    if not num_slots:
+        return [nodes]
+    return [old[:, :, :num_slots].flatten(0, 1).to(new.dtype), nodes]
+
+
+def _scores(queries: Tensor, keys: list[Tensor]) -> Tensor:
+    """[B·K, R·N, S+N]."""
+    found = [torch.bmm(queries, part.transpose(1, 2)) for part in keys]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
 def _joined(old: Tensor, new: Tensor) -> Tensor:
