@@ -46,7 +46,7 @@ class RecallConfig:
         for name in ("length", "pairs", "vocab", "hidden", "heads", "layers", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        most = min((self.length - 2 * self.pairs) // 2, self.vocab // 2 - 1)
+        most = min(self.length // 4, self.vocab // 2 - 1)
         if self.pairs > most:
             raise ConfigError(
                 f"pairs={self.pairs} do not fit; a length of {self.length} and a vocab of "
