@@ -101,6 +101,8 @@ def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:
     if config.model is None:  # whose texts are short: with groups of 64 all of them would be near
         stages["probe"].append("settings={group: 16}")
         stages["linearize"].append("linear.group=16")
+    else:
+        stages["probe"] += ["row=512", "length=null", "rows=4", "tokens=16384"]
     for name, command in stages.items():
         if name not in ("data", "probe"):
             command.append(f"data={run / 'data'}")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from jobs.probe_text import Texts
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
@@ -50,11 +52,13 @@ class ProbeConfig:
     rows: int = 16
     """Number of rows of each held-out text."""
     length: int | None = None
-    """Number of tokens in a row of held-out text. null means four times `row`."""
+    """Number of tokens in a row of held-out text. null means four times `row`, or as many as the
+    model was made for."""
     passkeys: int = 0
     """Number of rows with a pass key to be found again, as long as those of held-out text."""
     softmax: float = 0.25
-    """Share of the layers that a hybrid keeps. They are chosen by what each is worth alone."""
+    """Share of the layers that a hybrid keeps. They are chosen by what each is worth alone, on rows
+    of `text` that are neither fitted nor measured on."""
     lr: float = 5e-4
     """Learning rate of the projections."""
     new_lr: float = 2e-2
@@ -72,7 +76,8 @@ class ProbeConfig:
     """Whether to start over even if this has been done."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 2), ("row", 2), ("rows", 1), ("length", 2)):
+        least_of = {"tokens": 2, "row": 2, "rows": 1, "length": 2, "passkeys": 0, "threads": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
@@ -84,11 +89,6 @@ class ProbeConfig:
             raise ConfigError(f"softmax must be at least 0 and less than 1, got {self.softmax}")
         for name in self.candidates:
             self.candidate(name)
-
-    @property
-    def measured(self) -> int:
-        """Number of tokens in a row of held-out text."""
-        return 4 * self.row if self.length is None else self.length
 
     def candidate(self, name: str) -> LinearConfig:
         return LinearConfig.named(name, **{"seed": self.seed, **self.settings})
@@ -126,15 +126,10 @@ def main(config: ProbeConfig) -> None:
     teacher = load(config.model).float().eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device)  # type: ignore[arg-type]
-    limit = getattr(teacher.config, "max_position_embeddings", None)
-    if limit is not None and max(config.row, config.measured) > limit:
-        raise ConfigError(
-            f"rows of {max(config.row, config.measured)} tokens are longer than the {limit} that "
-            f"the model was made for; choose a smaller row or length"
-        )
+    length = _length(config, getattr(teacher.config, "max_position_embeddings", None))
     texts = probe_text.read(
         config.model, config.text, config.held_out, text_column=config.text_column,
-        tokens=config.tokens, row=config.row, rows=config.rows, length=config.measured,
+        tokens=config.tokens, row=config.row, rows=config.rows, length=length,
         passkeys=config.passkeys, seed=config.seed,
     )  # fmt: skip
     autocast = config.autocast
@@ -175,6 +170,17 @@ def main(config: ProbeConfig) -> None:
     print(line)
 
 
+def _length(config: ProbeConfig, limit: int | None) -> int:
+    """Tokens of a row to measure on, for a model that has positions for so many."""
+    length = config.length or min(4 * config.row, limit or 4 * config.row)
+    if limit is not None and max(config.row, length) > limit:
+        raise ConfigError(
+            f"rows of {max(config.row, length)} tokens are longer than the {limit} that the model "
+            "was made for; choose a smaller row or length"
+        )
+    return length
+
+
 def _asked(config: ProbeConfig) -> dict[str, Any]:
     """What a result depends on, as JSON has it."""
     from linearized.training import corpus
@@ -199,7 +205,7 @@ def _candidate(
     config: ProbeConfig,
     name: str,
     teacher: PreTrainedModel,
-    texts: Any,
+    texts: Texts,
     wanted: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Fit one and measure it."""
@@ -222,8 +228,7 @@ def _candidate(
 
         fit.fit(student, teacher, list(texts.fit[:, None]), optim=optim, report=report)
     seconds = time.perf_counter() - started
-    short = {text: rows[:2, : config.row] for text, rows in texts.held_out.items()}
-    errors = fit.errors(student, teacher, list(short.values()))
+    errors = fit.errors(student, teacher, list(texts.aside[:, None]))
     found: dict[str, Any] = {
         "name": name,
         "config": linear.to_dict(),
@@ -251,7 +256,7 @@ def _candidate(
     if ablation.has_convolution(student):
         with ablation.without_convolution(student):
             extra("convolution off", texts.held_out, " without convolution")
-    worth = _worth(student, name, short, wanted)
+    worth = _worth(student, name, texts.aside)
     order = sorted(worth, key=lambda layer: -worth[layer])
     found["worth"] = {layer: round(worth[layer], 5) for layer in sorted(worth)}
     found["order"] = order
@@ -264,9 +269,7 @@ def _candidate(
     return found
 
 
-def _worth(
-    student: PreTrainedModel, name: str, rows: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-) -> dict[int, float]:
+def _worth(student: PreTrainedModel, name: str, rows: Tensor) -> dict[int, float]:
     """By how many nats a token it is better with softmax in each layer alone."""
     from linearized.evaluation.ablation import softmax_in
     from linearized.evaluation.perplexity import token_losses
@@ -275,8 +278,7 @@ def _worth(
     layers = [layer_number(module) for module in linear_modules(student)]
 
     def losses() -> float:
-        found = [token_losses(student, tokens).mean() for tokens in rows.values()]
-        return float(sum(found)) / len(found)
+        return sum(float(token_losses(student, row[None]).mean()) for row in rows) / len(rows)
 
     worth, whole = {}, losses()
     with Progress(f"layers of {name}", total=len(layers), unit="layers") as progress:

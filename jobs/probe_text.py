@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearized.errors import DataError
+from linearized.errors import ConfigError, DataError
 from linearized.evaluation.recall import passkey
 
 if TYPE_CHECKING:
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 LETTERS = 16
 """Characters of a token, at most on the average: so much text is tokenized for it."""
+ASIDE = 4
+"""Rows that are set aside."""
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
     fit: Tensor
     """[rows, T]."""
+    aside: Tensor
+    """[rows, T], more like them, to choose layers by."""
     held_out: dict[str, Tensor]
     """[rows, T] of each text, by its name."""
     passkeys: list[tuple[Tensor, int]]
@@ -45,7 +49,8 @@ def read(
     passkeys: int = 0,
     seed: int,
 ) -> Texts:
-    """Rows of tokens that follow each other in one document. Those to fit on, `tokens` in rows of
+    """Rows of tokens that follow each other in one document; documents that are shorter than a row
+    are joined, if there are no others. Those to fit on, `tokens` in rows of
     `row`, are spread over all documents of `source`; those to measure on, `rows` rows of `length`,
     are the first ones of each text of `held_out`, or of documents of `source` that are held out.
     `passkeys` rows of the same length ask for a pass key.
@@ -60,22 +65,31 @@ def read(
     table = corpus.read(source, text_column=text_column)
     if held_out:
         documents = table["text"]
-        held = {_name(one): corpus.read(one, text_column=text_column)["text"] for one in held_out}
+        names = _names(held_out)
+        found = [corpus.read(one, text_column=text_column)["text"] for one in held_out]
+        held = dict(zip(names, found, strict=True))
     else:
         train, kept = corpus.split_documents(table["document"].to_pylist(), 0.05)
         documents, held = table["text"].take(train), {"held out": table["text"].take(kept)}
-    fit = _spread(encode, documents, row, tokens // row, seed)
-    if len(fit) < tokens // row:
+    wanted = tokens // row + ASIDE
+    fit = _spread(encode, documents, row, wanted, seed)
+    if len(fit) < wanted:
         raise DataError(
-            f"{source!r} has documents for {fit.numel()} tokens in rows of {row}, not for "
-            f"{tokens}; bring more text, or choose a smaller row or fewer tokens"
+            f"{source!r} fills {len(fit)} rows of {row} tokens, not {wanted} ({tokens} tokens to "
+            f"fit on, and {ASIDE} rows aside); bring more text, or choose a smaller row or fewer "
+            "tokens"
         )
     measured = {n: _first(encode, texts, length, rows, n) for n, texts in held.items()}
-    return Texts(fit, measured, _passkeys(encode, next(iter(measured.values())), passkeys, seed))
+    keys = _passkeys(encode, next(iter(measured.values())), passkeys, seed)
+    return Texts(fit[ASIDE:], fit[:ASIDE], measured, keys)
 
 
-def _name(source: str) -> str:
-    return Path(source).stem if Path(source).exists() else source
+def _names(sources: Sequence[str]) -> list[str]:
+    """Short ones, if these differ."""
+    if len(set(sources)) < len(sources):
+        raise ConfigError(f"held_out must name every text once, got {list(sources)}")
+    short = [Path(source).stem if Path(source).exists() else source for source in sources]
+    return short if len(set(short)) == len(short) else list(sources)
 
 
 def _spread(encode: Any, documents: pa.ChunkedArray, length: int, count: int, seed: int) -> Tensor:
@@ -92,6 +106,8 @@ def _spread(encode: Any, documents: pa.ChunkedArray, length: int, count: int, se
             text = documents[index].as_py()
             start = 0 if most == share else LETTERS * share * length
             rows += _rows(encode, text[start:], length, min(most, count - len(rows)))
+    if not rows:
+        rows = _rows(encode, _joined(encode, documents, LETTERS * length * count), length, count)
     mixed = torch.randperm(len(rows), generator=generator)
     return torch.stack(rows)[mixed] if rows else torch.zeros(0, length, dtype=torch.int64)
 
@@ -101,13 +117,26 @@ def _first(encode: Any, documents: Sequence[Any], length: int, count: int, name:
     for document in documents:
         rows += _rows(encode, document.as_py(), length, count - len(rows))
         if len(rows) >= count:
-            return torch.stack(rows[:count])
+            break
+    if not rows:
+        rows = _rows(encode, _joined(encode, documents, LETTERS * length * count), length, count)
     if rows:
-        return torch.stack(rows)
+        return torch.stack(rows[:count])
     raise DataError(
-        f"no document of {name!r} has {length} tokens; choose a smaller row or length, or another "
+        f"{name!r} has less than {length} tokens; choose a smaller row or length, or another "
         "text to measure on"
     )
+
+
+def _joined(encode: Any, documents: Sequence[Any], letters: int) -> str:
+    """Documents one after the other, each ended as in training; about so many letters of them."""
+    texts, size = [], 0
+    for document in documents:
+        if size >= letters:
+            break
+        texts.append(document.as_py())
+        size += len(texts[-1])
+    return (encode.eos_token or "\n\n").join(texts)
 
 
 def _passkeys(encode: Any, rows: Tensor, count: int, seed: int) -> list[tuple[Tensor, int]]:

@@ -85,16 +85,17 @@ def test_ratios_by_position_and_slot():
 def test_rows_are_of_one_document_each_and_of_the_seed(folder, tokenizer):
     (folder / "many").mkdir()
     for name in "abc":
-        (folder / "many" / f"{name}.txt").write_text(f"{name} " * 400)
+        (folder / "many" / f"{name}.txt").write_text(" ".join(f"{name}{i}" for i in range(400)))
     read = lambda **more: probe_text.read(  # noqa: E731
         str(folder / "model"), str(folder / "many"), (str(folder / "held.txt"),),
         **{"tokens": 120, "row": 20, "rows": 3, "length": 50, "seed": 0, **more},
     )  # fmt: skip
-    rows = read().fit
-    assert rows.shape == (6, 20)
+    rows, aside = read().fit, read().aside
+    assert rows.shape == (6, 20) and aside.shape == (4, 20)
+    assert not {tuple(x) for x in rows.tolist()} & {tuple(x) for x in aside.tolist()}
     for row in rows:
         text = tokenizer.decode(row.tolist())
-        assert len(set(text.split())) == 1, text
+        assert len(set(text) & set("abc")) == 1, text
     assert torch.equal(rows, read().fit) and not torch.equal(rows, read(seed=1).fit)
     assert read().held_out["held"].shape == (3, 50)
 
@@ -107,6 +108,8 @@ def test_rows_are_of_one_document_each_and_of_the_seed(folder, tokenizer):
         ("candidates=[]", "candidates must name an attention"),
         ("softmax=1.0", "softmax must be at least 0 and less than 1, got 1.0"),
         ("settings={span: 3}", "unknown setting span"),
+        ("passkeys=-1", "passkeys must be at least 0, got -1"),
+        ("threads=-1", "threads must be at least 0, got -1"),
         ("rows=0", "rows must be at least 1, got 0"),
     ],
 )
@@ -116,9 +119,40 @@ def test_what_cannot_work_is_named(folder, assignment, message):
 
 
 def test_too_little_text_is_named(folder):
-    with pytest.raises(DataError, match="has documents for .* tokens in rows of 32, not for"):
+    with pytest.raises(DataError, match=r"fills \d+ rows of 32 tokens, not 93754"):
         probe.main(small(folder, "tokens=3000000"))
-    with pytest.raises(DataError, match="no document of 'held' has 60000 tokens"):
+    with pytest.raises(DataError, match="'held' has less than 60000 tokens"):
         probe.main(small(folder, "length=60000"))
     with pytest.raises(LinearizedError, match=r"longer than the 65536"):
         probe.main(small(folder, "length=70000"))
+
+
+def test_documents_shorter_than_a_row_are_joined(folder, tokenizer):
+    lines = [json.dumps({"text": f"add {i} to the quick fox"}) for i in range(400)]
+    (folder / "short.jsonl").write_text("\n".join(lines))
+    found = probe_text.read(
+        str(folder / "model"), str(folder / "short.jsonl"), tokens=200, row=50, rows=2, length=60,
+        seed=0,
+    )  # fmt: skip
+    assert found.fit.shape == (4, 50) and found.held_out["held out"].shape == (2, 60)
+    assert tokenizer.eos_token in tokenizer.decode(found.fit[0].tolist())
+
+
+def test_texts_of_one_name_are_told_apart(folder):
+    (folder / "other").mkdir()
+    (folder / "other" / "held.txt").write_text((folder / "fit.txt").read_text())
+    sources = (str(folder / "held.txt"), str(folder / "other" / "held.txt"))
+    read = lambda held: probe_text.read(  # noqa: E731
+        str(folder / "model"), str(folder / "fit.txt"), held, tokens=64, row=32, rows=1, length=64,
+        seed=0,
+    )  # fmt: skip
+    assert list(read(sources).held_out) == list(sources)
+    with pytest.raises(ConfigError, match="must name every text once"):
+        read(sources[:1] * 2)
+
+
+def test_a_row_is_no_longer_than_the_model_was_made_for():
+    config = cli.override(probe.probe(), ["row=256"])
+    assert [probe._length(config, limit) for limit in (None, 4096, 600)] == [1024, 1024, 600]
+    with pytest.raises(ConfigError, match="rows of 256 tokens are longer than the 200"):
+        probe._length(config, 200)
