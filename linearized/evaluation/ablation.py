@@ -5,7 +5,7 @@ variants and their parameters; knows no text.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def has_convolution(model: PreTrainedModel) -> bool:
 def without_far_part(model: PreTrainedModel) -> Iterator[None]:
     """Near tokens only."""
     weights = [variant.far_weight() for variant in _variants(model)]
-    with _replaced([(x, nothing) for found in weights if found for x, nothing in [found]]):
+    with _replaced([found for found in weights if found is not None]):
         yield
 
 
@@ -55,7 +55,7 @@ def softmax_in(model: PreTrainedModel, layers: Collection[int]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def _replaced(changes: list[tuple[Tensor, float]]) -> Iterator[None]:
+def _replaced(changes: Sequence[tuple[Tensor, float]]) -> Iterator[None]:
     """Tensors filled with one number each."""
     kept = [x.detach().clone() for x, _ in changes]
     with torch.no_grad():

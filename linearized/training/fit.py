@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearized.config import LinearConfig
 from linearized.models import linear_modules, linearize
 from linearized.slots import attention_modules
+from linearized.training.objective import transfer_error
 from linearized.training.optim import Optim
 
 Report = Callable[[int, dict[str, float]], None]
@@ -110,9 +110,7 @@ class Lesson:
     def _shown(self, name: str, student: nn.Module) -> Callable[..., None]:
         def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             with torch.set_grad_enabled(self._learns):
-                given = student(*args, **{**kwargs, "attention_mask": None})[0]
-                wanted = output[0].float()
-                loss = F.mse_loss(given.float(), wanted) / wanted.square().mean()
+                loss = transfer_error(student, args, kwargs, output[0])
                 if self._learns:
                     loss.backward()
             self._errors[name] = float(loss)

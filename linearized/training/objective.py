@@ -81,10 +81,18 @@ class Transfer(Objective):
                 hook.remove()
         losses = []
         for module, (args, kwargs, wanted) in zip(students.values(), calls, strict=True):
-            given = module(*args, **{**kwargs, "attention_mask": None})[0]
-            wanted = wanted.float()
-            losses.append(F.mse_loss(given.float(), wanted) / wanted.square().mean())
+            losses.append(transfer_error(module, args, kwargs, wanted))
         return torch.stack(losses).mean()
+
+
+def transfer_error(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Tensor
+) -> Tensor:
+    """The squared error of an attention module's output for the arguments that a teacher's module
+    was given, relative to what that gave, `wanted`."""
+    given = module(*args, **{**kwargs, "attention_mask": None})[0]
+    wanted = wanted.float()
+    return F.mse_loss(given.float(), wanted) / wanted.square().mean()
 
 
 class Distillation(Objective):

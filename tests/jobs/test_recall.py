@@ -25,5 +25,9 @@ def test_it_counts_right_answers(capsys):
 def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="pairs=40 do not fit; .* allow for 31"):
         cli.override(recall.recall(), ["pairs=40"])
+    with pytest.raises(ConfigError, match="rows must be at least 1, got 0"):
+        cli.override(recall.recall(), ["rows=0"])
+    with pytest.raises(ConfigError, match="hidden must be an even multiple of heads = 4, got 60"):
+        cli.override(recall.recall(), ["hidden=60"])
     with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
         cli.override(recall.recall(), ["steps=0"])
