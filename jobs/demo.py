@@ -40,7 +40,7 @@ class DemoConfig:
 
 
 def demo() -> DemoConfig:
-    """Sizes for two CPU cores and less than twelve minutes."""
+    """Sizes for two CPU cores and about twelve minutes."""
     return DemoConfig()
 
 
