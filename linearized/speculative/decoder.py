@@ -76,7 +76,7 @@ class Decoder:
         while True:
             start = max(len(prompt) - size, 0)
             for _ in range(MAX_BYTES):  # one of so many tokens begins a character, but in garbage
-                start = self._reach(prompt, start)
+                start = self.reach(prompt, start)
                 found = [token for token in prompt[start:] if token not in self.hidden]
                 text = self(found) if found else ""
                 if not start or (text and not text.startswith(REPLACEMENT)):
@@ -84,8 +84,9 @@ class Decoder:
                 start -= 1
             size = 2 * (len(prompt) - start)
 
-    def _reach(self, prompt: Sequence[int], start: int) -> int:
-        """The last token up to `start` that is not decoded together with those before it."""
-        while start and (prompt[start] in self.hidden or self.joins(prompt[start])):
+    def reach(self, tokens: Sequence[int], start: int) -> int:
+        """Where the last token up to `start` is that is not decoded together with those before
+        it; 0 if there is none."""
+        while start and (tokens[start] in self.hidden or self.joins(tokens[start])):
             start -= 1
         return start

@@ -168,9 +168,11 @@ class Detokenizer:
             return
         if 0 < self._sent <= len(text) and not self._prompt:
             end, pending = text[self._sent - 1 :], len(text) - self._sent
-            for start in range(size - CONTEXT, size):
-                if self._decode.joins(self._window[start]):
-                    continue
+            near = [
+                n for n in range(size - CONTEXT, size) if not self._decode.joins(self._window[n])
+            ]
+            before = self._decode.reach(self._window, size - CONTEXT)
+            for start in [*near, *[before] * (before > 0)]:
                 rest = self._decode(self._window[start:])
                 if rest.endswith(end):
                     del self._window[:start]

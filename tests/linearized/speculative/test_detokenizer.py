@@ -176,8 +176,8 @@ def counting(name: str) -> tuple[Decoder, Callable[[list[int]], str], list[int]]
 @pytest.mark.parametrize("name", ["llama", "gemma", "byte level"])
 @given(st.data())
 def test_long_texts_are_decoded_in_pieces(name, data):
-    """The same text, at a bounded price where characters end: a few tokens at once, and a run of
-    byte tokens where it is decoded as a whole."""
+    """The same text, at a bounded price where characters end: a few tokens at once, and, where runs
+    of byte tokens are decoded as a whole, one run and the one before it."""
     decode, plain, sizes = counting(name)
     names = DECODERS[name][1]
     spelled = st.sampled_from(PIECES).map(lambda piece: list(piece.encode()))
@@ -189,8 +189,17 @@ def test_long_texts_are_decoded_in_pieces(name, data):
     sizes.clear()
     found = "".join(streamed(decode, tokens[:cut], tokens[cut:]))
     runs = [len([*run]) for byte, run in itertools.groupby(tokens, lambda n: n < 256) if byte]
-    assert max(sizes, default=0) <= 4 * CONTEXT + decode.joint * max(runs, default=0)
+    assert max(sizes, default=0) <= 4 * CONTEXT + 2 * decode.joint * max(runs, default=0)
     assert found == added(plain, tokens[:cut], tokens[cut:])
+
+
+@pytest.mark.parametrize("run", [1, 7, 8, 9, 40])
+def test_runs_with_a_space_between(run):
+    """Alone, a space is stripped, so a run has to stay beside it: one, not all of them."""
+    decode, plain, sizes = counting("llama")
+    tokens = [*HIGH * run, FALLBACK.index("▁")] * 50
+    assert "".join(streamed(decode, [], tokens)) == plain(tokens)
+    assert max(sizes) <= 4 * CONTEXT + 2 * 2 * run
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "byte level"])
