@@ -21,11 +21,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from serve_apps.draft import DraftConfig, DraftReplica
+from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Description, Event, Generation
-from serve_apps.ingress import IngressConfig, http_app
-from serve_apps.protocol import Endpoint
-from serve_apps.target import TargetConfig, TargetReplica
+from serve_apps.http.ingress import IngressConfig, http_app
+from serve_apps.link.protocol import Endpoint
+from serve_apps.target.replica import TargetConfig, TargetReplica
 
 
 class AppArgs(BaseModel):
@@ -127,8 +127,8 @@ class ServedTarget(TargetReplica):
 
 
 class Ingress:
-    """The HTTP deployment, with the routes of `serve_apps.ingress`. It takes the target's handle so
-    that Serve deploys the target with it."""
+    """The HTTP deployment, with the routes of `serve_apps.http.ingress`. It takes the target's
+    handle so that Serve deploys the target with it."""
 
     def __init__(self, target: DeploymentHandle) -> None:
         _be_quiet()

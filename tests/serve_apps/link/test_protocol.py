@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linearized.speculative import Sampling, TokenTree
-from serve_apps import protocol
-from serve_apps.protocol import (
+from serve_apps.link import protocol
+from serve_apps.link.protocol import (
     Challenge,
     Close,
     Commit,

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Protocol
 
-from serve_apps.api import ApiError
 from serve_apps.generation import Description, Event, Generation, Refused, Started
+from serve_apps.http.api import ApiError
 
 
 class Target(Protocol):

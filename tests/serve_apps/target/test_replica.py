@@ -16,19 +16,19 @@ from linearized.compiled import is_compiled
 from linearized.errors import LinearizedError
 from linearized.products import Choice
 from linearized.speculative import Engine, Sampling
-from serve_apps import link
-from serve_apps.draft import DraftConfig, DraftReplica
+from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Refused, Started
-from serve_apps.speculator import Speculator
-from serve_apps.target import TargetConfig, TargetReplica
+from serve_apps.link import drafts
+from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target.speculator import Speculator
 
 PROMPT = "the quick brown fox"
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(link, "BACKOFF_S", (0.01, 0.1))
-    monkeypatch.setattr("serve_apps.target.LINK_S", 2.0)
+    monkeypatch.setattr(drafts, "BACKOFF_S", (0.01, 0.1))
+    monkeypatch.setattr("serve_apps.target.replica.LINK_S", 2.0)
 
 
 def job(**values) -> Generation:
@@ -112,7 +112,7 @@ async def test_a_draft_that_dies_in_the_middle_changes_nothing(folders):
 
 
 async def test_a_draft_with_another_vocabulary_is_not_used(folders, monkeypatch):
-    monkeypatch.setattr("serve_apps.target.LINK_S", 0.3)
+    monkeypatch.setattr("serve_apps.target.replica.LINK_S", 0.3)
     async with drafting(folders["other"]) as draft, replica(folders, draft.endpoint) as target:
         assert (await target.ready()).draft == "away"
         await read(target, job(max_tokens=5))

@@ -14,10 +14,19 @@ from collections.abc import Callable
 
 from linearized.errors import ConfigError
 from linearized.speculative import Ask, Drafter, Text, TokenTree
-from serve_apps import protocol
-from serve_apps.connection import HEARTBEAT_S, Connection, LinkError, accept
 from serve_apps.forward import Forward
-from serve_apps.protocol import Close, Commit, Draft, Endpoint, Error, GoAway, Open, ProtocolError
+from serve_apps.link import protocol
+from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError, accept
+from serve_apps.link.protocol import (
+    Close,
+    Commit,
+    Draft,
+    Endpoint,
+    Error,
+    GoAway,
+    Open,
+    ProtocolError,
+)
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 
 from linearized.speculative import Drafter, Sampling, TokenTree
-from serve_apps import link, protocol
-from serve_apps.connection import LinkError, dial
-from serve_apps.draft_server import DraftServer
+from serve_apps.draft.server import DraftServer
 from serve_apps.forward import Forward
-from serve_apps.link import DraftLink
-from serve_apps.protocol import Close, Commit, Draft, Error, GoAway, Open
+from serve_apps.link import drafts, protocol
+from serve_apps.link.connection import LinkError, dial
+from serve_apps.link.drafts import DraftLink
+from serve_apps.link.protocol import Close, Commit, Draft, Error, GoAway, Open
 
 VOCAB = 1000
 GREEDY = Sampling()
@@ -84,7 +84,7 @@ def finder(endpoint):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(link, "BACKOFF_S", (0.01, 0.1))
+    monkeypatch.setattr(drafts, "BACKOFF_S", (0.01, 0.1))
 
 
 async def test_drafts_follow_the_text():
@@ -191,7 +191,7 @@ async def test_a_silent_peer_is_dropped():
         server = await asyncio.start_server(mute, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(LinkError), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("serve_apps.connection.HANDSHAKE_S", 0.1)
+            patch.setattr("serve_apps.link.connection.HANDSHAKE_S", 0.1)
             await dial(replace(endpoint, port=port))
         server.close()
         await asyncio.sleep(0.05)

@@ -15,9 +15,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from linearized.speculative import Sampling, TokenTree
-from serve_apps import protocol
-from serve_apps.connection import HEARTBEAT_S, Connection, LinkError, dial
-from serve_apps.protocol import Close, Commit, Draft, Endpoint, Error, GoAway, Open
+from serve_apps.link import protocol
+from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError, dial
+from serve_apps.link.protocol import Close, Commit, Draft, Endpoint, Error, GoAway, Open
 
 FIND_S = 10.0
 """Seconds that Serve may take to name a draft replica before it is asked again."""

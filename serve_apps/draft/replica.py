@@ -14,9 +14,9 @@ import linearized
 from linearized.errors import ConfigError, LinearizedError
 from linearized.speculative import Ask, ModelDrafter, Sampling, Text
 from serve_apps import weights
-from serve_apps.draft_server import DraftServer
+from serve_apps.draft.server import DraftServer
 from serve_apps.forward import Forward
-from serve_apps.protocol import MAX_NODES, Endpoint
+from serve_apps.link.protocol import MAX_NODES, Endpoint
 
 STUCK_S = 60.0
 

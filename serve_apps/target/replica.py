@@ -32,9 +32,9 @@ from serve_apps.generation import (
     Refused,
     Started,
 )
-from serve_apps.link import DraftLink
-from serve_apps.protocol import Endpoint
-from serve_apps.speculator import Speculator
+from serve_apps.link.drafts import DraftLink
+from serve_apps.link.protocol import Endpoint
+from serve_apps.target.speculator import Speculator
 
 STUCK_S = 120.0
 START_S = 900.0

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linearized.speculative import Sampling
-from serve_apps import api
-from serve_apps.api import ApiError, parse
+from serve_apps.http import api
+from serve_apps.http.api import ApiError, parse
 
 OK = {"model": "m", "prompt": "hello"}
 

@@ -15,7 +15,7 @@ import socket
 import time
 
 from linearized.errors import LinearizedError
-from serve_apps.protocol import (
+from serve_apps.link.protocol import (
     HEADER,
     MAX_FRAME,
     MAX_HANDSHAKE,

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from serve_apps.generation import Delta, Description, Finished, Refused, Started
-from serve_apps.ingress import IngressConfig, http_app
+from serve_apps.http.ingress import IngressConfig, http_app
 
 
 class Echoing:

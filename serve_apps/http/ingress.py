@@ -21,10 +21,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_apps import api
-from serve_apps.api import ApiError, CompletionRequest
 from serve_apps.generation import Delta, Description, Finished, Started
-from serve_apps.streams import Target, Texts
+from serve_apps.http import api
+from serve_apps.http.api import ApiError, CompletionRequest
+from serve_apps.http.streams import Target, Texts
 
 READY_S = 2.0
 """Seconds that /health waits for the target before it answers 503."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from weakref import WeakSet
 
 from linearized.speculative import Ask, Drafter, NgramDrafter, Text, TokenTree
-from serve_apps.link import LinkSession
-from serve_apps.protocol import MAX_NODES
+from serve_apps.link.drafts import LinkSession
+from serve_apps.link.protocol import MAX_NODES
 
 MISSES = 3
 """Deadlines missed in a row after which the draft is no longer waited for …"""
