@@ -33,6 +33,9 @@ NAMED: dict[str, dict[str, Any]] = {
 """Combinations that have proven themselves. `anchored` is the one for pretrained models: exact
 softmax of what is near and of the first tokens, and a far part whose mass is bounded."""
 
+LATER = ("window", "sinks", "bound")
+"""Settings that the first version did not have."""
+
 FLASH = "flash"
 """The attention of `FlashForCausalLM`, a model that is linear from scratch. No other model can use
 it."""
@@ -134,7 +137,13 @@ class LinearConfig:
         return cls.from_dict({**NAMED.get(name, {"attention": name}), **settings})
 
     def to_dict(self) -> dict[str, Any]:
+        """As a model's config holds it: without `LATER` settings that have their defaults. So a
+        model of an earlier version keeps its fingerprint, and what needs none of them can be read
+        by one."""
         values = asdict(self)
+        for field in fields(self):
+            if field.name in LATER and values[field.name] == field.default:
+                del values[field.name]
         if self.layers is not None:
             values["layers"] = list(self.layers)
         return values

@@ -17,6 +17,20 @@ def test_it_comes_back_from_json():
     assert again == config and again.layers == (1, 3)
 
 
+def test_settings_of_later_versions_are_named_only_where_they_are_used():
+    """What the first version wrote is still what is written, so fingerprints stay what they were:
+    of states, prefixes and heads that were made for a model."""
+    first = {
+        *["attention", "augment", "group", "taps", "layers", "features", "hashes", "bits"],
+        *["period", "seed"],
+    }
+    plain = LinearConfig(attention="hedgehog")
+    assert set(plain.to_dict()) == first and LinearConfig.from_dict(plain.to_dict()) == plain
+    anchored = LinearConfig.named("anchored")
+    assert set(anchored.to_dict()) == first | {"window", "sinks", "bound"}
+    assert LinearConfig.from_dict(anchored.to_dict()) == anchored
+
+
 def test_integers_of_numpy_are_integers():
     config = LinearConfig(attention="grouped", group=np.int64(8), layers=np.array([1, 0]))
     assert type(config.group) is int and config.layers == (0, 1)
