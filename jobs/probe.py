@@ -42,7 +42,8 @@ class ProbeConfig:
     text_column: str | None = None
     """The column of JSON Lines, Parquet or a dataset that holds the text."""
     candidates: tuple[str, ...] = ("anchored", "grouped")
-    """Names of attentions, or of combinations such as `anchored`."""
+    """Names of attentions, or of combinations such as `anchored`, which are fitted; or folders of
+    models that have been linearized from `model`, which are measured as they are."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of LinearConfig that all candidates share, such as {group: 128}."""
     tokens: int = 50_000
@@ -88,7 +89,12 @@ class ProbeConfig:
         if not 0 <= self.softmax < 1:
             raise ConfigError(f"softmax must be at least 0 and less than 1, got {self.softmax}")
         for name in self.candidates:
-            self.candidate(name)
+            if not self.is_folder(name):
+                self.candidate(name)
+
+    @staticmethod
+    def is_folder(candidate: str) -> bool:
+        return "/" in candidate or Path(candidate).is_dir()
 
     def candidate(self, name: str) -> LinearConfig:
         return LinearConfig.named(name, **{"seed": self.seed, **self.settings})
@@ -210,24 +216,20 @@ def _candidate(
 ) -> dict[str, Any]:
     """Fit one and measure it."""
     from linearized.evaluation import ablation
-    from linearized.models import new_state
+    from linearized.models import linear_config, new_state
     from linearized.slots import layer_number
     from linearized.training import fit
-    from linearized.training.optim import Optim
 
-    linear = config.candidate(name)
-    student = fit.student_of(teacher, linear)
-    optim = Optim(lr=config.lr, new_lr=config.new_lr, warmup=5, weight_decay=0.0)
+    fitted = not config.is_folder(name)
     curve: list[float] = []
     started = time.perf_counter()
-    with Progress(f"fit {name}", total=len(texts.fit), unit="rows") as progress:
-
-        def report(step: int, errors: dict[str, float]) -> None:
-            curve.append(sum(errors.values()) / len(errors))
-            progress.update(step, error=round(curve[-1], 4))
-
-        fit.fit(student, teacher, list(texts.fit[:, None]), optim=optim, report=report)
+    if fitted:
+        student = fit.student_of(teacher, config.candidate(name))
+        curve = _fit(config, name, student, teacher, texts)
+    else:
+        student = _linearized(name, teacher)
     seconds = time.perf_counter() - started
+    linear = linear_config(student)
     errors = fit.errors(student, teacher, list(texts.aside[:, None]))
     found: dict[str, Any] = {
         "name": name,
@@ -264,9 +266,54 @@ def _candidate(
         found["kept"] = keep
         with ablation.softmax_in(student, keep):
             extra("hybrid", texts.held_out, f", {len(keep)} layers softmax,")
-    if config.save:
+    if config.save and fitted:
         student.to(teacher.dtype).save_pretrained(config.out / name)  # type: ignore[arg-type]
     return found
+
+
+def _fit(
+    config: ProbeConfig,
+    name: str,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Texts,
+) -> list[float]:
+    """The error, averaged over the layers, after each row."""
+    from linearized.training import fit
+    from linearized.training.optim import Optim
+
+    optim = Optim(lr=config.lr, new_lr=config.new_lr, warmup=5, weight_decay=0.0)
+    curve: list[float] = []
+    with Progress(f"fit {name}", total=len(texts.fit), unit="rows") as progress:
+
+        def report(step: int, errors: dict[str, float]) -> None:
+            curve.append(sum(errors.values()) / len(errors))
+            progress.update(step, error=round(curve[-1], 4))
+
+        fit.fit(student, teacher, list(texts.fit[:, None]), optim=optim, report=report)
+    return curve
+
+
+def _linearized(folder: str, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The model in a folder, beside the softmax model that it came from.
+
+    Raises:
+        ModelError: it is not linear. ConfigError: it came from a model of another shape.
+    """
+    from linearized.folder import load
+    from linearized.models import linear_config
+
+    student = load(folder).float().eval()
+    linear_config(student)
+    for size in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        own, other = getattr(student.config, size), getattr(teacher.config, size)
+        if own != other:
+            raise ConfigError(
+                f"{folder} was not linearized from this softmax model: its {size} is {own}, the "
+                f"softmax model's {other}; name the folder of the model that it came from"
+            )
+    student.to(teacher.device)  # type: ignore[arg-type]
+    return student
 
 
 def _worth(student: PreTrainedModel, name: str, rows: Tensor) -> dict[int, float]:

@@ -90,8 +90,8 @@ def _passkeys(result: dict[str, Any]) -> Table:
 
 def _layers(found: dict[str, Any]) -> Table:
     table = Table(
-        title=f"{found['name']}: {found['state_bytes']:,} bytes of state, fitted in "
-        f"{found['fit_seconds']:.0f} s"
+        title=f"{found['name']}: {found['state_bytes']:,} bytes of state"
+        + (f", fitted in {found['fit_seconds']:.0f} s" if found["curve"] else "")
     )
     for name in ("layer", "error", "worth in nats if it keeps softmax"):
         table.add_column(name, justify="right")

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import linearized
 from jobs import cli, probe, probe_report, probe_text
 from linearized.errors import ConfigError, DataError, LinearizedError
 
@@ -60,10 +61,30 @@ def test_it_says_what_a_model_would_lose(folder, capsys):
         assert words in out
     probe.main(small(folder, "save=true", "passkeys=2", "length=200"))
     assert "is of the same model, texts and settings" in capsys.readouterr().out
-    import linearized
-
     again = linearized.load(folder / "out" / "anchored")
     assert linearized.models.linear_config(again).bound == 256
+
+
+def test_a_linear_model_is_measured_as_it_is(folder, capsys):
+    probe.main(small(folder, "candidates=[anchored]", "save=true"))
+    fitted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    saved = folder / "out" / "anchored"
+    probe.main(small(folder, f"candidates=[{saved}]", "settings={}", f"out={folder / 'again'}"))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (first,), (second,) = fitted["candidates"], found["candidates"]
+    assert second["name"] == str(saved) and second["curve"] == []
+    for kind in ("config", "errors", "texts", "order"):
+        assert first[kind] == second[kind]
+
+
+def test_a_model_of_another_shape_is_refused(folder, llama, tokenizer):
+    other = llama(vocab=len(tokenizer), layers=3)
+    linearized.linearize(other, linearized.LinearConfig(attention="grouped"))
+    other.save_pretrained(folder / "other")
+    with pytest.raises(ConfigError, match="other was not linearized.*num_hidden_layers is 3, the"):
+        probe.main(small(folder, f"candidates=[{folder / 'other'}]"))
+    with pytest.raises(LinearizedError, match="model is not linearized|is not linearized"):
+        probe.main(small(folder, f"candidates=[{folder / 'model'}]"))
 
 
 def test_ratios_by_position_and_slot():
