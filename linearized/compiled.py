@@ -79,8 +79,7 @@ class CompiledStep:
         inputs = _Inputs.of(tree, state)
         inputs.mark()
         rows, num_nodes = tree.shape
-        lies_whole = state.layers.memory.is_contiguous()
-        kind = (rows == 1, num_nodes == 1, lies_whole, hidden)
+        kind = (rows == 1, num_nodes == 1, inputs.lie_whole, hidden)
         run = self._program(state.layers.near, *kind)
         found: Step = run(*inputs.tensors, hidden)
         return found
@@ -108,6 +107,14 @@ class _Inputs:
             (_in_order(tree.tokens), _in_order(tree.visible), layers.memory, layers.keys,
              layers.values, layers.tail, layers.length, state.shift, *past)
         )  # fmt: skip
+
+    @property
+    def lie_whole(self) -> bool:
+        """Are the rows of the state all that there are in memory? Not if they are some of a
+        pool's. A program is for one of the two, as layers lie further apart than their sizes say
+        in the other."""
+        tensors = [x for x in (self.tensors[2], self.tensors[8]) if x is not None and x.numel()]
+        return all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
 
     def mark(self) -> None:
         """Sizes that vary from call to call."""

@@ -57,10 +57,20 @@ class Pool(Generic[Key]):
     def add(self, key: Key, state: DecodeState | None = None) -> None:
         """A row for this key, behind the others, with a copy of `state` [1 row], or empty."""
         if len(self.keys) == self.num_rows:
-            self._grow(2 * self.num_rows)
+            self.grow(2 * self.num_rows)
         index = len(self.keys)
         self._state.rows(index, index + 1).copy_(self._empty if state is None else state)
         self.keys.append(key)
+
+    def grow(self, rows: int) -> None:
+        """Have so many rows, if there are fewer."""
+        if rows <= self.num_rows:
+            return
+        grown = new_state(self._model, rows)
+        if grown.history is not None and self._state.history is not None:
+            grown.history.reserve(self._state.history.keys.shape[3])
+        grown.rows(0, self._state.batch_size).copy_(self._state)
+        self._state = grown
 
     def remove(self, key: Key) -> None:
         """The last row takes its place."""
@@ -105,10 +115,3 @@ class Pool(Generic[Key]):
         first.copy_(second)
         second.copy_(kept)
         self.keys[one], self.keys[other] = self.keys[other], self.keys[one]
-
-    def _grow(self, rows: int) -> None:
-        grown = new_state(self._model, rows)
-        if grown.history is not None and self._state.history is not None:
-            grown.history.reserve(self._state.history.keys.shape[3])
-        grown.rows(0, self._state.batch_size).copy_(self._state)
-        self._state = grown

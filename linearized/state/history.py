@@ -98,11 +98,12 @@ class History:
 
     @property
     def size(self) -> int:
-        """Tokens that have to be looked at: those of the longest row, rounded up to pages."""
+        """Tokens that have to be looked at: those of the longest row, rounded up to pages; a page
+        at least, where there is room for it."""
         if self.filled is None:
             return self.room
         longest = int(self.filled.max()) if len(self.filled) else 0
-        return min(_pages(longest), self.room)
+        return min(max(_pages(longest), PAGE), self.room)
 
     def layer(self, slot: int) -> tuple[Tensor, Tensor]:
         """Keys [B, K, C', D] and values [B, K, C', E] of one layer, as far as any row has some."""
@@ -157,15 +158,18 @@ class History:
 
     @torch.inference_mode(False)
     def reserve(self, size: int) -> None:
-        """Make room for this many tokens, in whole pages, in all rows of the whole."""
+        """Make room for this many tokens, in whole pages, in all rows of the whole. One more place
+        is left between two heads: so views of some pages and of all lie alike in memory, and one
+        compiled program is for both."""
         if self._part is not None:
             self._part[0].reserve(size)
             return
-        more = _pages(size) - self.room
+        room = _pages(size)
+        more = room - self.room
         if more > 0:
             with torch.no_grad():
-                self._keys = F.pad(self._keys, (0, 0, 0, more))
-                self._values = F.pad(self._values, (0, 0, 0, more))
+                self._keys = F.pad(self._keys, (0, 0, 0, more + 1))[:, :, :, :room]
+                self._values = F.pad(self._values, (0, 0, 0, more + 1))[:, :, :, :room]
 
 
 def _pages(num_tokens: int) -> int:

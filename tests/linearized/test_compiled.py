@@ -20,6 +20,9 @@ from linearized.models import shortened, sketch
 from linearized.packing import unpack
 from linearized.products import Choice, available
 from linearized.speculative import LayersDrafter, MedusaDrafter, ModelDrafter, NgramDrafter
+from linearized.speculative.pool import Pool
+from linearized.step import step
+from linearized.tree import Tree
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 
@@ -217,6 +220,43 @@ def test_a_hybrid(llama, programs):
     longer = torch.randint(1, 50, (2, 600))
     decoded(model, 2, longer)
     assert len(programs) == count
+
+
+@needs_compiler
+@pytest.mark.parametrize("layers", [(), (0,)])
+def test_rows_of_a_pool(llama, programs, layers):
+    """Softmax layers alone, and beside linear ones: a kind of input has one program, whatever room
+    the pool has, and however many rows, of which the texts have reached however much. Others would
+    be compiled in the middle of texts."""
+    config = linearized.LinearConfig(attention="grouped", group=8, taps=5, layers=layers)
+    model = linearized.linearize(llama(), config)
+    linearized.compile(model)
+    pool = Pool(model, 3)
+    pool.reserve(100)
+    for name in "ab":
+        pool.add(name)
+
+    def count(rows, num_tokens):
+        before = len(programs)
+        tokens = torch.ones(rows, num_tokens, dtype=torch.int64)
+        with torch.no_grad():
+            step(model, Tree.chain(tokens), pool.first(rows))
+        return len(programs) - before
+
+    def read(num_tokens):
+        linearized.extend(model, torch.ones(2, num_tokens, dtype=torch.int64), pool.first(2))
+
+    assert count(2, 4) == 1 and count(1, 4) == 1, "of some rows; of one"
+    pool.add("c")
+    assert count(3, 4) == 1, "of all"
+    pool.remove("c")
+    for change in (
+        functools.partial(read, 300),
+        functools.partial(pool.reserve, 1500),
+        functools.partial(read, 500),
+    ):
+        change()
+        assert count(2, 5) == 0 and count(1, 3) == 0
 
 
 @needs_compiler

@@ -66,6 +66,8 @@ class ModelDrafter(Drafter):
                 f"the draft's vocabulary has {mine} tokens, the target's {theirs}; they must share "
                 "one tokenizer"
             )
+        # As many as the target's at once: programs are compiled for rows of a pool of one size.
+        self._pool.grow(pool.num_rows)
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:

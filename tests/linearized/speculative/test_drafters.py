@@ -22,6 +22,7 @@ from linearized.speculative import (
     Sampling,
     Text,
 )
+from linearized.speculative.pool import Pool
 from linearized.speculative.skipping import CHAIN, search, speed
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8]
@@ -68,6 +69,13 @@ def test_texts_are_those_of_plain_decoding(linear, sampling):
         assert said(model, sampling, [drafter]) == plain
     several = [MedusaDrafter(model, random_heads(model)), LayersDrafter([1]), LayersDrafter([0, 2])]
     assert said(model, sampling, several, rows=2) == plain
+
+
+def test_a_draft_has_rows_for_all_texts_of_its_target(linear):
+    drafter = ModelDrafter(linear(layers=1, seed=3))
+    for rows in (5, 2):
+        drafter.join(linear(), Pool(linear(), rows))
+        assert drafter._pool.num_rows == 5
 
 
 def test_hybrids_skip_layers_of_both_kinds(llama):
