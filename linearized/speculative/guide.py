@@ -14,7 +14,10 @@ N places, V vocabulary, W words of 32 bits, one for each token.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -40,6 +43,9 @@ WHITESPACE = 16
 """Spaces and line ends side by side in JSON, outside of strings. Without a bound, a text may have
 nothing else from some place on."""
 CACHE_BYTES = 1 << 28
+PATIENCE_S, PLACE_S = 2.0, 0.02
+"""A text may take so much of a processor for its guide, and so much more for each place that the
+guide is asked for; most take a hundredth. Ambiguous grammars may take more the longer a text is."""
 
 Words = NDArray[np.int32]
 
@@ -164,6 +170,7 @@ class Follower:
         self._path: tuple[int, ...] = ()
         self._known: dict[tuple[int, ...], Words | None] = {}
         """What `_allowed` has found, since the text has grown."""
+        self._seconds_left = PATIENCE_S
 
     def follow(self, text: Sequence[int]) -> bool:
         """Is this text complete, so that nothing can follow it? It begins like the text of the call
@@ -172,15 +179,17 @@ class Follower:
         Raises:
             RequestError: it does not obey the guide.
         """
-        self._catch_up(text)
-        self._go_to(())
-        return bool(self._matcher.is_completed()) and self._allowed(()) is None
+        with self._spending(len(text) - self._num_tokens):
+            self._catch_up(text)
+            self._go_to(())
+            return bool(self._matcher.is_completed()) and self._allowed(()) is None
 
     def mask(self, logits: Tensor, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits [N, V] with -inf for what must not follow `text` and then `paths[n]`. All may
         follow where a path has left the guide or come to its end, as the text does not go there."""
-        self._catch_up(text)
-        words = [self._allowed(path) for path in paths]
+        with self._spending(len(paths)):
+            self._catch_up(text)
+            words = [self._allowed(path) for path in paths]
         if all(one is None for one in words):
             return logits
         every = np.full_like(self._text_bits, -1)
@@ -209,6 +218,21 @@ class Follower:
         if self._matcher.is_completed():
             return words | self._end_bits if words.any() else None
         return words
+
+    @contextmanager
+    def _spending(self, places: int) -> Iterator[None]:
+        """
+        Raises:
+            RequestError: the guide takes too long.
+        """
+        began = time.thread_time()
+        yield
+        self._seconds_left += PLACE_S * max(places, 0) - (time.thread_time() - began)
+        self._seconds_left = min(self._seconds_left, PATIENCE_S)
+        if self._seconds_left < 0:
+            raise RequestError(
+                f"the {_NAMES[self._guide.kind]} takes too long to follow; make it less ambiguous"
+            )
 
     def _catch_up(self, text: Sequence[int]) -> None:
         if self._matcher is None or len(text) < self._num_tokens:
@@ -294,9 +318,8 @@ def _choices(source: str) -> str:
 
 def _reason(error: Exception) -> str:
     """What xgrammar says, without the place in its own source."""
-    text = str(error).strip().splitlines()
-    line = text[-1] if text else type(error).__name__
-    return line.rpartition("] ")[2][:300] or line[:300]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^.*?\.(?:cc|h):\d+: ", "", lines[-1])[:300]
 
 
 def _words(flags: NDArray[np.bool_]) -> Words:

@@ -86,7 +86,7 @@ def _escaped(text: str, expression: str, at: int) -> str:
 
     def known(escape: re.Match[str]) -> str:
         letter = escape[0][1]
-        if not _ESCAPE.match(text, escape.start()):
+        if not _ESCAPE.match(expression, at + escape.start()):
             raise _problem(expression, at)
         return escape[0] if letter.isalnum() or letter in _KEPT else letter
 

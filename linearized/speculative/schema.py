@@ -56,8 +56,10 @@ def enforceable(source: str) -> str:
         schema = json.loads(source, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the schema is not JSON: {error}") from None
-    walk = _Walk(schema)
-    walk.check(schema, "#", 0)
+    try:
+        _Walk(schema).check(schema, "#", 0)
+    except (TypeError, AttributeError) as error:  # a list where an object should be, and the like
+        raise RequestError(f"the schema is none: {error}") from None
     return json.dumps(schema, ensure_ascii=False)
 
 
@@ -72,7 +74,7 @@ class _Walk:
         if isinstance(schema, bool):
             return
         if not isinstance(schema, dict):
-            raise _problem(at, "is no schema but", f"{schema!r:.60}")
+            raise _problem(at, "is no schema but", schema)
         if id(schema) in self._seen:
             return
         self._seen.add(id(schema))
@@ -88,6 +90,10 @@ class _Walk:
             self._check_typed(schema, at)
         for place, part in _parts(schema):
             self.check(part, f"{at}/{place}", depth + 1)
+        if "oneOf" in schema and not _are_apart(schema["oneOf"]):
+            raise _problem(
+                at, "has schemas that one value may fit together, as in anyOf, in", "oneOf"
+            )
         if isinstance(schema.get("$ref"), str):
             self.check(self._target(schema["$ref"], at), schema["$ref"], depth + 1)
 
@@ -107,10 +113,6 @@ class _Walk:
             isinstance(schema[keyword], list) and len(schema[keyword]) == 1
         ):
             raise _problem(at, "has more or less than one schema in", keyword)
-        if keyword == "oneOf" and not _are_apart(schema[keyword]):
-            raise _problem(
-                at, "has schemas that one value may fit together (anyOf allows that), in", keyword
-            )
 
     def _check_typed(self, schema: Schema, at: str) -> None:
         types = schema.get("type")
@@ -126,7 +128,7 @@ class _Walk:
             schema["type"] = types
         for one in [types] if isinstance(types, str) else types:
             if not isinstance(one, str) or one not in _OF_TYPE:
-                raise _problem(at, "has the unknown type", f"{one!r:.60}")
+                raise _problem(at, "has the unknown type", one)
             given = {keyword: schema[keyword] for keyword in _OF_TYPE[one] & schema.keys()}
             if one in ("integer", "number"):
                 _check_number(given, one, at)
@@ -141,10 +143,10 @@ class _Walk:
     def _target(self, reference: str, at: str) -> Any:
         found = self._root
         if reference != "#" and not reference.startswith("#/"):
-            raise _problem(at, "refers outside of the schema, to", f"{reference!r:.80}")
+            raise _problem(at, "refers outside of the schema, to", reference)
         for part in reference[2:].split("/") if reference != "#" else ():
             if not isinstance(found, dict) or part not in found:
-                raise _problem(at, "refers to what is not there,", f"{reference!r:.80}")
+                raise _problem(at, "refers to what is not there,", reference)
             found = found[part]
         return found
 
@@ -174,7 +176,7 @@ def _check_number(given: Schema, kind: str, at: str) -> None:
         return
     lows = [given[k] for k in ("minimum", "exclusiveMinimum") if k in given]
     highs = [given[k] for k in ("maximum", "exclusiveMaximum") if k in given]
-    whole = kind == "integer" and multiple == int(multiple) and 0 < multiple <= _MAX_MULTIPLE
+    whole = kind == "integer" and 0 < multiple <= _MAX_MULTIPLE and multiple == int(multiple)
     bounded = bool(lows and highs) and max(highs) - min(lows) <= _MAX_WIDTH
     if not whole or ((lows or highs) and not bounded):
         raise _problem(
@@ -242,8 +244,8 @@ def _are_apart(schemas: Any) -> bool:
     if not isinstance(schemas, list) or not all(isinstance(one, dict) for one in schemas):
         return False
     kinds = [_types(one) for one in schemas]
-    if all(not a & b for i, a in enumerate(kinds) for b in kinds[:i]):
-        return all(kinds)
+    if all(kinds) and all(not a & b for i, a in enumerate(kinds) for b in kinds[:i]):
+        return True
     values = [_values(one) for one in schemas]
     if None not in values and _disjoint(values):  # type: ignore[arg-type]
         return True
@@ -279,10 +281,16 @@ def _values(schema: Any) -> list[str] | None:
     if not isinstance(schema, dict):
         return None
     if "const" in schema:
-        return [json.dumps(schema["const"], sort_keys=True)]
+        return [_text(schema["const"])]
     if isinstance(schema.get("enum"), list):
-        return [json.dumps(value, sort_keys=True) for value in schema["enum"]]
+        return [_text(value) for value in schema["enum"]]
     return None
+
+
+def _text(value: Any) -> str:
+    """Equal for equal values; 1.0 is 1."""
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, sort_keys=True)
 
 
 def _disjoint(groups: list[list[str]]) -> bool:
@@ -312,7 +320,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _problem(at: str, why: str, what: str) -> RequestError:
+def _problem(at: str, why: str, what: object) -> RequestError:
     return RequestError(
-        f"the schema at {at:.80} {why} {what}, which guided decoding cannot enforce; leave it out"
+        f"the schema at {at:.80} {why} {what!r:.80}, which guided decoding cannot enforce; leave "
+        "that out"
     )
