@@ -75,7 +75,7 @@ DOORS = {
     "deepspeed": ("jobs",),
     "ray": ("jobs", "serve_apps", "cluster"),
     "fastapi": ("serve_apps",),
-    "xgrammar": ("linearized.speculative.guide",),
+    "xgrammar": ("linearized.speculative.guide", "linearized.speculative.compiling"),
 }
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from linearized.errors import ConfigError, RequestError
+from linearized.speculative.compiling import Compiler
 from linearized.speculative.regex import portable
 from linearized.speculative.schema import enforceable
 from linearized.speculative.vocabulary import spellings
@@ -42,6 +45,9 @@ MAX_BYTES = 1 << 16
 WHITESPACE = 16
 """Spaces and line ends side by side in JSON, outside of strings. Without a bound, a text may have
 nothing else from some place on."""
+SECONDS = 30.0
+"""Of a processor, for compiling a guide. Most take a twentieth of one; strings of a limited length,
+many."""
 CACHE_BYTES = 1 << 28
 PATIENCE_S, PLACE_S = 2.0, 0.02
 """A text may take so much of a processor for its guide, and so much more for each place that the
@@ -59,23 +65,30 @@ class Guides:
         vocab_size: int,
         stop_ids: Iterable[int] = (),
         *,
+        seconds: float = SECONDS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """`vocab_size`: the model's; it may have more tokens than the tokenizer, or fewer.
-        `stop_ids`: tokens that end a text, so never part of one. `cache_bytes`: what compiled
-        guides may take that are kept for the next text.
+        `stop_ids`: tokens that end a text, so never part of one. `seconds`: of a processor, that
+        one guide may take to compile. `cache_bytes`: what guides may take that are kept for the
+        next text.
 
         Raises:
             ConfigError: xgrammar is missing, or cannot guide this tokenizer.
         """
         self._xgrammar = _xgrammar()
         self._vocabulary = Vocabulary.of(spellings(tokenizer, vocab_size, stop_ids))
-        info = self._xgrammar.TokenizerInfo(
+        self._info = self._xgrammar.TokenizerInfo(
             self._vocabulary.spelled, vocab_size=vocab_size, stop_token_ids=[]
         )
-        self._compiler = self._xgrammar.GrammarCompiler(
-            info, max_threads=1, cache_limit_bytes=cache_bytes
+        self._seconds = seconds
+        self._compiler = Compiler(
+            self._info.serialize_json(), seconds=seconds, cache_bytes=cache_bytes
         )
+        self._cache_bytes = cache_bytes
+        self._known: OrderedDict[tuple[str, str], Guide] = OrderedDict()
+        """Those asked for last are the last."""
+        self._lock = threading.Lock()
 
     def compile(self, kind: str, source: str = "") -> Guide:
         """
@@ -88,25 +101,44 @@ class Guides:
         """
         if kind not in KINDS:
             raise ConfigError(f"unknown kind of guide {kind!r}; choose from {', '.join(KINDS)}")
+        with self._lock:
+            guide = self._known.get((kind, source))
+            if guide is not None:
+                self._known.move_to_end((kind, source))
+                return guide
         _check_source(kind, source)
-        compiler = self._compiler
         try:
-            if kind == "json":
-                compiled = self._schema('{"type": "object"}')
-            elif kind == "json_schema":
-                compiled = self._schema(enforceable(source))
-            elif kind == "regex":
-                compiled = compiler.compile_regex(portable(source))
-            elif kind == "grammar":
-                compiled = compiler.compile_grammar(source)
-            else:
-                compiled = compiler.compile_grammar(_choices(source))
-        except (RuntimeError, ValueError, TypeError) as error:
+            compiled = self._xgrammar.CompiledGrammar.deserialize_json(
+                self._compile(kind, source), self._info
+            )
+        except TimeoutError:
+            raise RequestError(
+                f"the {_NAMES[kind]} takes more than {self._seconds:g} s to compile; make it "
+                "smaller, above all its bounded repetitions"
+            ) from None
+        except (RuntimeError, ValueError) as error:
             raise RequestError(f"the {_NAMES[kind]} cannot be compiled: {_reason(error)}") from None
-        return Guide(kind, self._vocabulary, compiled, self._xgrammar.GrammarMatcher)
+        guide = Guide(kind, self._vocabulary, compiled, self._xgrammar.GrammarMatcher)
+        self._keep((kind, source), guide)
+        return guide
 
-    def _schema(self, schema: str) -> Any:
-        return self._compiler.compile_json_schema(schema, max_whitespace_cnt=WHITESPACE)
+    def close(self) -> None:
+        """End the process that compiles. Guides are of use beyond that."""
+        self._compiler.close()
+
+    def _compile(self, kind: str, source: str) -> str:
+        if kind in _JSON:
+            schema = enforceable(source) if kind == "json_schema" else '{"type": "object"}'
+            return self._compiler.compile("schema", schema, max_whitespace_cnt=WHITESPACE)
+        if kind == "regex":
+            return self._compiler.compile("regex", portable(source))
+        return self._compiler.compile("grammar", source if kind == "grammar" else _choices(source))
+
+    def _keep(self, key: tuple[str, str], guide: Guide) -> None:
+        with self._lock:
+            self._known[key] = guide
+            while sum(map(_size, self._known.items())) > self._cache_bytes:
+                self._known.popitem(last=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +176,7 @@ class Guide:
 
     kind: str
     vocabulary: Vocabulary
-    _compiled: Any
+    compiled: Any
     _matcher: Any
 
     def follower(self, stop_ids: Iterable[int]) -> Follower:
@@ -152,7 +184,7 @@ class Guide:
         return Follower(self, stop_ids)
 
     def matcher(self) -> Any:
-        return self._matcher(self._compiled)
+        return self._matcher(self.compiled)
 
 
 class Follower:
@@ -280,6 +312,12 @@ _NAMES = {
     "grammar": "grammar",
     "choice": "choice of texts",
 }
+
+
+def _size(kept: tuple[tuple[str, str], Guide]) -> int:
+    """In bytes, about."""
+    (_, source), guide = kept
+    return len(source) + int(guide.compiled.memory_size_bytes)
 
 
 def _xgrammar() -> ModuleType:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from linearized.errors import RequestError
-from linearized.speculative.regex import portable
+from linearized.speculative.regex import MAX_REPEATS, portable
 
 MAX_DEPTH = 64
 """Of schemas within schemas."""
@@ -44,6 +44,9 @@ _FORMATS = {
 """Those that xgrammar enforces; others say nothing about a text."""
 _MAX_MULTIPLE, _MAX_WIDTH = 1024, 10_000
 """Up to these xgrammar enforces `multipleOf`: its value, and how many numbers are in the range."""
+_COUNTS = (
+    "minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties",
+)  # fmt: skip
 
 
 def enforceable(source: str) -> str:
@@ -83,6 +86,12 @@ class _Walk:
         for keyword in (*_REFUSED, "uniqueItems"):
             if schema.get(keyword, False) is not False:
                 raise _problem(at, "has", keyword)
+        for keyword in _COUNTS:
+            if isinstance(count := schema.get(keyword), int) and count > MAX_REPEATS:
+                raise RequestError(
+                    f"the schema at {at:.80} has {count:,} in {keyword!r}, {MAX_REPEATS:,} are "
+                    "allowed"
+                )
         found = [keyword for keyword in _ALONE if keyword in schema]
         if found:
             self._check_alone(schema, found[0], at)
@@ -177,12 +186,12 @@ def _check_number(given: Schema, kind: str, at: str) -> None:
     lows = [given[k] for k in ("minimum", "exclusiveMinimum") if k in given]
     highs = [given[k] for k in ("maximum", "exclusiveMaximum") if k in given]
     whole = kind == "integer" and 0 < multiple <= _MAX_MULTIPLE and multiple == int(multiple)
-    bounded = bool(lows and highs) and max(highs) - min(lows) <= _MAX_WIDTH
+    bounded = bool(lows and highs) and max(highs) - min(lows) < _MAX_WIDTH
     if not whole or ((lows or highs) and not bounded):
         raise _problem(
             at,
             f"has what only integers can have, up to {_MAX_MULTIPLE}, without bounds or with both, "
-            f"at most {_MAX_WIDTH:,} apart:",
+            f"less than {_MAX_WIDTH:,} apart:",
             "multipleOf",
         )
 
@@ -191,8 +200,8 @@ def _check_string(schema: Schema, given: Schema, at: str) -> None:
     if given.get("format") not in _FORMATS:
         given.pop("format", None)
     rules = [k for k in ("format", "pattern") if k in given]
-    rules += ["minLength", "maxLength"][: 1 if {"minLength", "maxLength"} & given.keys() else 0]
-    if len(rules) > 1:
+    rules += [k for k in ("minLength", "maxLength") if k in given]
+    if len(rules) > 1 and rules != ["minLength", "maxLength"]:
         raise _problem(at, f"has, beside {rules[0]},", rules[1])
     if "pattern" in given:
         if not isinstance(given["pattern"], str):

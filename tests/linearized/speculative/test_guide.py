@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jsonschema
@@ -164,13 +165,17 @@ class Vocab:
 
 
 @pytest.fixture(scope="module")
-def vocab(tokenizer) -> Vocab:
-    return Vocab.of(tokenizer)
+def vocab(tokenizer) -> Iterator[Vocab]:
+    made = Vocab.of(tokenizer)
+    yield made
+    made.guides.close()
 
 
 @pytest.fixture(scope="module")
-def fallback() -> Vocab:
-    return Vocab.of(byte_fallback())
+def fallback() -> Iterator[Vocab]:
+    made = Vocab.of(byte_fallback())
+    yield made
+    made.guides.close()
 
 
 @pytest.fixture(params=["byte level", "byte fallback"])
@@ -413,7 +418,9 @@ def test_where_no_token_fits_the_text_ends_with_an_error(linear):
     backend = tokenizers.Tokenizer(models.BPE(names, []))
     backend.decoder = decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    guide = Guides(tokenizer, 3, [0]).compile("choice", '["aé"]')
+    guides = Guides(tokenizer, 3, [0])
+    guide = guides.compile("choice", '["aé"]')
+    guides.close()
     text = Text([1], sampling=Sampling(), max_new_tokens=5, guide=guide)
     with pytest.raises(ModelError, match="and the guide"):
         run(linear(vocab=3), text)
@@ -542,7 +549,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(expression=EXPRESSIONS, data=st.data())
 def test_expressions_mean_what_they_mean_in_python(vocab, expression, data):
     guide = vocab.compile("regex", f"^{expression}$")

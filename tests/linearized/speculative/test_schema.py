@@ -98,6 +98,13 @@ def test_a_pattern_is_checked():
         enforceable(json.dumps({"properties": {"a": {"type": "string", "pattern": "(?!a)"}}}))
 
 
+def test_counts_are_bounded():
+    with pytest.raises(
+        RequestError, match="at #/items has 10,001 in 'maxLength', 10,000 are allowed"
+    ):
+        enforceable(json.dumps({"type": "array", "items": {"type": "string", "maxLength": 10_001}}))
+
+
 def test_depth_is_bounded():
     schema: dict = {"type": "integer"}
     for _ in range(MAX_DEPTH + 1):
