@@ -49,18 +49,20 @@ class Compiler:
         question = json.dumps({"kind": kind, "source": source, "settings": settings})
         with self._lock:
             answer = self._ask(question)
-        if answer is None:
-            raise TimeoutError
         if "problem" in answer:
             raise ValueError(answer["problem"])
         return str(answer["compiled"])
 
     def close(self) -> None:
+        process = self._process
+        if process is not None:
+            process.kill()  # whoever waits for it waits no longer
         with self._lock:
             self._stop()
 
-    def _ask(self, question: str) -> dict[str, str] | None:
-        """None if the process has ended."""
+    def _ask(self, question: str) -> dict[str, str]:
+        if self._process is not None and self._process.poll() is not None:
+            self._stop()
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         # Its own clock counts the time that it has worked; this one is for a process that hangs.
@@ -74,10 +76,12 @@ class Compiler:
             line = b""
         finally:
             late.cancel()
-        if not line.endswith(b"\n"):
-            self._stop()
-            return None
-        return dict(json.loads(line))
+        if line.endswith(b"\n"):
+            return dict(json.loads(line))
+        self._stop()
+        if process.returncode in (-signal.SIGPROF, -signal.SIGKILL):
+            raise TimeoutError
+        raise ValueError(f"it ends xgrammar with the status {process.returncode}")
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Without -P, modules of this folder would stand in for others of the same name.
@@ -101,12 +105,15 @@ class Compiler:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-    process.wait()
+    try:
+        process.wait(1)  # it ends with what it reads, or has ended
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def main(asked: IO[str], said: IO[str]) -> None:

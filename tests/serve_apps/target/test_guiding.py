@@ -93,6 +93,9 @@ async def test_the_event_loop_goes_on_while_a_guide_is_compiled(tokenizer, monke
             asyncio.run_coroutine_threadsafe(free.wait(), loop).result(10)
             return "compiled"
 
+        def close(self):
+            pass
+
     monkeypatch.setattr(guiding.speculative, "Guides", Slow)
     guides = Guiding(tokenizer, len(tokenizer), [])
     await guides.start()
