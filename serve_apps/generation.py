@@ -12,6 +12,18 @@ from linearized.speculative import Sampling
 SPECULATE = ("model", "ngram", "none")
 """Where guesses come from: the draft replica (n-grams while it does not answer), the text itself,
 or nowhere. The speed depends on it, the text does not."""
+GUIDES = ("json", "json_schema", "regex", "grammar", "choice")
+"""Kinds of rules that a text can be bound to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """A rule that the text obeys."""
+
+    kind: str
+    """One of GUIDES."""
+    source: str = ""
+    """The schema, the expression or the grammar; of `choice`, a JSON array of texts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +33,7 @@ class Generation:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     echo: bool = False
+    guide: Guide | None = None
     speculate: str | None = None
     """One of SPECULATE. None means the first of them that the app has."""
 

@@ -75,6 +75,7 @@ DOORS = {
     "deepspeed": ("jobs",),
     "ray": ("jobs", "serve_apps", "cluster"),
     "fastapi": ("serve_apps",),
+    "xgrammar": ("linearized.speculative.guide", "linearized.speculative.compiling"),
 }
 
 
@@ -131,9 +132,10 @@ def test_the_library_needs_neither_ray_nor_deepspeed():
     """Kernels and models are used with torch and transformers alone."""
     script = """
 import sys
-for name in ("ray", "deepspeed", "fastapi", "datasets", "pyarrow"):
+for name in ("ray", "deepspeed", "fastapi", "datasets", "pyarrow", "xgrammar"):
     sys.modules[name] = None
 import linearized, linearized.training.objective, linearized.evaluation.perplexity
+import linearized.speculative
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

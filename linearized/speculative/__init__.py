@@ -10,6 +10,7 @@ from linearized.speculative.drafters import (
 )
 from linearized.speculative.engine import Engine
 from linearized.speculative.generate import generate
+from linearized.speculative.guide import Guide, Guides
 from linearized.speculative.sampling import Sampler, Sampling
 from linearized.speculative.text import Alternatives, Piece, Text
 from linearized.speculative.tree import Shape, TokenTree
@@ -19,6 +20,8 @@ __all__ = [
     "Ask",
     "Drafter",
     "Engine",
+    "Guide",
+    "Guides",
     "LayersDrafter",
     "MedusaDrafter",
     "ModelDrafter",

@@ -52,7 +52,7 @@ def choose(logits: Tensor, texts: Sequence[Text], trees: Sequence[TokenTree]) ->
     rows: list[int] = []
     places: list[Place] = []
     for number, (text, tree) in enumerate(zip(texts, trees, strict=True)):
-        if not text.sampling.is_plain:
+        if not text.sampler.is_plain:
             rows += range(number * width, number * width + 1 + len(tree))
             places += [Place(text), *(Place(text, path) for path in tree.paths())]
     for part, scores in scored(flat, rows, places):
@@ -73,13 +73,13 @@ def scored(
     logits: Tensor, rows: Sequence[int], places: Sequence[Place]
 ) -> Iterator[tuple[range, Tensor]]:
     """What the next tokens at these places are the argmax of: row `rows[i]` of logits [·, V] is of
-    place i. In parts, as (which of the places, scores), in float32 at least for texts that adjust
-    their logits, and in float64 for those that sample. `Sampler.scores` gives the same."""
+    place i. In parts, as (which of the places, scores), in float32 at least for texts with biases
+    or penalties, and in float64 for those that sample. `Sampler.scores` gives the same."""
     size = BLOCK if logits.device.type == "cpu" else 1 << 24
     for part in _parts(places, max(size // logits.shape[1], 1)):
         some = logits[[rows[i] for i in part]]
         mine = places[part.start : part.stop]
-        if mine[0].text.sampling.is_plain:
+        if mine[0].text.sampler.is_plain:
             yield part, some
             continue
         adjusted = []
@@ -98,7 +98,7 @@ def scored(
 
 def _parts(places: Sequence[Place], most: int) -> Iterator[range]:
     """Neighbouring places, so many at most, of texts of one kind: plain, adjusted, sampled."""
-    kinds = [(p.text.sampling.is_plain, p.text.sampling.temperature > 0) for p in places]
+    kinds = [(p.text.sampler.is_plain, p.text.sampling.temperature > 0) for p in places]
     for start, stop in _runs(kinds):
         for begin in range(start, stop, most):
             yield range(begin, min(begin + most, stop))

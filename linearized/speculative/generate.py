@@ -26,6 +26,7 @@ from linearized.speculative.drafters import (
 )
 from linearized.speculative.engine import Engine
 from linearized.speculative.experience import Experience
+from linearized.speculative.guide import Guide
 from linearized.speculative.sampling import Sampling
 from linearized.speculative.text import Text
 
@@ -67,6 +68,7 @@ def generate(  # type: ignore[misc]
     stop: str | Sequence[str] | None = None,
     stop_ids: Iterable[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    guide: Guide | None = None,
     rows: int = ROWS,
     adaptive: bool = True,
     on_tokens: OnTokens | None = None,
@@ -82,7 +84,8 @@ def generate(  # type: ignore[misc]
     name special tokens. `stop_ids`: it ends after one of these tokens; by default the model's end
     of text. `seed`, `choice`: a sampled text is a function of both. Prompt i gets the choice number
     `choice` + i, so equal prompts get different texts, and `generate(model, prompts[i],
-    choice=choice + i, …)` gives one of them again. For the other parameters see `Sampling`.
+    choice=choice + i, …)` gives one of them again. `guide`: what the texts obey, from `Guides`. For
+    the other parameters see `Sampling`.
     `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured before the first
     token and by what drafts really gave; both are kept for the next call. Without it, verify all
     that is drafted. `on_tokens(index of the prompt, new
@@ -122,6 +125,7 @@ def generate(  # type: ignore[misc]
             max_new_tokens=max_new_tokens,
             stop=strings,
             decode=decode,
+            guide=guide,
         )
         for i, one in enumerate(prompts)
     ]

@@ -6,8 +6,10 @@ temperature 0 has no noise. So a text depends on model, prompt, parameters and s
 depends on the text so far is worked out for each node of a tree along its own path, as it would be
 without speculation.
 
-In this order: logit_bias, min_tokens, repetition, presence and frequency penalties, temperature,
-top_k, top_p, min_p, noise.
+In this order: guide, logit_bias, min_tokens, repetition, presence and frequency penalties,
+temperature, top_k, top_p, min_p, noise. What a guide forbids is -inf from the first on, so no bias
+brings it back, and filters count allowed tokens only. min_tokens forbids the end of the text where
+the guide lets it go on; where the guide does not, the text is over without a stop token.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from linearized.config import is_whole
 from linearized.errors import ConfigError
+from linearized.speculative.guide import Follower
 from linearized.speculative.noise import gumbel_of
 
 AHEAD = 4
@@ -173,13 +176,21 @@ def checked(tokens: Tensor, scores: Tensor) -> Tensor:
 class Sampler:
     """Scores the tokens of one text. Remembers what the text holds, and follows it as it grows."""
 
-    def __init__(self, sampling: Sampling, *, num_prompt: int) -> None:
+    def __init__(
+        self, sampling: Sampling, *, num_prompt: int, guide: Follower | None = None
+    ) -> None:
         self.sampling = sampling
         self.num_prompt = num_prompt
+        self.guide = guide
         self._counts: dict[torch.device, tuple[int, Tensor]] = {}
         """How many tokens are counted, and [2, V], how often each is in the prompt and in the
         text; a draft may live on another device than its target."""
         self._noise: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Is the token the argmax of the model's own logits?"""
+        return self.guide is None and self.sampling.is_plain
 
     def scores(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
@@ -187,7 +198,7 @@ class Sampler:
         """What the next token is the argmax of, [N, V], from logits [N, V] at N places: behind
         `tokens`, prompt and text so far, and then `paths[n]`."""
         sampling = self.sampling
-        if sampling.is_plain:
+        if self.is_plain:
             return logits
         logits = self.adjusted(logits, tokens, paths)
         if sampling.temperature == 0:
@@ -197,7 +208,7 @@ class Sampler:
 
     def guesses(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
         """Scores [N, V] of tokens at these positions, from logits [N, V], where nobody knows what
-        stands before them: without penalties."""
+        stands before them: without guide and penalties."""
         sampling = self.sampling
         logits = self._biased(logits)
         if sampling.temperature == 0:
@@ -221,12 +232,16 @@ class Sampler:
         """Let go of what can be worked out again."""
         self._counts.clear()
         self._noise.clear()
+        if self.guide is not None:
+            self.guide.forget()
 
     def adjusted(
         self, logits: Tensor, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]
     ) -> Tensor:
-        """With bias and penalties, in float32 at least."""
+        """With guide, bias and penalties; in float32 at least, but for the guide alone."""
         sampling = self.sampling
+        if self.guide is not None:
+            logits = self.guide.mask(logits, tokens[self.num_prompt :], paths)
         logits = self._biased(logits)
         lengths = [len(tokens) + len(path) - self.num_prompt for path in paths]
         early = [row for row, length in enumerate(lengths) if length < sampling.min_tokens]

@@ -12,6 +12,7 @@ from torch import Tensor
 from linearized.config import is_whole
 from linearized.errors import ConfigError, ModelError, RequestError
 from linearized.speculative.detokenizer import TextStream
+from linearized.speculative.guide import Guide
 from linearized.speculative.sampling import NO_TOKEN, Sampler, Sampling, pick
 from linearized.speculative.tree import TokenTree
 
@@ -64,24 +65,33 @@ class Text:
         decode: Callable[[list[int]], str] | None = None,
         logprobs: int | None = None,
         num_prompt: int | None = None,
+        guide: Guide | None = None,
     ) -> None:
         """`stop`: the text ends before the first of these strings; not looked for among the first
         `sampling.min_tokens` tokens. They need `decode`, token ids to text; if that is a `Decoder`,
         they may name special tokens, which the text does not show. `logprobs`: how many
         alternatives to name for each token; None: and no log-probabilities either. `num_prompt`:
-        how much of `prompt` is one, and what follows it the text so far; None: all."""
+        how much of `prompt` is one, and what follows it the text so far; None: all. `guide`: what
+        the text obeys; it ends where the guide lets nothing follow.
+
+        Raises:
+            RequestError: max_new_tokens is no number, or the text so far does not obey the guide.
+        """
         self.tokens = list(prompt)
         """Prompt and text."""
         self.num_prompt = len(self.tokens) if num_prompt is None else num_prompt
         self.sampling = sampling
-        self.sampler = Sampler(sampling, num_prompt=self.num_prompt)
+        self.guide = guide
+        follower = guide.follower(sampling.stop_ids) if guide is not None else None
+        self.sampler = Sampler(sampling, num_prompt=self.num_prompt, guide=follower)
         if not is_whole(max_new_tokens):
             problem = f"max_new_tokens must be a whole number, got {max_new_tokens!r}"
             raise RequestError(problem, param="max_tokens")
         self.max_new_tokens = int(max_new_tokens)
         self.logprobs = logprobs
         self.finished: str | None = None
-        """`stop`: a stop token or string; `length`: as long as it may be; `error`: see there."""
+        """`stop`: a stop token or string, or all that its guide allows; `length`: as long as it may
+        be; `error`: see there."""
         self.error: Exception | None = None
         """What its prompt, its logits or `decode` raised."""
         self.hidden: Tensor | None = None
@@ -103,7 +113,11 @@ class Text:
             )
             self._stream.push(self.new_tokens)
         stopped = self._stream is not None and self._stream.stopped
-        if stopped or (self.new_tokens[-1:] and self.tokens[-1] in sampling.stop_ids):
+        ended = bool(self.new_tokens) and self.tokens[-1] in sampling.stop_ids
+        is_over = follower is not None and follower.follow(
+            self.tokens[self.num_prompt : len(self.tokens) - ended]
+        )
+        if stopped or ended or is_over:
             self.finished = "stop"
         elif self.num_left <= 0:
             self.finished = "length"
@@ -141,12 +155,17 @@ class Text:
             problem = f"logprobs must lie between 0 and {vocab_size}, got {self.logprobs}"
             raise RequestError(problem, param="logprobs")
         self.sampling.check(vocab_size)
+        if self.guide is not None and len(self.guide.vocabulary) != vocab_size:
+            raise ConfigError(
+                f"the guide is for {len(self.guide.vocabulary)} tokens, the model has "
+                f"{vocab_size}; make Guides with the model's vocab_size"
+            )
 
     def choose(self, logits: Tensor, tree: TokenTree) -> tuple[list[int], list[int]]:
         """Walk down the tree: logits [1 + N, V] behind the last token and behind each node, to the
         accepted nodes and the tokens that follow: theirs, then one more, which is NO_TOKEN where
         the logits are NaN or infinite."""
-        if self.sampling.is_plain:
+        if self.sampler.is_plain:
             return tree.walk(pick(logits).tolist())
         paths = [(), *tree.paths()]
         chosen = pick(self.sampler.scores(logits, self.tokens, paths)).tolist()
@@ -200,6 +219,8 @@ class Text:
             if self._stream is not None and not stops:  # a stop token is no text
                 text += self._stream.push([token])
                 stops = self._stream.stopped
+            if self.sampler.guide is not None and not stops:
+                stops = self.sampler.guide.follow([*self.new_tokens, *new[: i + 1]])
             if stops:
                 self.finished = "stop"
                 new = new[: i + 1]
@@ -235,7 +256,8 @@ def _no_token(logits: Tensor, position: int) -> ModelError:
     if bool(logits.isfinite().any()) and not bool(logits.isnan().any() or logits.isposinf().any()):
         return ModelError(
             f"the sampling settings leave no token with a finite score for position {position} of "
-            "the text, prompt included; check min_tokens, the stop tokens and the penalties"
+            "the text, prompt included; check min_tokens, the stop tokens, the penalties and the "
+            "guide"
         )
     kind = "NaN" if bool(logits.isnan().any()) else "infinite"
     return ModelError(

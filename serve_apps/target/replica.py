@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import transformers
 
 import linearized
-from linearized.errors import ConfigError, LinearizedError
-from linearized.speculative import Engine, Piece, Text
+from linearized.errors import ConfigError, LinearizedError, RequestError
+from linearized.speculative import Engine, Guide, Piece, Text
 from linearized.speculative.generate import decoding, end_of_text
 from serve_apps import weights
 from serve_apps.forward import Forward
@@ -34,6 +34,7 @@ from serve_apps.generation import (
 )
 from serve_apps.link.drafts import DraftLink
 from serve_apps.link.protocol import Endpoint
+from serve_apps.target.guiding import Guiding
 from serve_apps.target.speculator import Speculator
 
 STUCK_S = 120.0
@@ -92,6 +93,7 @@ class TargetReplica:
         self._stop_ids = _stop_ids(self._model, self._tokenizer)
         self._link = DraftLink(find_draft, vocab_size=self._vocab_size) if find_draft else None
         self._decode = decoding(self._tokenizer)
+        self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
         self._speculator = Speculator(config.deadline_ms / 1000)
         self._engine = Engine(
             self._model,
@@ -141,6 +143,7 @@ class TargetReplica:
             await self._link.close()
         self._forward.close()
         self._texts.close()
+        self._guiding.close()
 
     async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
         """Events of one text, up to Finished or Refused. Whoever closes it early ends the text."""
@@ -156,17 +159,26 @@ class TargetReplica:
             if refused is not None:
                 yield refused
                 return
+            try:
+                guide = None if job.guide is None else await self._guiding.compile(job.guide)
+            except RequestError as error:
+                yield Refused(
+                    status=400, message=str(error), param=error.param, code="invalid_value"
+                )
+                return
             echo = await self._echo(job, prompt) if job.echo else ""
             yield Started(prompt_tokens=len(prompt), prompt_text=echo)
-            async with aclosing(self._generate(job, prompt)) as events:
+            async with aclosing(self._generate(job, prompt, guide)) as events:
                 async for event in events:
                     yield event
             self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - began)
         finally:
             self._num_texts -= 1
 
-    async def _generate(self, job: Generation, prompt: list[int]) -> AsyncGenerator[Event, None]:
-        text = self._text(job, prompt)
+    async def _generate(
+        self, job: Generation, prompt: list[int], guide: Guide | None
+    ) -> AsyncGenerator[Event, None]:
+        text = self._text(job, prompt, guide)
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         try:
             if text.finished is None:
@@ -244,13 +256,14 @@ class TargetReplica:
         for text in failed:
             await self._forward.run(self._engine.drop, text)
 
-    def _text(self, job: Generation, prompt: list[int]) -> Text:
+    def _text(self, job: Generation, prompt: list[int], guide: Guide | None) -> Text:
         return Text(
             prompt,
             sampling=replace(job.sampling, stop_ids=job.sampling.stop_ids | self._stop_ids),
             max_new_tokens=job.max_tokens,
             stop=job.stop,
             decode=self._decode,
+            guide=guide,
         )
 
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> list[int]:
@@ -302,6 +315,7 @@ class TargetReplica:
     async def _start(self) -> None:
         if self._link is not None:
             self._link.start()
+        await self._guiding.start()
         await self._forward.run(self._engine.measure)  # the first calls of every size are slow
         self._rounds = asyncio.create_task(self._go_on())
         if self._link is not None and not await self._link.wait_connected(LINK_S):
