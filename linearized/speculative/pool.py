@@ -62,6 +62,10 @@ class Pool(Generic[Key]):
         self._state.rows(index, index + 1).copy_(self._empty if state is None else state)
         self.keys.append(key)
 
+    def clear(self, key: Key) -> None:
+        """Its row holds no tokens any more."""
+        self.row(key).copy_(self._empty)
+
     def remove(self, key: Key) -> None:
         """The last row takes its place."""
         index, last = self.keys.index(key), len(self.keys) - 1
