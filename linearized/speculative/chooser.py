@@ -77,7 +77,9 @@ def scored(
     or penalties, and in float64 for those that sample. `Sampler.scores` gives the same."""
     size = BLOCK if logits.device.type == "cpu" else 1 << 24
     for part in _parts(places, max(size // logits.shape[1], 1)):
-        some = logits[[rows[i] for i in part]]
+        some = logits.index_select(
+            0, torch.tensor(rows[part.start : part.stop], device=logits.device)
+        )
         mine = places[part.start : part.stop]
         if mine[0].text.sampler.is_plain:
             yield part, some

@@ -18,6 +18,8 @@ import threading
 import weakref
 from typing import IO, Any
 
+HUNG_S = 300.0
+"""By the wall's clock, after which a process that does not answer is ended."""
 BYTES = 4 << 30
 """Memory of its own that the process may take."""
 NICE = 5
@@ -35,7 +37,6 @@ class Compiler:
             "seconds": seconds,
             "cache_bytes": cache_bytes,
         }
-        self._seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Any = None
@@ -66,7 +67,7 @@ class Compiler:
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         # Its own clock counts the time that it has worked; this one is for a process that hangs.
-        late = threading.Timer(20 * self._seconds, process.kill)
+        late = threading.Timer(HUNG_S, process.kill)
         late.start()
         try:
             process.stdin.write(question.encode() + b"\n")

@@ -199,7 +199,7 @@ def _check_number(given: Schema, kind: str, at: str) -> None:
 def _check_string(schema: Schema, given: Schema, at: str) -> None:
     if given.get("format") not in _FORMATS:
         given.pop("format", None)
-    rules = [k for k in ("format", "pattern") if k in given]
+    rules: list[str] = [k for k in ("format", "pattern") if k in given]
     rules += [k for k in ("minLength", "maxLength") if k in given]
     if len(rules) > 1 and rules != ["minLength", "maxLength"]:
         raise _problem(at, f"has, beside {rules[0]},", rules[1])

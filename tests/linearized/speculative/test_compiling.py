@@ -30,7 +30,7 @@ def test_what_takes_too_long_is_given_up_and_the_next_goes_on():
         found = compiler.compile("regex", "ab")
         matcher = xgrammar.GrammarMatcher(xgrammar.CompiledGrammar.deserialize_json(found, info))
         assert matcher.accept_token(ord("a")) and not matcher.accept_token(ord("c"))
-        with pytest.raises(ValueError, match="position 2"):
+        with pytest.raises(ValueError, match="position 3"):
             compiler.compile("regex", "a(")
         process = compiler._process
         assert process is not None
