@@ -10,6 +10,7 @@ from linearized.speculative.drafters import (
 )
 from linearized.speculative.engine import Engine
 from linearized.speculative.generate import generate
+from linearized.speculative.prefixes import Prefixes
 from linearized.speculative.sampling import Sampler, Sampling
 from linearized.speculative.text import Alternatives, Piece, Text
 from linearized.speculative.tree import Shape, TokenTree
@@ -24,6 +25,7 @@ __all__ = [
     "ModelDrafter",
     "NgramDrafter",
     "Piece",
+    "Prefixes",
     "Sampler",
     "Sampling",
     "Shape",

@@ -13,6 +13,7 @@ the others, nor on what is drafted.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import time
@@ -35,6 +36,7 @@ from linearized.speculative.drafters.base import Drafter
 from linearized.speculative.drafting import Draft, Drafting
 from linearized.speculative.experience import Experience
 from linearized.speculative.pool import Pool
+from linearized.speculative.prefixes import Prefixes
 from linearized.speculative.reading import Reading
 from linearized.speculative.sampling import NO_TOKEN, Sampling
 from linearized.speculative.text import Piece, Text
@@ -45,8 +47,8 @@ from linearized.tree import Tree
 
 log = logging.getLogger(__name__)
 
-CHUNK = 512
-"""Tokens of prompts that are read between two rounds."""
+PATIENCE = 0.5
+"""Seconds that texts wait between two of their rounds while prompts are read."""
 REHEARSED = 12
 """Tokens of texts that nobody reads."""
 
@@ -74,20 +76,29 @@ class Engine:
         rows: int = 8,
         memory: int | None = None,
         max_nodes: int = 16,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
+        patience: float = PATIENCE,
+        prefixes: Prefixes | None = None,
     ) -> None:
         """`drafters` are asked in this order, each for the texts that those before it had nothing
         for. `rows`: texts at a time, fewer if their states would take more than `memory` bytes (of
-        the target; drafters have their own); further texts wait. `max_nodes`: of a tree. `chunk`:
-        tokens of prompts read in a round.
+        the target; drafters have their own); further texts wait. `max_nodes`: of a tree.
+        `patience`: texts wait no longer than so many seconds for prompts to be read between two of
+        their rounds, as far as that takes at least a few tokens; `chunk`: nor for more tokens.
+        Where nobody waits, prompts are read as fast as possible. `prefixes`: texts go on from what
+        is known there, and add to it.
 
         Raises:
-            ConfigError: not one state fits the memory. ModelError: the model decodes no text.
+            ConfigError: not one state fits the memory, or another model's prefixes. ModelError:
+                the model decodes no text.
         """
         check_decoder(model)
-        for name, value in (("rows", rows), ("max_nodes", max_nodes), ("chunk", chunk)):
+        sizes = {"rows": rows, "max_nodes": max_nodes, "chunk": 1 if chunk is None else chunk}
+        for name, value in sizes.items():
             if not is_whole(value) or value < 1:
                 raise ConfigError(f"{name} must be at least 1, and whole, got {value!r}")
+        if not patience > 0:
+            raise ConfigError(f"patience must be above 0, in seconds, got {patience!r}")
         self.model = model
         self.max_nodes = max_nodes
         self._memory = memory
@@ -97,12 +108,15 @@ class Engine:
         self._longest = context_limit(model) or sys.maxsize
         self._drafting = [Drafting(drafter, max_nodes, now=self._now) for drafter in drafters]
         self._chunk = chunk
+        self._patience = patience
         self._waiting: dict[Text, DecodeState | None] = {}
-        self._reading = Reading(model, self.pool)
+        self._reading = Reading(model, self.pool, prefixes=prefixes, now=self._now)
         self._decoding: list[Text] = []
         self._needs_hidden = any(drafter.needs_hidden for drafter in drafters)
         self.seconds: dict[str, float] = defaultdict(float)
         """Spent so far, by what: `read`, `draft`, `verify`, `commit`, and `rest`."""
+        if prefixes is not None:
+            prefixes.join(new_state(model))
         for drafter in drafters:
             drafter.join(model, self.pool)
 
@@ -163,6 +177,7 @@ class Engine:
         each has programs of its own."""
         rows = self.pool.num_rows
         self._clock = None
+        prefixes, self._reading.prefixes = self._reading.prefixes, None
         for drafting in self._drafting:
             drafting.rehearses = True
         try:
@@ -179,6 +194,7 @@ class Engine:
                     self.step()
         finally:
             self._drop(self.texts)
+            self._reading.prefixes = prefixes
             for drafting in self._drafting:
                 drafting.rehearses = False
             self.seconds.clear()
@@ -215,6 +231,8 @@ class Engine:
                     f"a text of {len(text.tokens)} tokens cannot go on from a state of "
                     f"{state.batch_size} rows that has read {state.length.tolist()}"
                 )
+            if text.is_unscored and len(text.prompt_alternatives) <= int(state.length[0]):
+                state = None  # what the prompt's own tokens are worth is seen as they are read
         if text.finished is None:
             self._waiting[text] = state
 
@@ -268,7 +286,9 @@ class Engine:
             verified, pieces = self._verify_all(texts, trees)
         for batch in verified:
             pieces += self._take(batch, drafts)
-        self._drop([text for text in texts if text.finished is not None])
+        ended = [text for text in texts if text.finished is not None]
+        self._keep(ended)
+        self._drop(ended)
         if self._clock is not None and len(verified) == 1:
             seconds, nodes = self._now() - began, max(map(len, trees))
             drafted = any(draft.depth for asked in drafts.values() for draft in asked)
@@ -309,7 +329,7 @@ class Engine:
             if tree and NO_TOKEN in choice.new
         ]
         paths = [
-            [] if text in again else [0, *(1 + node for node in choice.path)]
+            [] if text in again else [0, *(1 + node for node in _up_to_stop(text, choice))]
             for text, choice in zip(batch.texts, choices, strict=True)
         ]
         try:
@@ -361,13 +381,25 @@ class Engine:
 
     def _read(self) -> Pieces:
         """A piece of the prompts. The last token of each stays out: it is its first tree's root."""
-        pieces: Pieces = []
         self._decoding = self.pool.arrange(self._decoding)
-        read, failed = self._reading.go_on(self._chunk, behind=len(self._decoding))
+        read, failed = self._reading.go_on(
+            self._chunk,
+            behind=len(self._decoding),
+            seconds=self._patience if self._decoding else None,
+        )
         self._decoding += read
-        pieces += [(text, text.fail(error)) for text, error in failed.items()]
-        self._drop(list(failed))
+        pieces = [(text, text.fail(error)) for text, error in failed.items()]
+        pieces += [(text, text.end()) for text in read if text.num_left <= 0]
+        self._drop([text for text, _ in pieces])
         return pieces
+
+    def _keep(self, texts: Sequence[Text]) -> None:
+        """The states behind answers, with which the next turns of chats begin. One that holds
+        guesses beyond its text, which ended amid them, is of no use."""
+        for text in texts if self._reading.prefixes is not None else ():
+            behind = len(text.tokens) - 1
+            if text.finished != "error" and int(self.pool.row(text).length[0]) == behind:
+                self._reading.keep(text, behind)
 
     def _draft(self, texts: list[Text]) -> dict[Text, list[Draft]]:
         """What the drafters had for each text, one after the other, up to the first who had
@@ -441,6 +473,14 @@ def _choices(batch: _Verified) -> list[Choice]:
         alone = replace(batch, texts=[text], trees=[tree], logits=batch.logits[i : i + 1])
         found += _choices(alone)
     return found
+
+
+def _up_to_stop(text: Text, choice: Choice) -> list[int]:
+    """The accepted nodes before one with a stop token: the text's state holds all but its last
+    token, as ever."""
+    stops = text.sampling.stop_ids
+    tokens = zip(choice.path, choice.new, strict=False)
+    return [node for node, _ in itertools.takewhile(lambda pair: pair[1] not in stops, tokens)]
 
 
 def _length(text: Text) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from linearized.errors import ConfigError, ModelError, RequestError
 from linearized.speculative.detokenizer import TextStream
 from linearized.speculative.sampling import NO_TOKEN, Sampler, Sampling, pick
 from linearized.speculative.tree import TokenTree
+
+BLOCK = 1 << 22
+"""Numbers at most whose log-probabilities are worked out at once, in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Piece:
     """What is certain now; empty without a `decode`."""
     logprobs: tuple[Alternatives, ...] = ()
     """One a token, where they were asked for."""
+    accepted: int = 0
+    """How many of the tokens, from the first on, were drafted."""
     finished: str | None = None
     """Why the text ends here, if it does."""
 
@@ -64,12 +70,16 @@ class Text:
         decode: Callable[[list[int]], str] | None = None,
         logprobs: int | None = None,
         num_prompt: int | None = None,
+        prompt_logprobs: int | None = None,
+        owner: str = "",
     ) -> None:
         """`stop`: the text ends before the first of these strings; not looked for among the first
         `sampling.min_tokens` tokens. They need `decode`, token ids to text; if that is a `Decoder`,
         they may name special tokens, which the text does not show. `logprobs`: how many
         alternatives to name for each token; None: and no log-probabilities either. `num_prompt`:
-        how much of `prompt` is one, and what follows it the text so far; None: all."""
+        how much of `prompt` is one, and what follows it the text so far; None: all.
+        `prompt_logprobs`: the same as `logprobs`, for the prompt's own tokens. `owner`: it goes on
+        from what an engine knows of this owner's texts only."""
         self.tokens = list(prompt)
         """Prompt and text."""
         self.num_prompt = len(self.tokens) if num_prompt is None else num_prompt
@@ -80,6 +90,15 @@ class Text:
             raise RequestError(problem, param="max_tokens")
         self.max_new_tokens = int(max_new_tokens)
         self.logprobs = logprobs
+        self.prompt_logprobs = prompt_logprobs
+        self.prompt_alternatives: list[Alternatives | None] = []
+        """One for each token of the prompt that has been read, if they were asked for; nothing is
+        said of the first, which follows none."""
+        if prompt_logprobs is not None:
+            self.prompt_alternatives.append(None)
+        self.owner = owner
+        self.cached_tokens = 0
+        """Tokens of the prompt that did not have to be read, as their state was known."""
         self.finished: str | None = None
         """`stop`: a stop token or string; `length`: as long as it may be; `error`: see there."""
         self.error: Exception | None = None
@@ -105,8 +124,14 @@ class Text:
         stopped = self._stream is not None and self._stream.stopped
         if stopped or (self.new_tokens[-1:] and self.tokens[-1] in sampling.stop_ids):
             self.finished = "stop"
-        elif self.num_left <= 0:
+        elif self.num_left <= 0 and not self.is_unscored:
             self.finished = "length"
+
+    @property
+    def is_unscored(self) -> bool:
+        """Have log-probabilities of its prompt been asked for, and not all been worked out?"""
+        asked = self.prompt_logprobs is not None
+        return asked and len(self.prompt_alternatives) < self.num_prompt
 
     @property
     def new_tokens(self) -> list[int]:
@@ -137,9 +162,11 @@ class Text:
         if self.num_left < 0:
             problem = f"the text has {self.num_new} tokens, up to {self.max_new_tokens} fit"
             raise RequestError(problem, param="max_tokens")
-        if self.logprobs is not None and not 0 <= self.logprobs <= vocab_size:
-            problem = f"logprobs must lie between 0 and {vocab_size}, got {self.logprobs}"
-            raise RequestError(problem, param="logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not (is_whole(count) and 0 <= count <= vocab_size):
+                problem = f"{name} must lie between 0 and {vocab_size}, and be whole, got {count!r}"
+                raise RequestError(problem, param=name)
         self.sampling.check(vocab_size)
 
     def choose(self, logits: Tensor, tree: TokenTree) -> tuple[list[int], list[int]]:
@@ -178,8 +205,36 @@ class Text:
         self.tokens += said
         self.rounds += 1
         self.drafted.update(tree.depths)
-        self.accepted.update(range(1, min(len(path), len(said)) + 1))
-        return Piece(tuple(said), text, self._alternatives(said, path, logits), self.finished)
+        accepted = min(len(path), len(said))
+        self.accepted.update(range(1, accepted + 1))
+        known = self._alternatives(said, path, logits)
+        return Piece(tuple(said), text, known, self.finished, accepted)
+
+    def score(self, logits: Tensor, start: int) -> None:
+        """Take up what logits [T, V] behind the tokens from `start` on say of those that follow
+        them in the prompt; of each token once.
+
+        Raises:
+            ModelError: they are no numbers.
+        """
+        assert self.prompt_logprobs is not None
+        done = len(self.prompt_alternatives)
+        assert start < done, "a part of the prompt was left out"
+        stop = min(start + 1 + len(logits), self.num_prompt)
+        size = max(BLOCK // logits.shape[1], 1)
+        for first in range(done, stop, size):
+            tokens = self.tokens[first : min(first + size, stop)]
+            rows = logits[first - 1 - start :][: len(tokens)]
+            found = _alternatives(rows, tokens, self.prompt_logprobs)
+            for i, row in enumerate(found):
+                if math.isnan(row.logprob):
+                    raise _no_token(rows[i], first + i)
+            self.prompt_alternatives += found
+
+    def end(self) -> Piece:
+        """End at its length: its prompt has been read, and no more was asked for."""
+        self.finished = "length"
+        return Piece((), self._stream.flush() if self._stream is not None else "", (), "length")
 
     def fail(self, error: Exception) -> Piece:
         """End here, because of this."""
@@ -220,14 +275,21 @@ class Text:
         if self.logprobs is None:
             return ()
         behind = [0, *(1 + node for node in path)][: len(new)]
-        log_p = logits[behind].double().log_softmax(1)
-        best = log_p.topk(self.logprobs, dim=1)
-        taken = torch.tensor(new, dtype=torch.int64, device=log_p.device)[:, None]
-        columns = torch.cat([log_p.gather(1, taken), best.values, best.indices.double()], dim=1)
-        return tuple(
-            Alternatives(row[0], tuple(zip(map(int, row[1 + k :]), row[1 : 1 + k], strict=True)))
-            for k, row in ((self.logprobs, row) for row in columns.tolist())  # one transfer
+        return _alternatives(logits[behind], new, self.logprobs)
+
+
+def _alternatives(logits: Tensor, tokens: Sequence[int], count: int) -> tuple[Alternatives, ...]:
+    """Of tokens, by the logits [T, V] that each was chosen from."""
+    log_p = logits.double().log_softmax(1)
+    best = log_p.topk(count, dim=1)
+    taken = torch.tensor(tokens, dtype=torch.int64, device=log_p.device)[:, None]
+    columns = torch.cat([log_p.gather(1, taken), best.values, best.indices.double()], dim=1)
+    return tuple(
+        Alternatives(
+            row[0], tuple(zip(map(int, row[1 + count :]), row[1 : 1 + count], strict=True))
         )
+        for row in columns.tolist()  # one transfer
+    )
 
 
 def _no_token(logits: Tensor, position: int) -> ModelError:

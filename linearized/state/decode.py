@@ -141,11 +141,21 @@ class DecodeState:
                 found[name] = tuple(kept)
         return found
 
-    def to_bytes(self) -> bytes:
-        """As safetensors, for `from_bytes` on any machine. Equal states give equal bytes."""
+    def to_bytes(self, *, note: str = "") -> bytes:
+        """As safetensors, for `from_bytes` on any machine. Equal states give equal bytes. `note`
+        goes into their header."""
         held = {name: x for name, x in self._tensors().items() if name not in NOTES}
         tensors = {name: self._held(name, x).contiguous() for name, x in held.items()}
-        return saved.write(tensors, self.fingerprint, self.layers.near)
+        return saved.write(tensors, self.fingerprint, self.layers.near, note)
+
+    @staticmethod
+    def note(blob: bytes) -> str:
+        """What `to_bytes` was given for the header.
+
+        Raises:
+            StateError: the bytes are something else.
+        """
+        return saved.note(blob)
 
     @classmethod
     @torch.inference_mode(False)

@@ -20,9 +20,11 @@ FORMAT = "linearized-state/3"
 OPTIONAL = {"history.keys", "history.values", "cross", "shift"}
 
 
-def write(tensors: dict[str, Tensor], fingerprint: str, near: Near) -> bytes:
+def write(tensors: dict[str, Tensor], fingerprint: str, near: Near, note: str = "") -> bytes:
     """Equal tensors give equal bytes."""
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "near": json.dumps(asdict(near))}
+    if note:
+        metadata["note"] = note
     return _in_order(safetensors.torch.save(tensors, metadata=metadata))
 
 
@@ -50,6 +52,15 @@ def read(blob: bytes) -> tuple[dict[str, Tensor], str, Near]:
     near = _near(metadata.get("near", ""))
     _check_shapes(tensors, near)
     return tensors, metadata["fingerprint"], near
+
+
+def note(blob: bytes) -> str:
+    """What `write` was given.
+
+    Raises:
+        StateError: the bytes are something else.
+    """
+    return str(_metadata(blob).get("note", ""))
 
 
 def _near(text: str) -> Near:

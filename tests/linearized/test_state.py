@@ -51,6 +51,15 @@ def test_equal_states_give_equal_bytes(linear, near, layers):
     assert state.to_bytes() not in blobs
 
 
+def test_a_note_travels_in_the_header(linear):
+    state = extended(linear(), 21)
+    blob = state.to_bytes(note="of a text")
+    assert DecodeState.note(blob) == "of a text" and DecodeState.note(state.to_bytes()) == ""
+    assert DecodeState.from_bytes(blob).to_bytes() == state.to_bytes() != blob
+    with pytest.raises(StateError):
+        DecodeState.note(b"hello")
+
+
 @pytest.mark.parametrize(
     "damage",
     [

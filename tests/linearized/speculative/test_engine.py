@@ -609,6 +609,8 @@ def test_bad_requests_are_refused_before_anything_runs(linear):
         (Text([1, 61], sampling=greedy, max_new_tokens=3), "61 is outside"),
         (Text([1], sampling=greedy, max_new_tokens=-1), "-1"),
         (Text([1], sampling=greedy, max_new_tokens=1, logprobs=62), "logprobs.*62"),
+        (Text([1], sampling=greedy, max_new_tokens=1, prompt_logprobs=-1), "prompt_logp.*-1"),
+        (Text([1], sampling=greedy, max_new_tokens=1, logprobs=1.5), "whole, got 1.5"),
         (Text([1], sampling=greedy, max_new_tokens=1, num_prompt=2), "num_prompt.*got 2"),
         (Text([1], sampling=greedy, max_new_tokens=1, num_prompt=0), "num_prompt.*got 0"),
         (Text([1] * 4, sampling=greedy, max_new_tokens=2, num_prompt=1), "has 3 tokens, up to 2"),

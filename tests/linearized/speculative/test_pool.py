@@ -34,6 +34,10 @@ def test_states_follow_their_keys(model):
             linearized.extend(model, tokens, state)
             pool.add(turn, state)
             known[turn] = state
+        elif choice < 0.5:
+            key = draw.choice(sorted(known))
+            pool.clear(key)
+            known[key] = linearized.new_state(model)
         elif choice < 0.6:
             key = draw.choice(sorted(known))
             pool.remove(key)

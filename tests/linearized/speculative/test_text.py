@@ -242,6 +242,16 @@ def test_others_go_on_beside_a_text_without_numbers(linear):
     assert "NaN logits for position 3" in str(broken.error)
 
 
+def test_a_piece_says_how_many_of_its_tokens_were_drafted():
+    one = text(max_new_tokens=6)
+    assert one.take([3], TokenTree.empty, [], logits(1)).accepted == 0
+    assert one.take([1, 2, 4], TREE, [1, 2], logits(6)).accepted == 2
+    last = one.take([1, 2, 1, 4], TREE, [1, 2, 3], logits(6))
+    assert last.tokens == (1, 2) and last.accepted == 2, "two more were allowed"
+    stops = text(Sampling(stop_ids=frozenset([2])))
+    assert stops.take([1, 2, 1, 4], TREE, [1, 2, 3], logits(6)).accepted == 2
+
+
 def test_a_stop_string_that_names_a_special_token():
     """The last token may be what makes it certain that one is there."""
     decode = Decoder(lambda ids: letters([i for i in ids if i != 3]), hidden={3: "<end>"})
