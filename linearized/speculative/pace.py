@@ -4,7 +4,6 @@ neither models nor texts.
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict, deque
 
 START = 512
@@ -21,12 +20,13 @@ class Pace:
     def __init__(self, *, most: int = MOST) -> None:
         """`most`: tokens that may be read at once."""
         self._most = most
-        self._seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=TIMES))
-        """Of a token, by powers of two of the tokens that were read with it."""
+        self._seen: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=TIMES))
+        """Tokens that were read at once, and how many seconds that took, by the powers of two
+        below their numbers."""
 
     def took(self, num_tokens: int, seconds: float) -> None:
         """So many tokens were read at once in so many seconds."""
-        self._seconds[1 << (num_tokens.bit_length() - 1)].append(seconds / num_tokens)
+        self._seen[1 << (num_tokens.bit_length() - 1)].append((num_tokens, seconds))
 
     def fastest(self) -> int:
         """Tokens at once that are read in the least time each. Sizes next to it that nobody has
@@ -36,37 +36,46 @@ class Pace:
             if self._is_known(2 * size) and not self._gains(2 * size, size):
                 break
             size *= 2
-        known = [one for one in self._seconds if one >= LEAST and self._is_known(one)]
-        best = min(known, key=self._median, default=size)
+        known = [one for one in self._seen if one >= LEAST and self._is_known(one)]
+        best = min(known, key=self._rate, default=size)
         return best if self._gains(best, size) else size
 
     def within(self, seconds: float) -> int:
         """The most tokens that are read at once in so many seconds; 0: not even the fewest that
         are known. More tokens at once take no more time each, as long as nobody has seen them."""
-        if not self._seconds:
+        if not self._seen:
             return min(START, self._most)
-        fits, bound = 0, self._most
-        for size in self._seconds:
-            count = int(seconds / self._median(size))
-            if count >= size:
-                fits = max(fits, count)
-            else:
-                bound = min(bound, size)
-        return min(fits, bound)
+        points = sorted(self._usual(size) for size in self._seen)
+        fit = max((point for point in points if point[1] <= seconds), default=None)
+        if fit is None:
+            return 0
+        count = seconds * fit[0] / max(fit[1], 1e-9)
+        longer = next((point for point in points if point[0] > fit[0]), None)
+        if longer is not None:  # on the line between them; at most what took too long once more
+            share = (seconds - fit[1]) / (longer[1] - fit[1])
+            count = min(max(count, fit[0] + share * (longer[0] - fit[0])), longer[0])
+        return min(int(count), self._most)
 
     def fewest(self) -> int:
         """To be read at once where even the fewest that are known take too long."""
-        return max(min(self._seconds, default=START) // 2, LEAST)
+        return max(min(self._seen, default=START) // 2, LEAST)
 
     def _gains(self, size: int, other: int) -> bool:
         """Is one known to be faster by so much that it is worth it?"""
         if not self._is_known(size) or not self._is_known(other):
             return False
-        return GAIN * self._median(size) < self._median(other)
+        return GAIN * self._rate(size) < self._rate(other)
 
     def _is_known(self, size: int) -> bool:
         """Well: first calls set something up."""
-        return len(self._seconds.get(size, ())) >= 3
+        return len(self._seen.get(size, ())) >= 3
 
-    def _median(self, size: int) -> float:
-        return statistics.median_low(self._seconds[size])
+    def _rate(self, size: int) -> float:
+        """Seconds a token."""
+        num_tokens, seconds = self._usual(size)
+        return seconds / num_tokens
+
+    def _usual(self, size: int) -> tuple[int, float]:
+        """Of those that were seen the one in the middle."""
+        seen = sorted(self._seen[size], key=lambda one: one[1] / one[0])
+        return seen[(len(seen) - 1) // 2]

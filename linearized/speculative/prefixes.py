@@ -193,14 +193,18 @@ class Prefixes:
         Raises:
             StateError: it is another model's.
         """
-        if self._like is None:
-            self.join(state.clone())
-        self._like.check(state.fingerprint)
-        if _kind(state) != _kind(self._like):
+        like = self._model_state()
+        like.check(state.fingerprint)
+        if _kind(state) != _kind(like):
             raise StateError(
                 f"damaged decode state: its tensors are {state.shapes()} in {_dtype(state)}, not "
-                f"{self._like.shapes()} in {_dtype(self._like)}"
+                f"{like.shapes()} in {_dtype(like)}"
             )
+
+    def _model_state(self) -> DecodeState:
+        if self._like is None:
+            raise ConfigError("no engine has these prefixes yet; make one with prefixes=…")
+        return self._like
 
     def _walk(self, root: _Node, ids: Ids) -> Iterator[tuple[_Node, int]]:
         """Down the tree along these tokens: each node, and how many tokens of its edge are theirs;

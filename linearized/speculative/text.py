@@ -38,10 +38,10 @@ class Piece:
     """What is certain now; empty without a `decode`."""
     logprobs: tuple[Alternatives, ...] = ()
     """One a token, where they were asked for."""
-    accepted: int = 0
-    """How many of the tokens, from the first on, were drafted."""
     finished: str | None = None
     """Why the text ends here, if it does."""
+    accepted: int = 0
+    """How many of the tokens, from the first on, were drafted."""
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:

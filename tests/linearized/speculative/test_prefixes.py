@@ -183,7 +183,7 @@ def test_what_goes_leaves_nothing_behind():
             assert node.state is not None
             for one in node.path():
                 assert one.state is not None or len(one.children) > 1, "nobody needs it"
-        prefixes.max_bytes = empty.nbytes + 400
+        prefixes.max_bytes = empty.nbytes + 60
         prefixes.put([6], coded(empty, [6]), owner="last")
         assert len(prefixes) == 1 and [*prefixes._roots] == ["last"]
         prefixes.clear()
