@@ -109,8 +109,9 @@ class Reading:
                 continue
             begun |= width > 0
             num_tokens -= max(width * len(texts), 1)
-            for text, error in self._settle(texts, width, logits).items():
-                failed[text] = error
+            unscored = self._settle(texts, width, logits)
+            failed.update(unscored)
+            for text in unscored:
                 self.drop(text)
             texts = [text for text in texts if text in self._progress]
             done = [text for text in texts if self._progress[text].read == _goal(text)]
