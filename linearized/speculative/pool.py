@@ -76,6 +76,10 @@ class Pool(Generic[Key]):
         grown.rows(0, self._state.batch_size).copy_(self._state)
         self._state = grown
 
+    def clear(self, key: Key) -> None:
+        """Its row holds no tokens any more."""
+        self.row(key).copy_(self._empty)
+
     def remove(self, key: Key) -> None:
         """The last row takes its place."""
         index, last = self.keys.index(key), len(self.keys) - 1
