@@ -24,6 +24,7 @@ from ray.serve.schema import LoggingConfig
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Description, Event, Generation
 from serve_apps.http.ingress import IngressConfig, http_app
+from serve_apps.http.keys import load as load_keys
 from serve_apps.link.protocol import Endpoint
 from serve_apps.target.replica import TargetConfig, TargetReplica
 
@@ -49,6 +50,17 @@ class AppArgs(BaseModel):
     """Largest number of texts that wait there. Further ones are answered with status 503."""
     max_body: int = Field(default=8 * 2**20, ge=1)
     """Largest number of bytes of a request."""
+    request_s: float = Field(default=600.0, gt=0)
+    """Seconds within which an answer must be complete."""
+    keys: Path | None = None
+    """YAML file of the API keys' hashes; see `serve_apps.http.keys`. Without it the environment
+    variable LINEARIZED_KEYS holds them. Without both everybody may ask."""
+    rate: str | None = None
+    """Requests in a time, such as `60/minute`, for each key that has no rate of its own."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Requests in progress at a time, for each key that has no number of its own."""
+    cors: str = ""
+    """Origins of web pages that may ask, separated by commas."""
     depth: int = Field(default=2, ge=1)
     """Number of levels of a drafted tree."""
     width: int = Field(default=4, ge=1)
@@ -215,7 +227,16 @@ def _draft_config(args: AppArgs) -> DraftConfig:
 
 
 def _ingress_config(args: AppArgs) -> IngressConfig:
-    return IngressConfig(model=args.model or args.target.name, max_body=args.max_body)
+    return IngressConfig(
+        model=args.model or args.target.name,
+        path=_folder(args.target),
+        max_body=args.max_body,
+        request_s=args.request_s,
+        keys=load_keys(args.keys),
+        rate=args.rate,
+        concurrency=args.concurrency,
+        cors=tuple(filter(None, args.cors.split(","))),
+    )
 
 
 def _folder(path: Path) -> str:

@@ -36,6 +36,8 @@ class Piece:
     """One a token, where they were asked for."""
     finished: str | None = None
     """Why the text ends here, if it does."""
+    accepted: int = 0
+    """How many of the tokens, from the first on, were drafted."""
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
@@ -178,8 +180,10 @@ class Text:
         self.tokens += said
         self.rounds += 1
         self.drafted.update(tree.depths)
-        self.accepted.update(range(1, min(len(path), len(said)) + 1))
-        return Piece(tuple(said), text, self._alternatives(said, path, logits), self.finished)
+        accepted = min(len(path), len(said))
+        self.accepted.update(range(1, accepted + 1))
+        logprobs = self._alternatives(said, path, logits)
+        return Piece(tuple(said), text, logprobs, self.finished, accepted)
 
     def fail(self, error: Exception) -> Piece:
         """End here, because of this."""

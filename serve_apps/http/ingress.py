@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from linearized.errors import ConfigError
 from serve_apps.generation import Description
@@ -252,7 +253,7 @@ class _Ingress:
         try:
             await _while_connected(request, texts.start())
             if asked.stream:
-                return StreamingResponse(writing.stream(), media_type="text/event-stream")
+                return _Stream(writing.stream(), texts)
             whole = await _while_connected(request, writing.whole())
         except BaseException:
             await texts.close()
@@ -293,6 +294,20 @@ class _Ingress:
             "created": self._created,
             "owned_by": "linearized",
         }
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events of these texts, which end with it, also if it never begins."""
+
+    def __init__(self, events: AsyncGenerator[str, None], texts: Texts) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._texts = texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._texts.close()
 
 
 def _may_use(key: Key | None, model: str) -> bool:

@@ -44,9 +44,9 @@ class Writing:
         """
         parts: list[list[Part]] = [[] for _ in self._choices]
         async with aclosing(self._texts.events()) as events:
-            async for index, event in events:
-                parts[index].append(self._part(index, event))
-        return self._answer.body([Part.join(found) for found in parts], self._usage)
+            async for index, found in events:
+                parts[index].append(self._part(index, found))
+        return self._answer.body([Part.join(one) for one in parts], self._usage)
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events. If something goes wrong, the last one says so: the status is out
@@ -63,22 +63,20 @@ class Writing:
                 yield one
         except Exception as error:
             yield event(explain(error, self._name).body(self._name))
-        finally:
-            await self._texts.close()
 
-    def _part(self, index: int, event: Event) -> Part:
+    def _part(self, index: int, found: Event) -> Part:
         choice = self._choices[index]
-        match event:
+        match found:
             case Started():
                 if index % self._each == 0:
-                    self._usage.start(event)
-                return choice.start(event)
+                    self._usage.start(found)
+                return choice.start(found)
             case Delta():
-                self._usage.add(event)
-                return choice.add(event)
+                self._usage.add(found)
+                return choice.add(found)
             case Finished():
-                if event.error:
-                    raise ApiError(500, event.error, code="generation_failed")
-                self._usage.finish(event)
-                return choice.finish(event)
-        raise AssertionError(f"a target says {event!r} in the middle of a text")
+                if found.error:
+                    raise ApiError(500, found.error, code="generation_failed")
+                self._usage.finish(found)
+                return choice.finish(found)
+        raise AssertionError(f"a target says {found!r} in the middle of a text")

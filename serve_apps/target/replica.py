@@ -82,8 +82,6 @@ class TargetReplica:
         """`find_draft` finds a draft replica. None means that there are none."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
-        self._texts = Forward(name="tokenizer")
-        """Its own thread: a long prompt takes a while to tokenize."""
         self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
         linearized.models.check_decoder(self._model)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
@@ -117,7 +115,14 @@ class TargetReplica:
         draft = "none"
         if self._link is not None:
             draft = "connected" if self._link.connected else "away"
-        return Description(fingerprint=self._fingerprint, vocab_size=self._vocab_size, draft=draft)
+        return Description(
+            fingerprint=self._fingerprint,
+            vocab_size=self._vocab_size,
+            max_context=self._config.max_context,
+            draft=draft,
+            texts=self._num_texts,
+            room=self._config.max_sessions,
+        )
 
     async def check_health(self) -> None:
         """Also gets the replica ready, before anybody asks for a text.
@@ -140,7 +145,6 @@ class TargetReplica:
         if self._link is not None:
             await self._link.close()
         self._forward.close()
-        self._texts.close()
 
     async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
         """Events of one text, up to Finished or Refused. Whoever closes it early ends the text."""
@@ -151,22 +155,20 @@ class TargetReplica:
         began = time.monotonic()
         try:
             await self.ready()
-            prompt = await self._tokenize(job.prompt)
-            refused = self._refuse(job, prompt)
+            refused = self._refuse(job)
             if refused is not None:
                 yield refused
                 return
-            echo = await self._echo(job, prompt) if job.echo else ""
-            yield Started(prompt_tokens=len(prompt), prompt_text=echo)
-            async with aclosing(self._generate(job, prompt)) as events:
+            yield Started()
+            async with aclosing(self._generate(job)) as events:
                 async for event in events:
                     yield event
             self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - began)
         finally:
             self._num_texts -= 1
 
-    async def _generate(self, job: Generation, prompt: list[int]) -> AsyncGenerator[Event, None]:
-        text = self._text(job, prompt)
+    async def _generate(self, job: Generation) -> AsyncGenerator[Event, None]:
+        text = self._text(job)
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         try:
             if text.finished is None:
@@ -174,7 +176,7 @@ class TargetReplica:
                 mode = job.speculate or ("ngram" if self._link is None else "model")
                 session = None
                 if mode == "model" and self._link is not None:
-                    session = self._link.session(text.sampling, len(prompt))
+                    session = self._link.session(text.sampling, len(job.prompt))
                 # The draft reads the prompt while the target does.
                 self._speculator.open(text, session, ngrams=mode != "none")
                 if self._rounds is None or self._rounds.done():
@@ -184,22 +186,23 @@ class TargetReplica:
             done = text.finished is not None
             while not done:
                 piece = await pieces.get()
+                if isinstance(piece, Exception) and text.error is piece:
+                    log.warning("a text ends with an error: %s", piece)
+                    break
                 if isinstance(piece, Exception):
                     raise LinearizedError("the model failed in the middle of a text") from piece
                 done = piece.finished is not None
-                yield Delta(text=piece.text, tokens=piece.tokens)
+                yield Delta(
+                    text=piece.text,
+                    tokens=piece.tokens,
+                    accepted=piece.accepted,
+                    logprobs=piece.logprobs,
+                )
         finally:
             if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
             self._speculator.close(text)
-        accepted = text.accepted.total()
-        yield Finished(
-            reason=text.finished or "stop",
-            completion_tokens=len(text.new_tokens),
-            accepted=accepted,
-            rejected=text.drafted.total() - accepted,
-            rounds=text.rounds,
-        )
+        yield _finished(text)
 
     async def _go_on(self) -> None:
         """Round after round while there are texts. If that ends, so do they."""
@@ -244,49 +247,49 @@ class TargetReplica:
         for text in failed:
             await self._forward.run(self._engine.drop, text)
 
-    def _text(self, job: Generation, prompt: list[int]) -> Text:
+    def _text(self, job: Generation) -> Text:
         return Text(
-            prompt,
+            job.prompt + job.text,
             sampling=replace(job.sampling, stop_ids=job.sampling.stop_ids | self._stop_ids),
             max_new_tokens=job.max_tokens,
             stop=job.stop,
             decode=self._decode,
+            logprobs=job.logprobs,
+            num_prompt=len(job.prompt),
         )
 
-    async def _tokenize(self, prompt: str | tuple[int, ...]) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        return list((await self._texts.run(self._tokenizer, prompt))["input_ids"])
-
-    async def _echo(self, job: Generation, prompt: list[int]) -> str:
-        if isinstance(job.prompt, str):
-            return job.prompt
-        return await self._texts.run(self._decode, prompt)
-
-    def _refuse(self, job: Generation, prompt: list[int]) -> Refused | None:
+    def _refuse(self, job: Generation) -> Refused | None:
         def invalid(message: str, param: str, code: str = "invalid_value") -> Refused:
             return Refused(status=400, message=message, param=param, code=code)
 
-        if not prompt:
+        if not job.prompt:
             return invalid("the prompt is empty; give at least one token", "prompt")
-        wrong = next((token for token in prompt if not 0 <= token < self._vocab_size), None)
-        if wrong is not None:
-            outside = f"token id {wrong} is outside the vocabulary of {self._vocab_size}"
-            return invalid(outside, "prompt")
-        unknown = [token for token in job.sampling.stop_ids if not 0 <= token < self._vocab_size]
-        if unknown:
-            outside = f"token id {min(unknown)} is outside the vocabulary of {self._vocab_size}"
-            return invalid(f"stop_token_ids: {outside}", "stop_token_ids")
+        named = {
+            "prompt": job.prompt + job.text,
+            "stop_token_ids": job.sampling.stop_ids,
+            "logit_bias": [token for token, _ in job.sampling.logit_bias],
+        }
+        for param, tokens in named.items():
+            wrong = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
+            if wrong is not None:
+                outside = f"token id {wrong} is outside the vocabulary of {self._vocab_size}"
+                return invalid(f"{param}: {outside}", param)
         limit = self._config.max_context
-        if len(prompt) + job.max_tokens > limit:
+        if len(job.prompt) + job.max_tokens > limit:
             return invalid(
-                f"at most {limit} tokens are served in one request; the prompt has {len(prompt)} "
-                f"and max_tokens is {job.max_tokens}: shorten one of them",
-                "prompt" if len(prompt) > limit else "max_tokens",
+                f"at most {limit} tokens are served in one request; the prompt has "
+                f"{len(job.prompt)} and max_tokens is {job.max_tokens}: shorten one of them",
+                "prompt" if len(job.prompt) > limit else "max_tokens",
                 "context_length_exceeded",
             )
         if job.speculate == "model" and self._link is None:
             return invalid("there is no draft model here; choose ngram or none", "speculate")
+        if job.prompt_logprobs is not None:
+            problem = "log-probabilities of the prompt are not supported yet; leave out echo, or"
+            return invalid(f"{problem} logprobs", "logprobs", "unsupported_parameter")
+        if job.guide is not None:
+            problem = "guided and response_format are not supported yet; leave them out"
+            return invalid(problem, "guided", "unsupported_parameter")
         return None
 
     def _overloaded(self) -> Refused:
@@ -308,9 +311,32 @@ class TargetReplica:
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
 
 
+def _finished(text: Text) -> Finished:
+    depth = max(text.drafted, default=0)
+    return Finished(
+        reason=text.finished or "stop",
+        drafted=tuple(text.drafted[level] for level in range(1, depth + 1)),
+        accepted=tuple(text.accepted[level] for level in range(1, depth + 1)),
+        rounds=text.rounds,
+        error=str(text.error) if text.error is not None else "",
+    )
+
+
 def _stop_ids(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """The tokens that end a text, by the model and its tokenizer."""
+    """The tokens that end a text, by the model and its tokenizer.
+
+    Raises:
+        ConfigError: one of them is outside the vocabulary.
+    """
     own = tokenizer.eos_token_id
-    return frozenset(end_of_text(model)) | ({own} if own is not None else set())
+    found = frozenset(end_of_text(model)) | ({own} if own is not None else set())
+    vocab_size = model.config.vocab_size
+    outside = [token for token in found if not 0 <= token < vocab_size]
+    if outside:
+        raise ConfigError(
+            f"token id {outside[0]}, which ends a text, is outside the model's vocabulary of "
+            f"{vocab_size}; check eos_token_id in generation_config.json and the tokenizer"
+        )
+    return found

@@ -140,7 +140,8 @@ def test_errors(client):
         (complete(client, max_tokens=-1), 400, "invalid_value"),
         (complete(client, max_tokens=200_000), 400, "context_length_exceeded"),
         (complete(client, prompt="x" * 200_000), 413, "request_too_large"),
-        (complete(client, n=2), 400, "unsupported_parameter"),
+        (complete(client, n=0), 400, "invalid_value"),
+        (complete(client, best_of=2), 400, "unsupported_parameter"),
         (client.get("/nowhere"), 404, "not_found"),
         (client.get(url), 405, "method_not_allowed"),
     ]
