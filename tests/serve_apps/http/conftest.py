@@ -128,7 +128,7 @@ def asking(target, chat_folder):
 
 @pytest.fixture
 async def client(asking):
-    async with asking(max_body=100_000) as client:
+    async with asking(max_body=10_000) as client:
         yield client
 
 
