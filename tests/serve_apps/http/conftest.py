@@ -69,7 +69,7 @@ class Echoing:
             yield Finished(
                 reason="error" if self.error else "length",
                 drafted=(2, 1),
-                accepted=(1,),
+                accepted=(1, 0),
                 rounds=len(words),
                 error=self.error,
             )
@@ -141,16 +141,27 @@ class Served:
 @pytest.fixture(scope="session")
 def served(folders, chat_folder):
     """The app before a real, tiny model, on a port of its own."""
+    with serving(folders["target"], chat_folder, max_context=4096) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def served_briefly(folders, chat_folder):
+    """The same with short texts only."""
+    with serving(folders["target"], chat_folder, max_context=24) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def serving(folder, path, *, max_context):
     started, ended = threading.Event(), threading.Event()
     found = {}
 
     async def main():
-        target = TargetReplica(
-            TargetConfig(path=str(folders["target"]), max_context=4096, pack=False)
-        )
+        target = TargetReplica(TargetConfig(path=str(folder), max_context=max_context, pack=False))
         try:
             await target.ready()
-            app = http_app(target, IngressConfig(model="tiny", path=chat_folder))
+            app = http_app(target, IngressConfig(model="tiny", path=path))
             options = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "ws": "none"}
             server = uvicorn.Server(uvicorn.Config(app, **options))
             serving = asyncio.create_task(server.serve())

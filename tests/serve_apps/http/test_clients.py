@@ -4,6 +4,10 @@ about."""
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import httpx
 import openai
@@ -224,3 +228,21 @@ def test_token_ids_and_numbers_of_texts_are_bounded(post):
         response = post(**wrong)
         assert response.status_code == 400
         assert response.json()["error"]["param"] == next(iter(wrong))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_lines_of_the_documentation_work(served):
+    """Each `curl` of docs/serving.md, as somebody would paste it."""
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    lines = re.findall(r"^    (curl (?:.*\n(?=      ))*.*)$", page, re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        here = line.replace("localhost:8000", served.url).replace('"target"', '"tiny"')
+        done = subprocess.run(
+            ["bash", "-c", here + " -sS --fail-with-body --noproxy '*'"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        assert "[DONE]" in done.stdout if '"stream": true' in line else json.loads(done.stdout)

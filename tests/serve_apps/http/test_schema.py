@@ -5,36 +5,30 @@ from __future__ import annotations
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
+from schemathesis.config import SchemathesisConfig
 
 from serve_apps.http.schema import ERRORS
 
 MESSAGE = {"message", "type", "param", "code"}
 
 
+def loaded(url, *, coverage):
+    """`coverage`: also with what lies at the edges of what the schema allows, and just outside."""
+    config = SchemathesisConfig.from_dict({"phases": {"coverage": {"enabled": coverage}}})
+    return schemathesis.openapi.from_url(f"{url}/openapi.json", config=config)
+
+
 @pytest.fixture(scope="session")
-def api(served):
-    found = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-    for operation in found.raw_schema["paths"].values():
-        properties = (
-            operation.get("post", {})
-            .get("requestBody", {})
-            .get("content", {})
-            .get("application/json", {})
-            .get("schema", {})
-            .get("properties", {})
-        )
-        for name in ("max_tokens", "max_completion_tokens"):
-            if name in properties:  # texts are to be short
-                properties[name] = {"type": "integer", "minimum": 0, "maximum": 3}
-    return found
+def api(served_briefly):
+    return loaded(served_briefly.url, coverage=False)
 
 
-schema = schemathesis.pytest.from_fixture("api")
+@pytest.fixture(scope="session")
+def edges(served_briefly):
+    return loaded(served_briefly.url, coverage=True)
 
 
-@schema.parametrize()
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=HealthCheck)
-def test_every_answer_has_a_shape(case):
+def check(case):
     response = case.call(timeout=60)
     assert response.status_code < 500, response.text
     if response.status_code >= 400:
@@ -43,3 +37,16 @@ def test_every_answer_has_a_shape(case):
         assert body["error"].keys() == MESSAGE and body["error"]["message"]
         assert body["error"]["type"] == "invalid_request_error"
         assert body["request_id"] == response.headers["x-request-id"][0]
+
+
+@schemathesis.pytest.from_fixture("api").parametrize()
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=HealthCheck)
+def test_every_answer_has_a_shape(case):
+    check(case)
+
+
+@pytest.mark.slow
+@schemathesis.pytest.from_fixture("edges").parametrize()
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=HealthCheck)
+def test_every_answer_has_a_shape_at_the_edges_too(case):
+    check(case)

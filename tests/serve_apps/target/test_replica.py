@@ -25,7 +25,8 @@ from serve_apps.link import drafts
 from serve_apps.target.replica import TargetConfig, TargetReplica
 from serve_apps.target.speculator import Speculator
 
-PROMPT = (83, 71, 68, 220, 80, 84, 72, 66, 74)
+PROMPT = (260, 311, 278, 258, 290, 78, 307, 88)
+"""the quick brown fox"""
 
 
 @pytest.fixture(autouse=True)
