@@ -44,8 +44,13 @@ class Limits:
     """More characters than this are more tokens than `max_context`, whatever they are."""
 
 
+def _limits(info: ValidationInfo) -> Limits:
+    assert isinstance(info.context, Limits)
+    return info.context
+
+
 def _prompts(value: Any, info: ValidationInfo) -> tuple[str | tuple[int, ...], ...]:
-    limits: Limits = info.context
+    limits = _limits(info)
     many = value if isinstance(value, list) and value and type(value[0]) is not int else [value]
     if len(many) > MAX_PROMPTS:
         raise invalid("prompt", f"at most {MAX_PROMPTS} prompts fit one request, got {len(many)}")
@@ -76,7 +81,7 @@ def _short_enough(text: str, param: str, limits: Limits) -> str:
 def _text(value: Any, info: ValidationInfo) -> str:
     if not isinstance(value, str):
         raise invalid("prompt", f"prompt must be a string, got {quoted(value)}", "invalid_type")
-    return _short_enough(value, "prompt", info.context)
+    return _short_enough(value, "prompt", _limits(info))
 
 
 def _token_ids(values: list[Any], param: str, limits: Limits) -> tuple[int, ...]:
@@ -94,7 +99,7 @@ def _outside(param: str, token: int, limits: Limits) -> str:
 
 
 def _tokens(value: Any, info: ValidationInfo) -> tuple[int, ...]:
-    limits: Limits = info.context
+    limits = _limits(info)
     if not isinstance(value, list):
         problem = f"tokens must be a list of token ids, got {quoted(value)}"
         raise invalid("tokens", problem, "invalid_type")
@@ -111,7 +116,7 @@ def _messages(value: Any, info: ValidationInfo) -> tuple[dict[str, str], ...]:
     if not 0 < len(value) <= MAX_MESSAGES:
         raise invalid("messages", f"give 1 to {MAX_MESSAGES} messages, got {len(value)}")
     messages = tuple(_message(one, f"messages[{i}]") for i, one in enumerate(value))
-    limits: Limits = info.context
+    limits = _limits(info)
     characters = sum(len(one["content"]) for one in messages)
     if characters > limits.max_characters:
         most = f"at most {limits.max_context} tokens are served in one request"
@@ -180,11 +185,11 @@ def _stop_token_ids(value: Any, info: ValidationInfo) -> frozenset[int]:
     if len(value) > MAX_STOP_IDS:
         most = f"stop_token_ids may have at most {MAX_STOP_IDS} token ids"
         raise invalid("stop_token_ids", f"{most}, got {len(value)}")
-    return frozenset(_token_ids(value, "stop_token_ids", info.context))
+    return frozenset(_token_ids(value, "stop_token_ids", _limits(info)))
 
 
 def _logit_bias(value: Any, info: ValidationInfo) -> tuple[tuple[int, float], ...]:
-    limits: Limits = info.context
+    limits = _limits(info)
     if not isinstance(value, dict):
         problem = f"logit_bias must be an object, token ids to numbers, got {quoted(value)}"
         raise invalid("logit_bias", problem, "invalid_type")

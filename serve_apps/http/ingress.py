@@ -96,7 +96,7 @@ def http_app(target: Target, config: IngressConfig) -> FastAPI:
     _get(app, "/live", ingress.live, schema.LIVE)
     _get(app, "/v1/models", ingress.models, schema.MODELS)
     _get(app, "/v1/models/{name:path}", ingress.model, schema.MODEL)
-    posts: dict[str, tuple[Callable[..., Any], type[requests.Body], dict[str, Any]]] = {
+    posts: dict[str, tuple[Callable[..., Any], type[requests.Body], dict[int | str, Any]]] = {
         "/v1/completions": (ingress.completions, CompletionRequest, schema.COMPLETION),
         "/v1/chat/completions": (ingress.chat, ChatRequest, schema.COMPLETION),
         "/tokenize": (ingress.tokenize, TokenizeRequest, schema.TOKENIZED),

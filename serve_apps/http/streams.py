@@ -66,8 +66,8 @@ class Texts:
             ApiError: a text is refused after all, or the deadline has passed.
         """
         if len(self._streams) == 1:
-            async for event in self._one():
-                yield 0, event
+            async for one in self._one():
+                yield 0, one
             return
         queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(QUEUED)
 

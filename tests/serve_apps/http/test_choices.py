@@ -47,9 +47,8 @@ def test_what_is_held_back_of_a_text_is_held_back_of_its_tokens(tokens, tokenize
 
 def test_the_token_that_ends_a_text_is_named(tokens, tokenizer):
     a = ids(tokenizer, "a")[0]
-    for stop, last, named in [((), 0, True), (("x",), 0, True), (("x",), 9, True)] + [
-        (("<|endoftext|>",), 0, False)
-    ]:
+    cases = [((), 0, True), (("x",), 0, True), (("x",), 9, True), (("<|endoftext|>",), 0, False)]
+    for stop, last, named in cases:
         made, _ = choice(tokens, stop=stop)
         made.add(delta("a", a, last))
         part = made.finish(Finished(reason="stop", rounds=1))
