@@ -88,11 +88,12 @@ class Targets:
                 async with asyncio.timeout(left if left < float("inf") else None):
                     await self._changed.wait()
 
-    def others(self, link: TextLink) -> bool:
-        """Is there another replica that could go on with a text of this one?"""
+    def others(self, link: TextLink, avoid: Collection[TextLink]) -> bool:
+        """Is there another replica, but for those, that could go on with a text of this one?"""
         if link.description is None:
             return False
-        return any(one is not link for one in self._able(link.description.fingerprint))
+        able = self._able(link.description.fingerprint)
+        return any(one is not link and one not in avoid for one in able)
 
     def _able(self, fingerprint: str | None) -> list[TextLink]:
         return [
