@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import transformers
 
@@ -21,6 +22,7 @@ import linearized
 from linearized.errors import ConfigError, LinearizedError
 from linearized.speculative import Engine, Piece, Text
 from linearized.speculative.generate import decoding, end_of_text
+from linearized.state import DecodeState
 from serve_apps import weights
 from serve_apps.forward import Forward
 from serve_apps.generation import (
@@ -32,15 +34,20 @@ from serve_apps.generation import (
     Refused,
     Started,
 )
+from serve_apps.link.connection import HEARTBEAT_S
 from serve_apps.link.drafts import DraftLink
+from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import Endpoint
+from serve_apps.link.text_server import TextServer
 from serve_apps.target.speculator import Speculator
 
-STUCK_S = 120.0
 START_S = 900.0
 """Seconds that a forward pass may take at the start, when steps may have to be compiled."""
 MAX_NODES = 16
 """Largest number of nodes of a tree that is verified."""
+READ_AHEAD = 64
+"""Pieces of a text that wait for who reads it. Then the text waits, without a place among those
+that are gone on with."""
 LINK_S = 60.0
 """Seconds that the first link to a draft may take. After that the replica is ready without it."""
 
@@ -67,6 +74,13 @@ class TargetConfig:
     compile: bool = False
     """Whether to compile the steps. See `linearized.compile`."""
     threads: int = 1
+    ports: tuple[int, int] = ANY_PORT
+    """First and last of the ports at which ingresses may be waited for; (0, 0): any."""
+    heartbeat_s: float = HEARTBEAT_S
+    """Seconds between two signs of life to an ingress. It takes three without one for gone."""
+    stuck_s: float = 60.0
+    """Seconds that a forward pass may take. Beyond that the replica is ill: its texts go on on
+    others, and Serve replaces it."""
 
     def __post_init__(self) -> None:
         for name in ("max_context", "max_sessions", "threads"):
@@ -75,11 +89,21 @@ class TargetConfig:
         for name in ("max_waiting", "deadline_ms"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("heartbeat_s", "stuck_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 class TargetReplica:
-    def __init__(self, config: TargetConfig, find_draft: FindDraft | None = None) -> None:
-        """`find_draft` finds a draft replica. None means that there are none."""
+    def __init__(
+        self,
+        config: TargetConfig,
+        find_draft: FindDraft | None = None,
+        *,
+        host: str = "127.0.0.1",
+    ) -> None:
+        """`find_draft` finds a draft replica. None means that there are none. `host` is the address
+        at which ingresses reach this machine."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
         self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
@@ -98,14 +122,23 @@ class TargetReplica:
             max_nodes=MAX_NODES,
         )
         """Touched in the forward thread only."""
-        self._pieces: dict[Text, asyncio.Queue[Piece | Exception]] = {}
+        self._pieces: dict[Text, _Pieces] = {}
         """Of the texts in the engine."""
+        self._paused: dict[Text, asyncio.Task[DecodeState | None]] = {}
+        """Texts that nobody reads, with what they need to go on."""
         self._wake = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
         self._num_texts = 0
         self._seconds = 1.0
         """What a text takes, averaged over the last ones."""
         self._ready: asyncio.Task[None] | None = None
+        self._server = TextServer(
+            self, host=host, ports=config.ports, heartbeat_s=config.heartbeat_s
+        )
+
+    async def endpoint(self) -> Endpoint:
+        """Where ingresses connect to. The first call waits until the replica is ready."""
+        return await self._server.endpoint()
 
     async def ready(self) -> Description:
         """Wait until the model is warm and, the first time, the draft is linked."""
@@ -136,9 +169,12 @@ class TargetReplica:
         for task in (self._ready, self._rounds):
             if task is not None and task.done() and not task.cancelled():
                 task.result()
-        self._forward.check(STUCK_S if self._ready.done() else START_S)
+        self._forward.check(self._config.stuck_s if self._ready.done() else START_S)
 
-    async def close(self) -> None:
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Let ingresses go on elsewhere with their texts, for so long, and end."""
+        await self._server.drain(drain_s)
+        await self._server.close()
         if self._rounds is not None:
             self._rounds.cancel()
             await asyncio.gather(self._rounds, return_exceptions=True)
@@ -169,7 +205,7 @@ class TargetReplica:
 
     async def _generate(self, job: Generation) -> AsyncGenerator[Event, None]:
         text = self._text(job)
-        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        pieces = _Pieces(partial(self._pause, text))
         try:
             if text.finished is None:
                 self._pieces[text] = pieces
@@ -179,12 +215,11 @@ class TargetReplica:
                     session = self._link.session(text.sampling, len(job.prompt))
                 # The draft reads the prompt while the target does.
                 self._speculator.open(text, session, ngrams=mode != "none")
-                if self._rounds is None or self._rounds.done():
-                    raise LinearizedError("this replica no longer goes on with its texts")
-                await self._forward.run(self._engine.add, text)
-                self._wake.set()
+                await self._enter(text, None)
             done = text.finished is not None
             while not done:
+                if text in self._paused and pieces.qsize() < READ_AHEAD // 2:
+                    await self._unpause(text, pieces)
                 piece = await pieces.get()
                 if isinstance(piece, Exception) and text.error is piece:
                     log.warning("a text ends with an error: %s", piece)
@@ -199,10 +234,35 @@ class TargetReplica:
                     logprobs=piece.logprobs,
                 )
         finally:
+            self._paused.pop(text, None)
             if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
             self._speculator.close(text)
         yield _finished(text)
+
+    async def _enter(self, text: Text, state: DecodeState | None) -> None:
+        """The engine goes on with it."""
+        if self._rounds is None or self._rounds.done():
+            raise LinearizedError("this replica no longer goes on with its texts")
+        await self._forward.run(self._engine.add, text, state)
+        self._wake.set()
+
+    def _pause(self, text: Text) -> None:
+        """Nobody reads what it gets: make room for others, and keep its state."""
+        if text not in self._paused and text.finished is None:
+            self._paused[text] = asyncio.create_task(self._leave(text))
+
+    async def _leave(self, text: Text) -> DecodeState | None:
+        state = await self._forward.run(self._engine.remove, text)
+        self._pieces.pop(text, None)  # only now: a round was going on
+        return state
+
+    async def _unpause(self, text: Text, pieces: _Pieces) -> None:
+        state = await self._paused[text]
+        del self._paused[text]
+        if text.finished is None:
+            self._pieces[text] = pieces
+            await self._enter(text, state)
 
     async def _go_on(self) -> None:
         """Round after round while there are texts. If that ends, so do they."""
@@ -309,6 +369,20 @@ class TargetReplica:
         self._rounds = asyncio.create_task(self._go_on())
         if self._link is not None and not await self._link.wait_connected(LINK_S):
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
+
+
+class _Pieces(asyncio.Queue[Piece | Exception]):
+    """Of one text, on the way to who reads it."""
+
+    def __init__(self, pause: Callable[[], None]) -> None:
+        """`pause` is called when too many wait."""
+        super().__init__()
+        self._pause = pause
+
+    def put_nowait(self, item: Piece | Exception) -> None:
+        super().put_nowait(item)
+        if self.qsize() >= READ_AHEAD:
+            self._pause()
 
 
 def _finished(text: Text) -> Finished:
