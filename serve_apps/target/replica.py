@@ -136,6 +136,11 @@ class TargetReplica:
             self, host=host, ports=config.ports, heartbeat_s=config.heartbeat_s
         )
 
+    @property
+    def num_texts(self) -> int:
+        """In progress or waiting."""
+        return self._num_texts
+
     async def endpoint(self) -> Endpoint:
         """Where ingresses connect to. The first call waits until the replica is ready."""
         return await self._server.endpoint()
