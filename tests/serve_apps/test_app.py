@@ -237,12 +237,10 @@ def events(client, on_chunk=lambda: None, **values):
     texts, reasons, tokens, usage = {}, {}, {}, None
     with client.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200
-        for line in response.iter_lines():
-            data = line.removeprefix("data: ")
-            if not line or data == "[DONE]":
-                continue
-            on_chunk()
-            chunk = json.loads(data)
+        *lines, done = [*filter(None, heard(response.iter_lines(), on_chunk))]
+        assert done == "data: [DONE]"
+        for line in lines:
+            chunk = json.loads(line.removeprefix("data: "))
             assert "error" not in chunk, chunk
             usage = chunk["usage"] or usage
             for choice in chunk["choices"]:
@@ -251,8 +249,13 @@ def events(client, on_chunk=lambda: None, **values):
                 reasons[index] = choice["finish_reason"]
                 found = (choice["logprobs"] or {}).get("tokens", [])
                 tokens[index] = tokens.get(index, 0) + len(found)
-        assert data == "[DONE]"
     return texts, reasons, tokens, usage["prompt_tokens"], usage["completion_tokens"]
+
+
+def heard(lines, on_line):
+    for line in lines:
+        on_line()
+        yield line
 
 
 def cpu_time(processes: list[psutil.Process]) -> float:
