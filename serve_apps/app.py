@@ -334,6 +334,8 @@ def _draft_config(args: AppArgs) -> DraftConfig:
         path=_folder(args.draft),
         depth=args.depth,
         width=args.width,
+        ports=_ports(args.link_ports),
+        heartbeat_s=args.heartbeat_s,
         pack=args.pack,
         compile=args.compile,
         threads=_threads(args.draft_cpus),

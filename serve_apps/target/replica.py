@@ -112,7 +112,11 @@ class TargetReplica:
         self._vocab_size = self._model.config.vocab_size
         self._fingerprint = linearized.fingerprint(self._model)
         self._stop_ids = _stop_ids(self._model, self._tokenizer)
-        self._link = DraftLink(find_draft, vocab_size=self._vocab_size) if find_draft else None
+        self._link: DraftLink | None = None
+        if find_draft is not None:
+            self._link = DraftLink(
+                find_draft, vocab_size=self._vocab_size, heartbeat_s=config.heartbeat_s
+            )
         self._decode = decoding(self._tokenizer)
         self._speculator = Speculator(config.deadline_ms / 1000)
         self._engine = Engine(
