@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -16,7 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.local import LocalCluster
-from serve_apps.app import AppArgs, build
+from serve_apps.app import AppArgs, build, scale_by_texts
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the quick brown fox"
@@ -28,6 +29,24 @@ def test_arguments_come_as_text_and_are_checked():
     for wrong in ({"depth": "0"}, {"typo": "1"}, {"target_replicas": 3, "target_max_replicas": 2}):
         with pytest.raises(ValidationError):
             AppArgs.model_validate({"target": "t", **wrong})
+
+
+@pytest.mark.parametrize("wrong", ["many", "1-2-3", "0", "9-8", "70000", "-1"])
+def test_ports_that_are_no_range(wrong):
+    with pytest.raises(ValidationError, match="link_ports must"):
+        AppArgs.model_validate({"target": "t", "link_ports": wrong})
+
+
+def test_targets_are_as_many_as_their_texts_fill():
+    config = SimpleNamespace(get_target_ongoing_requests=lambda: 8)
+    for texts, replicas in (({}, 1), ({"a": 8.0}, 1), ({"a": 8.0, "b": 1.0}, 2), ({"a": 99.0}, 4)):
+        context = SimpleNamespace(
+            config=config,
+            aggregated_metrics={"texts": texts},
+            capacity_adjusted_min_replicas=1,
+            capacity_adjusted_max_replicas=4,
+        )
+        assert scale_by_texts(context) == (replicas, {})
 
 
 def test_the_app_fits_two_cpus():
