@@ -152,6 +152,7 @@ def build(args: AppArgs) -> serve.Application:
         args.ingress_cpus,
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=4096,
+        shutdown_s=args.request_s + 10,  # until the last of its streams has ended
     )
     return ingress.bind(target)
 
