@@ -1,13 +1,15 @@
 """What crosses between the ingress and a target replica: one text asked for, and its events.
 
-Plain data. A target answers with Refused, or with Started, any number of Deltas and Finished.
+Plain data: token ids go in, text and token ids come out. A target answers with Refused, or with
+Started, any number of Deltas and Finished. What the ingress keeps of these is enough to go on with
+the text on another replica.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linearized.speculative import Sampling
+from linearized.speculative import Alternatives, Sampling
 
 SPECULATE = ("model", "ngram", "none")
 """Where guesses come from: the draft replica (n-grams while it does not answer), the text itself,
@@ -28,21 +30,32 @@ class Guide:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    prompt: str | tuple[int, ...]
+    prompt: tuple[int, ...]
+    text: tuple[int, ...] = ()
+    """What the text has so far, if it comes from another replica. Events are about what follows."""
     max_tokens: int
+    """Of the text, with what it has so far."""
     sampling: Sampling
     stop: tuple[str, ...] = ()
-    echo: bool = False
+    logprobs: int | None = None
+    """Alternatives that are named for each token; None: no log-probabilities at all."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
     guide: Guide | None = None
     speculate: str | None = None
     """One of SPECULATE. None means the first of them that the app has."""
+    owner: str = ""
+    """Whose prefixes it may go on from: those of texts with an equal owner."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    prompt_tokens: int
-    prompt_text: str
-    """The prompt's text if it is to be echoed, otherwise empty."""
+    """The prompt has been read."""
+
+    cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be read, as their state was known."""
+    prompt_logprobs: tuple[Alternatives | None, ...] = ()
+    """One for each token of the prompt, if they were asked for; the first is None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,18 +66,24 @@ class Delta:
     """New text. It may be empty, as half a character or the beginning of a stop string is held
     back."""
     tokens: tuple[int, ...]
+    accepted: int = 0
+    """How many of the tokens, from the first on, were drafted."""
+    logprobs: tuple[Alternatives, ...] = ()
+    """One for each token, if they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
     reason: str
-    """`stop`: the end of the text or a stop string; `length`: max_tokens."""
-    completion_tokens: int
-    accepted: int
-    """Number of drafted tokens that were accepted."""
-    rejected: int
+    """`stop`: the end of the text or a stop string; `length`: max_tokens; `error`: see there."""
+    drafted: tuple[int, ...] = ()
+    """Number of drafted tokens on the first, second, … level."""
+    accepted: tuple[int, ...] = ()
+    """Those of them that are in the text."""
     rounds: int
     """Number of verifications by the target."""
+    error: str = ""
+    """What went wrong with this text, in words for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,5 +108,11 @@ class Description:
 
     fingerprint: str
     vocab_size: int
+    max_context: int
+    """Largest number of tokens of prompt and text together."""
     draft: str
     """State of the draft: `none`, `connected` or `away`."""
+    texts: int = 0
+    """Texts in progress or waiting."""
+    room: int = 1
+    """Texts that it goes on with at a time."""

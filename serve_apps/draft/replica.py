@@ -16,6 +16,8 @@ from linearized.speculative import Ask, ModelDrafter, Sampling, Text
 from serve_apps import weights
 from serve_apps.draft.server import DraftServer
 from serve_apps.forward import Forward
+from serve_apps.link.connection import HEARTBEAT_S
+from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_NODES, Endpoint
 
 STUCK_S = 60.0
@@ -38,6 +40,10 @@ class DraftConfig:
     compile: bool = False
     """Whether to compile the steps. See `linearized.compile`."""
     threads: int = 1
+    ports: tuple[int, int] = ANY_PORT
+    """First and last of the ports at which targets may be waited for; (0, 0): any."""
+    heartbeat_s: float = HEARTBEAT_S
+    """Seconds between two signs of life to a target. It takes three without one for gone."""
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "max_sessions", "threads"):
@@ -64,6 +70,8 @@ class DraftReplica:
             max_nodes=config.depth * config.width,
             max_sessions=config.max_sessions,
             host=host,
+            ports=config.ports,
+            heartbeat_s=config.heartbeat_s,
         )
         self._started: asyncio.Task[Endpoint] | None = None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -16,7 +15,8 @@ from linearized.errors import ConfigError
 from linearized.speculative import Ask, Drafter, Text, TokenTree
 from serve_apps.forward import Forward
 from serve_apps.link import protocol
-from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError, accept
+from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError
+from serve_apps.link.listener import ANY_PORT, Listener
 from serve_apps.link.protocol import (
     Close,
     Commit,
@@ -25,7 +25,6 @@ from serve_apps.link.protocol import (
     Error,
     GoAway,
     Open,
-    ProtocolError,
 )
 
 log = logging.getLogger(__name__)
@@ -44,6 +43,7 @@ class DraftServer:
         max_nodes: int = 16,
         max_sessions: int = 64,
         host: str = "127.0.0.1",
+        ports: tuple[int, int] = ANY_PORT,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         """`make` makes the drafter, in the forward thread; its trees have up to `max_nodes`. Beyond
@@ -56,17 +56,13 @@ class DraftServer:
         self._fingerprint = fingerprint
         self._vocab_size = vocab_size
         self._max_sessions = max_sessions
-        self._host = host
-        self._heartbeat_s = heartbeat_s
-        self._secret = secrets.token_bytes(32)
+        self._listener = Listener(self._listen, host=host, ports=ports, heartbeat_s=heartbeat_s)
         self._sessions: OrderedDict[Key, _Session] = OrderedDict()
         self._due: OrderedDict[Key, None] = OrderedDict()
         """Sessions whose text has gone on since they were last drafted for, in that order."""
         self._ended: list[Text] = []
         """Texts that the drafter is to forget."""
         self._wake = asyncio.Event()
-        self._peers: dict[asyncio.Task[None], Connection | None] = {}
-        self._server: asyncio.Server | None = None
         self._drafting: asyncio.Task[None] | None = None
 
     @property
@@ -74,17 +70,16 @@ class DraftServer:
         return len(self._sessions)
 
     async def start(self) -> Endpoint:
-        """Listen on a free port."""
-        self._server = await asyncio.start_server(self._accept, self._host, 0)
-        self._drafting = asyncio.create_task(self._draft())
-        port = self._server.sockets[0].getsockname()[1]
-        return Endpoint(
-            host=self._host,
-            port=port,
-            secret=self._secret,
-            fingerprint=self._fingerprint,
-            vocab_size=self._vocab_size,
+        """Listen.
+
+        Raises:
+            ConfigError: none of the ports is free.
+        """
+        endpoint = await self._listener.start(
+            fingerprint=self._fingerprint, vocab_size=self._vocab_size
         )
+        self._drafting = asyncio.create_task(self._draft())
+        return endpoint
 
     @property
     def running(self) -> bool:
@@ -92,35 +87,13 @@ class DraftServer:
 
     async def close(self) -> None:
         """Tell all targets to look for another draft, then stop."""
-        if self._server is None or self._drafting is None:
+        if self._drafting is None:
             return
-        self._server.close()
         self._drafting.cancel()
-        for connection in list(self._peers.values()):
-            if connection is not None:
-                connection.send(GoAway())
-                await connection.close()
-        tasks = [self._drafting, *self._peers]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._server.wait_closed()
-        self._server = None
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._peers[task] = None
-        try:
-            connection = await accept(reader, writer, self._secret, heartbeat_s=self._heartbeat_s)
-            self._peers[task] = connection
-            await self._listen(connection)
-        except (LinkError, ProtocolError) as error:
-            log.info("draft link: %s", error)
-        except asyncio.CancelledError:
-            pass  # a task of asyncio's own: raising would only be logged
-        finally:
-            del self._peers[task]
+        await asyncio.gather(self._drafting, return_exceptions=True)
+        for connection in self._listener.connections:
+            connection.send(GoAway())
+        await self._listener.close()
 
     async def _listen(self, connection: Connection) -> None:
         try:
@@ -129,7 +102,6 @@ class DraftServer:
         finally:
             for key in [key for key in self._sessions if key[0] is connection]:
                 self._forget(key)
-            await connection.abort()
 
     def _take(self, connection: Connection, message: protocol.Message) -> None:
         match message:

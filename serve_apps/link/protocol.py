@@ -1,23 +1,31 @@
-"""What crosses the link between a target and a draft replica: messages and their bytes.
+"""What crosses the link: messages and their bytes.
 
-A frame is a length (4 bytes, big-endian) and a msgpack array: the message's number, then its
-fields. Bytes come from a network and are checked one by one. Knows no socket and no model.
+A frame is a length (4 bytes, big-endian) and a msgpack array of messages, each of them an array:
+the message's number, then its fields. Bytes come from a network and are checked one by one. Knows
+no socket and no model.
 
-    draft   Challenge ->                       a nonce
-    target  <- Hello                           proof that it knows the secret, a nonce of its own
-    draft   Welcome ->                         proof that it knows the secret too
-    target  <- Open, Commit, Close             one text each; any number side by side
-    draft   Draft, Error, GoAway ->
-    both    Heartbeat
+    listener  Challenge ->                     a nonce
+    dialer    <- Hello                         proof that it knows the secret, a nonce of its own
+    listener  Welcome ->                       proof that it knows the secret too
+    both      Heartbeat
+    listener  GoAway ->
 
-Everything may be lost, repeated or late: `base` says how many tokens a message builds on, `epoch`
-counts how often a session was opened, and whatever does not fit is ignored. A commit that the draft
-cannot place is answered by an Error, and the target opens the session anew with all its tokens.
+Between a target, which dials, and a draft replica:
+
+    target    Open, Commit, Close ->           one text each; any number side by side
+    draft     <- Draft, Error
+
+Between the ingress, which dials, and a target, see `serve_apps.link.texts`.
+
+What goes to a draft may be lost, repeated or late: `base` says how many tokens a message builds on,
+`epoch` counts how often a session was opened, and whatever does not fit is ignored. A commit that
+the draft cannot place is answered by an Error, and the target opens the session anew with all its
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +33,14 @@ import msgpack
 
 from linearized.errors import LinearizedError
 from linearized.speculative import Sampling, TokenTree
+from serve_apps.link import texts
+from serve_apps.link.wire import BYTES, COUNT, SAMPLING, TEXT, TOKENS, Field, integer
 
-VERSION = 2
+VERSION = 3
 HEADER = 4
 MAX_FRAME = 8 * 2**20
 """Bytes after the header; an Open with 1.6 million tokens."""
+MAX_MESSAGE = MAX_FRAME - 8
 MAX_HANDSHAKE = 512
 """Bytes that a peer may send before it has shown that it knows the secret."""
 MAX_NODES = 256
@@ -47,13 +58,17 @@ class ProtocolError(LinearizedError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
-    """Where a draft replica listens. Travels through a Serve handle, inside the cluster."""
+    """Where a replica listens. Travels through a Serve handle, inside the cluster."""
 
     host: str
     port: int
     secret: bytes
+    """Made for this replica. Who has not been told it is a stranger there."""
     fingerprint: str
+    """Of its model."""
     vocab_size: int
+    path: str = ""
+    """The same as a Unix socket, for who is on its machine; empty: there is none."""
 
     def __repr__(self) -> str:
         return f"Endpoint({self.host}:{self.port})"  # never the secret
@@ -119,7 +134,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class GoAway:
-    """The draft replica is about to end; look for another one."""
+    """The replica is about to end; look for another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +145,58 @@ class Error:
     message: str
 
 
-Message = Challenge | Hello | Welcome | Open | Commit | Draft | Close | Heartbeat | GoAway | Error
+Message = (
+    Challenge
+    | Hello
+    | Welcome
+    | Open
+    | Commit
+    | Draft
+    | Close
+    | Heartbeat
+    | GoAway
+    | Error
+    | texts.Submit
+    | texts.Cancel
+    | texts.More
+    | texts.Said
+    | texts.PromptPart
+    | texts.Failed
+    | texts.Status
+)
 
 
-def encode(message: Message) -> bytes:
-    """The whole frame.
+def encode(*messages: Message) -> bytes:
+    """A whole frame.
 
     Raises:
         ProtocolError: it is longer than a frame may be.
     """
-    payload = msgpack.packb([_NUMBERS[type(message)], *_pack(message)])
+    return frame([pack(message) for message in messages])
+
+
+def pack(message: Message) -> bytes:
+    """A message, without a frame.
+
+    Raises:
+        ProtocolError: no frame is long enough for it.
+    """
+    number, fields = _NUMBERS[type(message)]
+    values = zip(fields, message.__slots__, strict=True)
+    packed: bytes = msgpack.packb(
+        [number, *(field.write(getattr(message, name)) for field, name in values)]
+    )
+    if len(packed) > MAX_MESSAGE:
+        size = len(packed)
+        raise ProtocolError(f"a message of {size} bytes; at most {MAX_MESSAGE} fit a frame")
+    return packed
+
+
+def frame(packed: Sequence[bytes]) -> bytes:
+    """Of messages that fit it together."""
+    payload = b"".join((msgpack.Packer().pack_array_header(len(packed)), *packed))
     if len(payload) > MAX_FRAME:
-        raise ProtocolError(f"a message of {len(payload)} bytes; at most {MAX_FRAME} fit a frame")
+        raise ProtocolError(f"a frame of {len(payload)} bytes; at most {MAX_FRAME} are allowed")
     return len(payload).to_bytes(HEADER, "big") + payload
 
 
@@ -157,113 +212,35 @@ def frame_size(header: bytes, *, limit: int = MAX_FRAME) -> int:
     return size
 
 
-def decode(payload: bytes) -> Message:
-    """The message in a frame, without its header.
+def decode(payload: bytes) -> list[Message]:
+    """The messages in a frame, without its header.
 
     Raises:
-        ProtocolError: there is none.
+        ProtocolError: one of them is none.
     """
     try:
         values = msgpack.unpackb(payload, strict_map_key=True, max_ext_len=0)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise ProtocolError(f"not msgpack: {type(error).__name__}") from error
+    if not isinstance(values, list):
+        raise ProtocolError("a frame is an array of messages")
+    return [_message(one) for one in values]
+
+
+def _message(values: Any) -> Message:
     if not isinstance(values, list) or not values or type(values[0]) is not int:
         raise ProtocolError("a message is an array that begins with its number")
     if values[0] not in _MESSAGES:
         raise ProtocolError(f"unknown message number {values[0]}")
-    kind, checks = _MESSAGES[values[0]]
-    if len(values) - 1 != len(checks):
-        raise ProtocolError(f"{kind.__name__} has {len(checks)} fields, got {len(values) - 1}")
+    kind, fields = _MESSAGES[values[0]]
+    if len(values) - 1 != len(fields):
+        raise ProtocolError(f"{kind.__name__} has {len(fields)} fields, got {len(values) - 1}")
     try:
-        fields = [check(value) for check, value in zip(checks, values[1:], strict=True)]
+        found = [field.read(value) for field, value in zip(fields, values[1:], strict=True)]
+        message: Message = kind(*found)
     except (TypeError, ValueError) as error:  # ConfigError is a ValueError
         raise ProtocolError(f"bad {kind.__name__}: {error}") from error
-    message: Message = kind(*fields)
     return message
-
-
-def _pack(message: Message) -> list[Any]:
-    match message:
-        case Open(session, epoch, tokens, num_prompt, s, vocab_size):
-            sampling = [getattr(s, name) for name in _SAMPLING]
-            sampling[_STOP_IDS] = sorted(s.stop_ids)
-            return [session, epoch, tokens, num_prompt, sampling, vocab_size]
-        case Draft(session, epoch, base, tree):
-            return [session, epoch, base, [tree.tokens, tree.parents]]
-        case _:
-            return [getattr(message, name) for name in message.__slots__]
-
-
-def _integer(low: int, high: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"expected an integer between {low} and {high}")
-        return value
-
-    return check
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError("expected a number")
-    return float(value)
-
-
-def _bytes(value: Any) -> bytes:
-    if type(value) is not bytes or len(value) > 64:
-        raise TypeError("expected at most 64 bytes")
-    return value
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str or len(value) > 1000:
-        raise TypeError("expected a text of at most 1000 characters")
-    return value
-
-
-_count = _integer(0, 2**53)
-_token = _integer(0, 2**31 - 1)
-_parent = _integer(-1, MAX_NODES)
-_seed = _integer(-(2**63), 2**63 - 1)
-
-
-def _tokens(value: Any) -> tuple[int, ...]:
-    if type(value) is not list:
-        raise TypeError("expected an array of token ids")
-    return tuple(_token(token) for token in value)
-
-
-def _pairs(value: Any) -> tuple[tuple[int, float], ...]:
-    if type(value) is not list or any(type(one) is not list or len(one) != 2 for one in value):
-        raise TypeError("expected an array of pairs")
-    return tuple((_token(token), _number(bias)) for token, bias in value)
-
-
-_SAMPLING: dict[str, Callable[[Any], Any]] = {
-    "temperature": _number,
-    "top_k": _count,
-    "top_p": _number,
-    "min_p": _number,
-    "repetition_penalty": _number,
-    "presence_penalty": _number,
-    "frequency_penalty": _number,
-    "logit_bias": _pairs,
-    "min_tokens": _count,
-    "stop_ids": _tokens,
-    "seed": _seed,
-    "choice": _count,
-    "typical": _number,
-}
-_STOP_IDS = list(_SAMPLING).index("stop_ids")
-
-
-def _sampling(value: Any) -> Sampling:
-    if type(value) is not list or len(value) != len(_SAMPLING):
-        raise TypeError(f"expected the {len(_SAMPLING)} values of a Sampling")
-    checked = {
-        name: check(one) for (name, check), one in zip(_SAMPLING.items(), value, strict=True)
-    }
-    return Sampling(**checked)
 
 
 def _tree(value: Any) -> TokenTree:
@@ -271,19 +248,27 @@ def _tree(value: Any) -> TokenTree:
         raise TypeError("expected token ids and their parents")
     if len(value[1]) > MAX_NODES:
         raise ValueError(f"a tree of {len(value[1])} nodes; at most {MAX_NODES} are allowed")
-    return TokenTree(_tokens(value[0]), tuple(_parent(parent) for parent in value[1]))
+    return TokenTree(TOKENS.read(value[0]), tuple(map(_PARENT.read, value[1])))
 
 
-_MESSAGES: dict[int, tuple[type[Any], tuple[Callable[[Any], Any], ...]]] = {
-    1: (Challenge, (_count, _bytes)),
-    2: (Hello, (_count, _bytes, _bytes)),
-    3: (Welcome, (_bytes,)),
-    4: (Open, (_count, _count, _tokens, _count, _sampling, _count)),
-    5: (Commit, (_count, _count, _count, _tokens)),
-    6: (Draft, (_count, _count, _count, _tree)),
-    7: (Close, (_count,)),
-    8: (Heartbeat, ()),
-    9: (GoAway, ()),
-    10: (Error, (_count, _count, _text, _text)),
+def _pack_tree(tree: TokenTree) -> list[Any]:
+    return [tree.tokens, tree.parents]
+
+
+_PARENT = integer(-1, MAX_NODES)
+_TREE = Field(_tree, _pack_tree)
+_FIELDS: dict[type[Any], tuple[Field, ...]] = {
+    Challenge: (COUNT, BYTES),
+    Hello: (COUNT, BYTES, BYTES),
+    Welcome: (BYTES,),
+    Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, COUNT),
+    Commit: (COUNT, COUNT, COUNT, TOKENS),
+    Draft: (COUNT, COUNT, COUNT, _TREE),
+    Close: (COUNT,),
+    Heartbeat: (),
+    GoAway: (),
+    Error: (COUNT, COUNT, TEXT, TEXT),
+    **texts.FIELDS,
 }
-_NUMBERS = {kind: number for number, (kind, _) in _MESSAGES.items()}
+_MESSAGES = dict(enumerate(_FIELDS.items(), start=1))
+_NUMBERS = {kind: (number, fields) for number, (kind, fields) in _MESSAGES.items()}

@@ -14,13 +14,15 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import transformers
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError, RequestError
-from linearized.speculative import Engine, Guide, Piece, Text
+from linearized.speculative import Engine, Guide, Piece, Prefixes, Text
 from linearized.speculative.generate import decoding, end_of_text
+from linearized.state import DecodeState
 from serve_apps import weights
 from serve_apps.forward import Forward
 from serve_apps.generation import (
@@ -32,16 +34,21 @@ from serve_apps.generation import (
     Refused,
     Started,
 )
+from serve_apps.link.connection import HEARTBEAT_S
 from serve_apps.link.drafts import DraftLink
+from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import Endpoint
+from serve_apps.link.text_server import TextServer
 from serve_apps.target.guiding import Guiding
 from serve_apps.target.speculator import Speculator
 
-STUCK_S = 120.0
 START_S = 900.0
 """Seconds that a forward pass may take at the start, when steps may have to be compiled."""
 MAX_NODES = 16
 """Largest number of nodes of a tree that is verified."""
+READ_AHEAD = 64
+"""Pieces of a text that wait for who reads it. Then the text waits, without a place among those
+that are gone on with."""
 LINK_S = 60.0
 """Seconds that the first link to a draft may take. After that the replica is ready without it."""
 
@@ -63,35 +70,59 @@ class TargetConfig:
     """Largest number of texts that wait for one of those to end. Further ones are refused."""
     deadline_ms: float = 50.0
     """Milliseconds that a round waits for the draft replica."""
+    patience_ms: float = 200.0
+    """Milliseconds that texts in progress wait, between two of their rounds, for prompts to be
+    read."""
+    prefix_bytes: int = 2**28
+    """Bytes of states that are kept of prompts and answers, for texts that begin alike; 0: none."""
     pack: bool = True
     """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
     """Whether to compile the steps. See `linearized.compile`."""
     threads: int = 1
+    ports: tuple[int, int] = ANY_PORT
+    """First and last of the ports at which ingresses may be waited for; (0, 0): any."""
+    heartbeat_s: float = HEARTBEAT_S
+    """Seconds between two signs of life to an ingress. It takes three without one for gone."""
+    stuck_s: float = 60.0
+    """Seconds that a forward pass may take. Beyond that the replica is ill: its texts go on on
+    others, and Serve replaces it."""
 
     def __post_init__(self) -> None:
         for name in ("max_context", "max_sessions", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_waiting", "deadline_ms"):
+        for name in ("max_waiting", "deadline_ms", "prefix_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("heartbeat_s", "stuck_s", "patience_ms"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 class TargetReplica:
-    def __init__(self, config: TargetConfig, find_draft: FindDraft | None = None) -> None:
-        """`find_draft` finds a draft replica. None means that there are none."""
+    def __init__(
+        self,
+        config: TargetConfig,
+        find_draft: FindDraft | None = None,
+        *,
+        host: str = "127.0.0.1",
+    ) -> None:
+        """`find_draft` finds a draft replica. None means that there are none. `host` is the address
+        at which ingresses reach this machine."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
-        self._texts = Forward(name="tokenizer")
-        """Its own thread: a long prompt takes a while to tokenize."""
         self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
         linearized.models.check_decoder(self._model)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
         self._vocab_size = self._model.config.vocab_size
         self._fingerprint = linearized.fingerprint(self._model)
         self._stop_ids = _stop_ids(self._model, self._tokenizer)
-        self._link = DraftLink(find_draft, vocab_size=self._vocab_size) if find_draft else None
+        self._link: DraftLink | None = None
+        if find_draft is not None:
+            self._link = DraftLink(
+                find_draft, vocab_size=self._vocab_size, heartbeat_s=config.heartbeat_s
+            )
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
         self._speculator = Speculator(config.deadline_ms / 1000)
@@ -100,16 +131,32 @@ class TargetReplica:
             drafters=self._speculator.drafters,
             rows=config.max_sessions,
             max_nodes=MAX_NODES,
+            prefixes=Prefixes(config.prefix_bytes) if config.prefix_bytes else None,
+            patience=config.patience_ms / 1000,
         )
         """Touched in the forward thread only."""
-        self._pieces: dict[Text, asyncio.Queue[Piece | Exception]] = {}
+        self._pieces: dict[Text, _Pieces] = {}
         """Of the texts in the engine."""
+        self._paused: dict[Text, asyncio.Task[DecodeState | None]] = {}
+        """Texts that nobody reads, with what they need to go on."""
         self._wake = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
         self._num_texts = 0
         self._seconds = 1.0
         """What a text takes, averaged over the last ones."""
         self._ready: asyncio.Task[None] | None = None
+        self._server = TextServer(
+            self, host=host, ports=config.ports, heartbeat_s=config.heartbeat_s
+        )
+
+    @property
+    def num_texts(self) -> int:
+        """In progress or waiting."""
+        return self._num_texts
+
+    async def endpoint(self) -> Endpoint:
+        """Where ingresses connect to. The first call waits until the replica is ready."""
+        return await self._server.endpoint()
 
     async def ready(self) -> Description:
         """Wait until the model is warm and, the first time, the draft is linked."""
@@ -119,7 +166,14 @@ class TargetReplica:
         draft = "none"
         if self._link is not None:
             draft = "connected" if self._link.connected else "away"
-        return Description(fingerprint=self._fingerprint, vocab_size=self._vocab_size, draft=draft)
+        return Description(
+            fingerprint=self._fingerprint,
+            vocab_size=self._vocab_size,
+            max_context=self._config.max_context,
+            draft=draft,
+            texts=self._num_texts,
+            room=self._config.max_sessions,
+        )
 
     async def check_health(self) -> None:
         """Also gets the replica ready, before anybody asks for a text.
@@ -133,16 +187,18 @@ class TargetReplica:
         for task in (self._ready, self._rounds):
             if task is not None and task.done() and not task.cancelled():
                 task.result()
-        self._forward.check(STUCK_S if self._ready.done() else START_S)
+        self._forward.check(self._config.stuck_s if self._ready.done() else START_S)
 
-    async def close(self) -> None:
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Let ingresses go on elsewhere with their texts, for so long, and end."""
+        await self._server.drain(drain_s)
+        await self._server.close()
         if self._rounds is not None:
             self._rounds.cancel()
             await asyncio.gather(self._rounds, return_exceptions=True)
         if self._link is not None:
             await self._link.close()
         self._forward.close()
-        self._texts.close()
         self._guiding.close()
 
     async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
@@ -154,8 +210,7 @@ class TargetReplica:
         began = time.monotonic()
         try:
             await self.ready()
-            prompt = await self._tokenize(job.prompt)
-            refused = self._refuse(job, prompt)
+            refused = self._refuse(job)
             if refused is not None:
                 yield refused
                 return
@@ -166,52 +221,79 @@ class TargetReplica:
                     status=400, message=str(error), param=error.param, code="invalid_value"
                 )
                 return
-            echo = await self._echo(job, prompt) if job.echo else ""
-            yield Started(prompt_tokens=len(prompt), prompt_text=echo)
-            async with aclosing(self._generate(job, prompt, guide)) as events:
+            async with aclosing(self._generate(job, guide)) as events:
                 async for event in events:
                     yield event
             self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - began)
         finally:
             self._num_texts -= 1
 
-    async def _generate(
-        self, job: Generation, prompt: list[int], guide: Guide | None
-    ) -> AsyncGenerator[Event, None]:
-        text = self._text(job, prompt, guide)
-        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    async def _generate(self, job: Generation, guide: Guide | None) -> AsyncGenerator[Event, None]:
+        text = self._text(job, guide)
+        pieces = _Pieces(partial(self._pause, text))
         try:
             if text.finished is None:
                 self._pieces[text] = pieces
                 mode = job.speculate or ("ngram" if self._link is None else "model")
                 session = None
                 if mode == "model" and self._link is not None:
-                    session = self._link.session(text.sampling, len(prompt))
+                    session = self._link.session(text.sampling, len(job.prompt))
                 # The draft reads the prompt while the target does.
                 self._speculator.open(text, session, ngrams=mode != "none")
-                if self._rounds is None or self._rounds.done():
-                    raise LinearizedError("this replica no longer goes on with its texts")
-                await self._forward.run(self._engine.add, text)
-                self._wake.set()
+                await self._enter(text, None)
             done = text.finished is not None
+            started = False
             while not done:
+                if text in self._paused and pieces.qsize() < READ_AHEAD // 2:
+                    await self._unpause(text, pieces)
                 piece = await pieces.get()
+                if isinstance(piece, Exception) and text.error is piece:
+                    log.warning("a text ends with an error: %s", piece)
+                    break
                 if isinstance(piece, Exception):
                     raise LinearizedError("the model failed in the middle of a text") from piece
                 done = piece.finished is not None
-                yield Delta(text=piece.text, tokens=piece.tokens)
+                if not started:
+                    started = True
+                    yield _started(text)
+                yield Delta(
+                    text=piece.text,
+                    tokens=piece.tokens,
+                    accepted=piece.accepted,
+                    logprobs=piece.logprobs,
+                )
         finally:
+            self._paused.pop(text, None)
             if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
             self._speculator.close(text)
-        accepted = text.accepted.total()
-        yield Finished(
-            reason=text.finished or "stop",
-            completion_tokens=len(text.new_tokens),
-            accepted=accepted,
-            rejected=text.drafted.total() - accepted,
-            rounds=text.rounds,
-        )
+        if not started:
+            yield _started(text)
+        yield _finished(text)
+
+    async def _enter(self, text: Text, state: DecodeState | None) -> None:
+        """The engine goes on with it."""
+        if self._rounds is None or self._rounds.done():
+            raise LinearizedError("this replica no longer goes on with its texts")
+        await self._forward.run(self._engine.add, text, state)
+        self._wake.set()
+
+    def _pause(self, text: Text) -> None:
+        """Nobody reads what it gets: make room for others, and keep its state."""
+        if text not in self._paused and text.finished is None:
+            self._paused[text] = asyncio.create_task(self._leave(text))
+
+    async def _leave(self, text: Text) -> DecodeState | None:
+        state = await self._forward.run(self._engine.remove, text)
+        self._pieces.pop(text, None)  # only now: a round was going on
+        return state
+
+    async def _unpause(self, text: Text, pieces: _Pieces) -> None:
+        state = await self._paused[text]
+        del self._paused[text]
+        if text.finished is None:
+            self._pieces[text] = pieces
+            await self._enter(text, state)
 
     async def _go_on(self) -> None:
         """Round after round while there are texts. If that ends, so do they."""
@@ -256,46 +338,42 @@ class TargetReplica:
         for text in failed:
             await self._forward.run(self._engine.drop, text)
 
-    def _text(self, job: Generation, prompt: list[int], guide: Guide | None) -> Text:
+    def _text(self, job: Generation, guide: Guide | None) -> Text:
         return Text(
-            prompt,
+            job.prompt + job.text,
             sampling=replace(job.sampling, stop_ids=job.sampling.stop_ids | self._stop_ids),
             max_new_tokens=job.max_tokens,
             stop=job.stop,
             decode=self._decode,
+            logprobs=job.logprobs,
+            prompt_logprobs=job.prompt_logprobs,
+            num_prompt=len(job.prompt),
             guide=guide,
+            owner=job.owner,
         )
 
-    async def _tokenize(self, prompt: str | tuple[int, ...]) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        return list((await self._texts.run(self._tokenizer, prompt))["input_ids"])
-
-    async def _echo(self, job: Generation, prompt: list[int]) -> str:
-        if isinstance(job.prompt, str):
-            return job.prompt
-        return await self._texts.run(self._decode, prompt)
-
-    def _refuse(self, job: Generation, prompt: list[int]) -> Refused | None:
+    def _refuse(self, job: Generation) -> Refused | None:
         def invalid(message: str, param: str, code: str = "invalid_value") -> Refused:
             return Refused(status=400, message=message, param=param, code=code)
 
-        if not prompt:
+        if not job.prompt:
             return invalid("the prompt is empty; give at least one token", "prompt")
-        wrong = next((token for token in prompt if not 0 <= token < self._vocab_size), None)
-        if wrong is not None:
-            outside = f"token id {wrong} is outside the vocabulary of {self._vocab_size}"
-            return invalid(outside, "prompt")
-        unknown = [token for token in job.sampling.stop_ids if not 0 <= token < self._vocab_size]
-        if unknown:
-            outside = f"token id {min(unknown)} is outside the vocabulary of {self._vocab_size}"
-            return invalid(f"stop_token_ids: {outside}", "stop_token_ids")
+        named = {
+            "prompt": job.prompt + job.text,
+            "stop_token_ids": job.sampling.stop_ids,
+            "logit_bias": [token for token, _ in job.sampling.logit_bias],
+        }
+        for param, tokens in named.items():
+            wrong = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
+            if wrong is not None:
+                outside = f"token id {wrong} is outside the vocabulary of {self._vocab_size}"
+                return invalid(f"{param}: {outside}", param)
         limit = self._config.max_context
-        if len(prompt) + job.max_tokens > limit:
+        if len(job.prompt) + job.max_tokens > limit:
             return invalid(
-                f"at most {limit} tokens are served in one request; the prompt has {len(prompt)} "
-                f"and max_tokens is {job.max_tokens}: shorten one of them",
-                "prompt" if len(prompt) > limit else "max_tokens",
+                f"at most {limit} tokens are served in one request; the prompt has "
+                f"{len(job.prompt)} and max_tokens is {job.max_tokens}: shorten one of them",
+                "prompt" if len(job.prompt) > limit else "max_tokens",
                 "context_length_exceeded",
             )
         if job.speculate == "model" and self._link is None:
@@ -322,9 +400,52 @@ class TargetReplica:
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
 
 
+class _Pieces(asyncio.Queue[Piece | Exception]):
+    """Of one text, on the way to who reads it."""
+
+    def __init__(self, pause: Callable[[], None]) -> None:
+        """`pause` is called when too many wait."""
+        super().__init__()
+        self._pause = pause
+
+    def put_nowait(self, item: Piece | Exception) -> None:
+        super().put_nowait(item)
+        if self.qsize() >= READ_AHEAD:
+            self._pause()
+
+
+def _started(text: Text) -> Started:
+    return Started(
+        cached_tokens=text.cached_tokens, prompt_logprobs=tuple(text.prompt_alternatives)
+    )
+
+
+def _finished(text: Text) -> Finished:
+    depth = max(text.drafted, default=0)
+    return Finished(
+        reason=text.finished or "stop",
+        drafted=tuple(text.drafted[level] for level in range(1, depth + 1)),
+        accepted=tuple(text.accepted[level] for level in range(1, depth + 1)),
+        rounds=text.rounds,
+        error=str(text.error) if text.error is not None else "",
+    )
+
+
 def _stop_ids(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """The tokens that end a text, by the model and its tokenizer."""
+    """The tokens that end a text, by the model and its tokenizer.
+
+    Raises:
+        ConfigError: one of them is outside the vocabulary.
+    """
     own = tokenizer.eos_token_id
-    return frozenset(end_of_text(model)) | ({own} if own is not None else set())
+    found = frozenset(end_of_text(model)) | ({own} if own is not None else set())
+    vocab_size = model.config.vocab_size
+    outside = [token for token in found if not 0 <= token < vocab_size]
+    if outside:
+        raise ConfigError(
+            f"token id {outside[0]}, which ends a text, is outside the model's vocabulary of "
+            f"{vocab_size}; check eos_token_id in generation_config.json and the tokenizer"
+        )
+    return found

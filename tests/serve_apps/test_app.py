@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -16,7 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.local import LocalCluster
-from serve_apps.app import AppArgs, build
+from serve_apps.app import AppArgs, build, scale_by_texts
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the quick brown fox"
@@ -28,6 +29,24 @@ def test_arguments_come_as_text_and_are_checked():
     for wrong in ({"depth": "0"}, {"typo": "1"}, {"target_replicas": 3, "target_max_replicas": 2}):
         with pytest.raises(ValidationError):
             AppArgs.model_validate({"target": "t", **wrong})
+
+
+@pytest.mark.parametrize("wrong", ["many", "1-2-3", "0", "9-8", "70000", "-1"])
+def test_ports_that_are_no_range(wrong):
+    with pytest.raises(ValidationError, match="link_ports must"):
+        AppArgs.model_validate({"target": "t", "link_ports": wrong})
+
+
+def test_targets_are_as_many_as_their_texts_fill():
+    config = SimpleNamespace(get_target_ongoing_requests=lambda: 8)
+    for texts, replicas in (({}, 1), ({"a": 8.0}, 1), ({"a": 8.0, "b": 1.0}, 2), ({"a": 99.0}, 4)):
+        context = SimpleNamespace(
+            config=config,
+            aggregated_metrics={"texts": texts},
+            capacity_adjusted_min_replicas=1,
+            capacity_adjusted_max_replicas=4,
+        )
+        assert scale_by_texts(context) == (replicas, {})
 
 
 def test_the_app_fits_two_cpus():
@@ -44,7 +63,7 @@ def app(folders):
         serve = [sys.executable, "-m", "ray.serve.scripts"]
         start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
         args = [f"target={folders['target']}", f"draft={folders['draft']}", "max_context=200000"]
-        args += ["deadline_ms=500", "max_body=100000"]
+        args += ["deadline_ms=500", "max_body=100000", "target_replicas=2", "target_cpus=0.5"]
         run = ["run", "--non-blocking", "serve_apps.app:build", *args]
         for command in (start, run):
             done = subprocess.run(
@@ -140,7 +159,8 @@ def test_errors(client):
         (complete(client, max_tokens=-1), 400, "invalid_value"),
         (complete(client, max_tokens=200_000), 400, "context_length_exceeded"),
         (complete(client, prompt="x" * 200_000), 413, "request_too_large"),
-        (complete(client, n=2), 400, "unsupported_parameter"),
+        (complete(client, n=0), 400, "invalid_value"),
+        (complete(client, best_of=2), 400, "unsupported_parameter"),
         (client.get("/nowhere"), 404, "not_found"),
         (client.get(url), 405, "method_not_allowed"),
     ]
@@ -153,16 +173,16 @@ def test_errors(client):
 
 @pytest.mark.ray
 def test_a_client_that_leaves_ends_its_text(app, client):
-    (target,) = replicas(app[1], "target")
+    targets = replicas(app[1], "target")
     body = {"model": "target", "prompt": PROMPT, "max_tokens": 100_000, "temperature": 0}
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json=body, timeout=0.5)
     with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         next(response.iter_lines())
     time.sleep(0.5)
-    before = sum(target.cpu_times()[:2])
+    before = cpu_time(targets)
     time.sleep(1.0)
-    assert sum(target.cpu_times()[:2]) - before < 0.3  # nobody generates any more
+    assert cpu_time(targets) - before < 0.5  # nobody generates any more
 
 
 @pytest.mark.ray
@@ -193,6 +213,72 @@ def test_killing_the_draft_in_the_middle_changes_nothing(app, client):
     response = complete(client, speculate="model").json()
     details = response["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 15  # the new replica drafts
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_killing_a_target_in_the_middle_changes_nothing(app, client):
+    settings = [
+        {"max_tokens": 300, "speculate": "none"},
+        {"max_tokens": 300, "temperature": 0.9, "seed": 7},
+        {"max_tokens": 300, "temperature": 0.9, "seed": 8, "n": 2, "presence_penalty": 0.5},
+        {"max_tokens": 300, "stop": ["never to be seen"], "logprobs": 2},
+    ]
+    until(lambda: len(replicas(app[1], "target")) == 2, 240)
+    calm = [events(client, **one) for one in settings]
+    found: list = [None] * len(settings)
+    counts = [0] * len(settings)
+
+    def read(reader):
+        def count():
+            counts[reader] += 1
+
+        with httpx.Client(base_url=app[0], timeout=120) as own:
+            found[reader] = events(own, on_chunk=count, **settings[reader])
+
+    readers = [threading.Thread(target=read, args=(i,)) for i in range(len(settings))]
+    for reader in readers:
+        reader.start()
+    until(lambda: min(counts) > 3, 90)
+    killed = replicas(app[1], "target")[0]
+    killed.kill()
+    assert max(counts) < 250  # of 300 rounds
+    for reader in readers:
+        reader.join()
+    assert found == calm
+    until(lambda: len(replicas(app[1], "target")) == 2, 240)
+
+
+def events(client, on_chunk=lambda: None, **values):
+    """Text, tokens' log-probabilities and reason of each choice, and the tokens in all."""
+    body = {"model": "target", "prompt": PROMPT, "temperature": 0, "stream": True, **values}
+    body["stream_options"] = {"include_usage": True}
+    texts, reasons, tokens, usage = {}, {}, {}, None
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        *lines, done = [*filter(None, heard(response.iter_lines(), on_chunk))]
+        assert done == "data: [DONE]"
+        for line in lines:
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            usage = chunk["usage"] or usage
+            for choice in chunk["choices"]:
+                index = choice["index"]
+                texts[index] = texts.get(index, "") + choice["text"]
+                reasons[index] = choice["finish_reason"]
+                found = (choice["logprobs"] or {}).get("tokens", [])
+                tokens[index] = tokens.get(index, 0) + len(found)
+    return texts, reasons, tokens, usage["prompt_tokens"], usage["completion_tokens"]
+
+
+def heard(lines, on_line):
+    for line in lines:
+        on_line()
+        yield line
+
+
+def cpu_time(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def replicas(folder: Path, deployment: str) -> list[psutil.Process]:

@@ -5,68 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import threading
 
-import httpx
 import pytest
 
-from serve_apps.generation import Delta, Description, Finished, Refused, Started
-from serve_apps.http.ingress import IngressConfig, http_app
+from serve_apps.generation import Refused
+from serve_apps.http import bodies, requests
+from serve_apps.http.streams import TargetLost
+
+SCOPE = {
+    "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
+    "query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": "",
+    "asgi": {"version": "3.0"}, "server": ("test", 80), "client": ("test", 1),
+}  # fmt: skip
 
 
-class Echoing:
-    """Answers each prompt with its own words, one a round."""
+def receiving(body):
+    """A client that sends this and stays."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    def __init__(self) -> None:
-        self.jobs = []
-        self.ended = 0
-        self.fails: Exception | None = None
-        self.refuses: Refused | None = None
-        self.breaks = ""
-        self.pause = 0.0
+    async def receive():
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(60)
 
-    async def ready(self):
-        if self.fails is not None:
-            raise self.fails
-        return Description(fingerprint="fp", vocab_size=10, draft="none")
-
-    async def complete(self, job):
-        self.jobs.append(job)
-        try:
-            if self.refuses is not None:
-                yield self.refuses
-                return
-            if job.prompt == self.breaks:
-                raise ValueError("cannot start")
-            yield Started(prompt_tokens=3, prompt_text=job.prompt if job.echo else "")
-            words = str(job.prompt).split()
-            for word in words:
-                await asyncio.sleep(self.pause)
-                if word == "fail":
-                    raise ValueError("secret detail")
-                yield Delta(text=f" {word}", tokens=(1,))
-            yield Delta(text="!", tokens=())
-            yield Finished(
-                reason="length",
-                completion_tokens=len(words),
-                accepted=1,
-                rejected=2,
-                rounds=len(words),
-            )
-        finally:
-            self.ended += 1
-
-
-@pytest.fixture
-def target():
-    return Echoing()
-
-
-@pytest.fixture
-async def client(target):
-    app = http_app(target, IngressConfig(model="m", max_body=10_000))
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
+    return receive
 
 
 async def post(client, **values):
@@ -89,13 +53,16 @@ async def test_a_completion(client, target):
         {"index": 0, "text": " a b!", "logprobs": None, "finish_reason": "length"}
     ]
     assert body["usage"] == {
-        "prompt_tokens": 3,
+        "prompt_tokens": 2,
         "completion_tokens": 2,
-        "total_tokens": 5,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 1},
         "completion_tokens_details": {
             "accepted_prediction_tokens": 1,
             "rejected_prediction_tokens": 2,
             "verification_rounds": 2,
+            "drafted_by_depth": [2, 1],
+            "accepted_by_depth": [1, 0],
         },
     }
     assert target.ended == 1
@@ -110,7 +77,7 @@ async def test_without_a_seed_one_is_drawn_and_named(client, target):
 async def test_each_prompt_is_a_choice(client):
     body = (await post(client, prompt=["a", "b c"], echo=True)).json()
     assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "a a!"), (1, "b c b c!")]
-    assert body["usage"]["total_tokens"] == 9
+    assert body["usage"]["total_tokens"] == 8
 
 
 async def test_a_stream(client):
@@ -135,7 +102,7 @@ async def test_a_stream_with_usage_and_two_prompts(client):
         assert chunk["usage"] is None
         texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert texts == ["a a!", "b c b c!"]
-    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 3
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
 
 
 async def test_errors_have_openais_shape(client, target):
@@ -154,6 +121,7 @@ async def test_errors_have_openais_shape(client, target):
         assert response.status_code == status
         assert (error["param"], error["code"]) == (param, code)
         assert error["type"] == "invalid_request_error" and error["message"]
+        assert response.headers["x-request-id"] == response.json()["request_id"]
     assert cases[3][0].headers["allow"] == "POST"
     assert target.jobs == []
 
@@ -181,6 +149,7 @@ async def test_an_internal_error_tells_nothing_but_its_number(client, caplog):
     message = response.json()["error"]["message"]
     assert "secret" not in response.text and "Traceback" not in response.text
     number = message.split()[-1]
+    assert number == response.headers["x-request-id"] == response.json()["request_id"]
     (record,) = [r for r in caplog.records if number in r.getMessage()]
     assert record.exc_info and "secret detail" in str(record.exc_info[1])
 
@@ -216,12 +185,7 @@ async def test_a_client_that_leaves_ends_its_text(client, target, stream):
     async def send(message):
         pass
 
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
-        "query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": "",
-        "asgi": {"version": "3.0"}, "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
-    request = asyncio.create_task(app(scope, receive, send))
+    request = asyncio.create_task(app(SCOPE, receive, send))
     await asyncio.sleep(0.2)
     assert target.ended == 0
     left.set()
@@ -233,14 +197,193 @@ async def test_a_client_that_leaves_ends_its_text(client, target, stream):
 async def test_models_and_health(client, target):
     listed = (await client.get("/v1/models")).json()
     assert listed["object"] == "list" and listed["data"][0]["id"] == "m"
+    for path in ("/health", "/live", "/v1/models"):
+        response = await client.head(path)
+        assert (
+            response.status_code == 200 and "application/json" in response.headers["content-type"]
+        )
     assert (await client.get("/v1/models/m")).json() == listed["data"][0]
     assert (await client.get("/health")).json() == {"status": "ok", "draft": "none"}
     target.fails = RuntimeError("no replica")
     response = await client.get("/health")
     assert response.status_code == 503 and response.json()["error"]["code"] == "not_ready"
+    assert (await client.get("/live")).status_code == 200
 
 
 async def test_the_schema_is_published(client):
     schema = (await client.get("/openapi.json")).json()
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]
     assert "speculate" in body["content"]["application/json"]["schema"]["properties"]
+
+
+async def test_a_chat(client, target):
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "so kind"}]
+    body = {"model": "m", "messages": messages, "seed": 1}
+    whole = (await client.post("/v1/chat/completions", json=body)).json()
+    assert whole["object"] == "chat.completion" and whole["id"].startswith("chatcmpl-")
+    (choice,) = whole["choices"]
+    said = " system: be user: so kind assistant:!"
+    assert choice["message"] == {"role": "assistant", "content": said, "refusal": None}
+    assert target.jobs[0].max_tokens + len(target.jobs[0].prompt) == 2000
+    response = await client.post(
+        "/v1/chat/completions",
+        json={**body, "stream": True, "n": 2, "stream_options": {"include_usage": True}},
+    )
+    *chunks, done = events(response)
+    assert done == "[DONE]"
+    *chunks, last = [json.loads(chunk) for chunk in chunks]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert [chunk["choices"][0]["delta"].get("role") for chunk in chunks[:2]] == ["assistant"] * 2
+    texts = ["", ""]
+    for chunk in chunks:
+        (one,) = chunk["choices"]
+        assert "role" not in one["delta"] or one["delta"]["content"] == ""
+        texts[one["index"]] += one["delta"].get("content", "")
+    assert texts == [said] * 2
+    assert last["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+    assert last["usage"]["completion_tokens"] == 2 * whole["usage"]["completion_tokens"]
+
+
+async def test_a_chat_that_cannot_be(target, asking, folder, client):
+    body = {"model": "m", "messages": [{"role": "user", "content": "refused"}]}
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert "not this one" in response.json()["error"]["message"]
+    async with asking(path=folder) as plain:
+        response = await plain.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+    assert "no chat template" in response.json()["error"]["message"]
+    assert target.jobs == []
+
+
+async def test_tokenize_and_detokenize(client, tokenizer):
+    ids = tokenizer("größe")["input_ids"]
+    body = (await client.post("/tokenize", json={"prompt": "größe"})).json()
+    assert body == {"count": len(ids), "max_model_len": 2000, "tokens": ids}
+    body = (await client.post("/detokenize", json={"tokens": [*ids, 0]})).json()
+    assert body == {"prompt": "größe<|endoftext|>"}
+    messages = [{"role": "user", "content": "a"}]
+    body = (await client.post("/tokenize", json={"model": "m", "messages": messages})).json()
+    assert body["tokens"] == tokenizer("user: a\nassistant:")["input_ids"]
+    assert (await client.post("/tokenize", json={})).status_code == 400
+    assert (await client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
+
+
+async def test_log_probabilities_of_prompt_and_text(client, tokenizer):
+    response = await post(client, prompt="a bé", echo=True, logprobs=1)
+    (choice,) = response.json()["choices"]
+    found = choice["logprobs"]
+    assert choice["text"] == "a bé a bé!"
+    ids = [*tokenizer("a bé")["input_ids"], *tokenizer(" a")["input_ids"]]
+    ids += tokenizer(" bé")["input_ids"]
+    assert len(found["tokens"]) == len(ids)
+    assert found["token_logprobs"] == [None] + [-0.5] * (len(ids) - 1)
+    assert found["top_logprobs"][0] is None
+    assert found["top_logprobs"][1] == {found["tokens"][1]: -0.5}
+    known = [(token, at) for token, at in zip(found["tokens"], found["text_offset"], strict=True)
+             if not token.startswith("bytes:")]  # fmt: skip
+    assert known and all(choice["text"][at:].startswith(token) for token, at in known)
+
+
+async def test_an_error_of_a_text_ends_its_answer(client, target):
+    target.error = "the model gave NaN logits"
+    response = await post(client)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "the model gave NaN logits"
+    *_, last = events(await post(client, stream=True))
+    assert json.loads(last)["error"]["code"] == "generation_failed"
+
+
+async def test_a_target_that_is_lost(client, target):
+    target.raises = TargetLost("replica 3 died")
+    response = await post(client, prompt="fail")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "target_lost"
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("prompt", ["a b", ["a", "b"]])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_has_its_time(target, asking, stream, prompt):
+    target.pause = 60
+    async with asking(request_s=0.2) as client:
+        response = await post(client, stream=stream, prompt=prompt)
+    assert response.status_code == (200 if stream else 504)
+    *_, last = events(response) if stream else [response.text]
+    assert json.loads(last)["error"]["code"] == "deadline_exceeded"
+    assert target.ended == len(target.jobs)
+
+
+async def test_a_body_has_its_time(asking):
+    async def never():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async with asking(body_s=0.1) as client:
+        response = await client.post("/v1/completions", content=never())
+    assert response.status_code == 408
+    assert response.json()["error"]["code"] == "request_timeout"
+
+
+async def test_a_client_that_takes_nothing_is_left(target, asking):
+    async with asking(send_s=0.1) as client:
+        app = client._transport.app
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(60)
+
+        body = json.dumps({"model": "m", "prompt": "a b", "stream": True}).encode()
+        await asyncio.wait_for(app(SCOPE, receiving(body), send), 20)
+        assert target.ended == 1
+
+
+async def test_whoever_names_requests_names_answers(client, caplog):
+    caplog.set_level(logging.INFO)
+    headers = {"x-request-id": "mine-1"}
+    response = await client.get("/nowhere", headers=headers)
+    assert response.json()["request_id"] == "mine-1" and "x-request-id" not in response.headers
+    response = await client.get("/nowhere", headers={"x-request-id": "a b"})
+    assert response.json()["request_id"].startswith("req-")
+
+
+async def test_large_bodies_are_parsed_in_a_thread(asking, monkeypatch):
+    """vllm#49239: others wait while a large body is looked at."""
+    threads = []
+    parse = requests.parse
+    monkeypatch.setattr(
+        requests, "parse", lambda *given: threads.append(threading.get_ident()) or parse(*given)
+    )
+    async with asking() as client:
+        for size in (10, bodies.LARGE):
+            response = await post(client, user="x" * size)
+            assert response.status_code == 200
+    assert threads[0] == threading.get_ident() != threads[1]
+
+
+async def test_a_prompt_that_cannot_fit_is_not_tokenized(asking, monkeypatch):
+    """vllm#24910: a prompt of megabytes keeps the tokenizer from all others."""
+    from serve_apps.http.tokens import Tokenizer
+
+    async with asking() as client:
+        monkeypatch.setattr(Tokenizer, "_ids", lambda *given, **how: pytest.fail("tokenized"))
+        text = "x" * 40_000
+        for path, body in {
+            "/v1/completions": {"model": "m", "prompt": text},
+            "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": text}]},
+            "/tokenize": {"prompt": text},
+        }.items():
+            response = await client.post(path, json=body)
+            assert response.status_code == 400
+            assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_line_breaks_of_unicode_are_escaped_in_events(client):
+    """dify#39008: clients that split lines by Unicode's rules lose events."""
+    text = "a\u2028b\u2029c\u0085d"
+    response = await post(client, prompt=text, stream=True, echo=True)
+    for line in response.text.splitlines():
+        assert not line or line.startswith("data: ")
+    first = json.loads(events(response)[0])
+    assert first["choices"][0]["text"] == text

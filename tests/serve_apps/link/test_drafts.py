@@ -192,7 +192,7 @@ async def test_a_silent_peer_is_dropped():
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(LinkError), pytest.MonkeyPatch.context() as patch:
             patch.setattr("serve_apps.link.connection.HANDSHAKE_S", 0.1)
-            await dial(replace(endpoint, port=port))
+            await dial(replace(endpoint, port=port, path=""))
         server.close()
         await asyncio.sleep(0.05)
 

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linearized.speculative import Sampling, TokenTree
+from linearized.speculative import Alternatives, Sampling, TokenTree
+from serve_apps.generation import (
+    GUIDES,
+    SPECULATE,
+    Delta,
+    Description,
+    Finished,
+    Generation,
+    Guide,
+    Refused,
+    Started,
+)
 from serve_apps.link import protocol
 from serve_apps.link.protocol import (
     Challenge,
@@ -25,6 +36,18 @@ from serve_apps.link.protocol import (
     Welcome,
     decode,
     encode,
+)
+from serve_apps.link.texts import (
+    PART,
+    WINDOW,
+    Cancel,
+    Failed,
+    More,
+    PromptPart,
+    Said,
+    Status,
+    Submit,
+    said,
 )
 
 count = st.integers(0, 2**53)
@@ -53,6 +76,63 @@ def trees(draw) -> TokenTree:
     return TokenTree(ids, tuple(draw(st.integers(-1, i - 1)) for i in range(len(ids))))
 
 
+few = st.integers(0, 9)
+words = st.text(max_size=20)
+alternatives = st.builds(
+    Alternatives,
+    st.floats(-99, 0),
+    st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(-99, 0)), max_size=4).map(tuple),
+)
+prompts = st.lists(st.none() | alternatives, max_size=4).map(tuple)
+jobs = st.builds(
+    Generation,
+    prompt=tokens,
+    text=tokens,
+    max_tokens=count,
+    sampling=samplings,
+    stop=st.lists(words, max_size=4).map(tuple),
+    logprobs=st.none() | few,
+    prompt_logprobs=st.none() | few,
+    guide=st.none() | st.builds(Guide, kind=st.sampled_from(GUIDES), source=words),
+    speculate=st.none() | st.sampled_from(SPECULATE),
+    owner=words,
+)
+levels = st.lists(few, max_size=4).map(tuple)
+events = st.one_of(
+    st.builds(Started, cached_tokens=count, prompt_logprobs=prompts),
+    st.builds(
+        Delta,
+        text=words,
+        tokens=tokens,
+        accepted=few,
+        logprobs=st.lists(alternatives, max_size=3).map(tuple),
+    ),
+    st.builds(
+        Finished,
+        reason=st.sampled_from(["stop", "length", "error"]),
+        drafted=levels,
+        accepted=levels,
+        rounds=count,
+        error=words,
+    ),
+    st.builds(
+        Refused,
+        status=st.integers(400, 599),
+        message=words,
+        code=words,
+        param=st.none() | words,
+        retry_after=st.none() | few,
+    ),
+)
+descriptions = st.builds(
+    Description,
+    fingerprint=words,
+    vocab_size=count,
+    max_context=count,
+    draft=st.sampled_from(["none", "connected", "away"]),
+    texts=count,
+    room=count,
+)
 messages = st.one_of(
     st.builds(Challenge, count, nonce),
     st.builds(Hello, count, nonce, nonce),
@@ -64,6 +144,13 @@ messages = st.one_of(
     st.just(Heartbeat()),
     st.just(GoAway()),
     st.builds(Error, count, count, st.text(max_size=50), st.text(max_size=50)),
+    st.builds(Submit, count, jobs),
+    st.builds(Cancel, count),
+    st.builds(More, count, st.integers(1, WINDOW)),
+    st.builds(Said, count, events),
+    st.builds(PromptPart, count, prompts),
+    st.builds(Failed, count, st.text(max_size=50)),
+    st.builds(Status, descriptions),
 )
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
@@ -76,7 +163,12 @@ def test_round_trip(message):
     frame = encode(message)
     size = protocol.frame_size(frame[: protocol.HEADER])
     assert size == len(frame) - protocol.HEADER
-    assert decode(frame[protocol.HEADER :]) == message
+    assert decode(frame[protocol.HEADER :]) == [message]
+
+
+@given(st.lists(messages, max_size=5))
+def test_messages_share_a_frame(many):
+    assert decode(encode(*many)[protocol.HEADER :]) == many
 
 
 @given(st.binary(max_size=200))
@@ -85,13 +177,13 @@ def test_any_bytes(payload):
         decode(payload)
 
 
-@given(st.integers(0, 12), st.lists(plain, max_size=6))
+@given(st.integers(0, 20), st.lists(plain, max_size=6))
 def test_any_fields(number, fields):
     try:
-        message = decode(msgpack.packb([number, *fields]))
+        found = decode(msgpack.packb([[number, *fields]]))
     except ProtocolError:
         return
-    assert decode(encode(message)[protocol.HEADER :]) == message
+    assert decode(encode(*found)[protocol.HEADER :]) == found
 
 
 @given(messages, st.data())
@@ -126,11 +218,30 @@ def greedy(temperature: float) -> list:
         ([77], "unknown message"),
         ([], "begins with its number"),
         ({"a": 1}, "begins with its number"),
+        ([13, 1, 33], "integer between"),  # more events than a window has
+        ([14, 1, [9, []]], "integer between"),  # no such event
+        ([14, 1, [1, ["a", [-1], 0, []]]], "token ids"),
+        ([14, 1, [1, ["a", [True], 0, []]]], "token ids"),
+        ([14, 1, [2, ["done", [], [], 1, ""]]], "expected one of"),
+        ([11, 1, []], "10 values"),
     ],
 )
 def test_refused(values, says):
     with pytest.raises(ProtocolError, match=says):
-        decode(msgpack.packb(values))
+        decode(msgpack.packb([values]))
+
+
+def test_a_frame_is_an_array():
+    with pytest.raises(ProtocolError, match="array of messages"):
+        decode(msgpack.packb({"a": 1}))
+
+
+def test_a_long_prompts_log_probabilities_come_in_parts():
+    whole = (None, *[Alternatives(-1.0, ((3, -1.0),))] * (2 * PART))
+    *parts, last = said(7, Started(cached_tokens=4, prompt_logprobs=whole))
+    assert sum((part.logprobs for part in parts), ()) == whole
+    assert last == Said(7, Started(cached_tokens=4))
+    assert decode(encode(*parts)[protocol.HEADER :]) == parts
 
 
 def test_frames_are_bounded():

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import math
+import shutil
 import time
+from dataclasses import dataclass
 
 import pytest
 
 import linearized
 from linearized import packing
 from linearized.compiled import is_compiled
-from linearized.errors import LinearizedError
+from linearized.errors import ConfigError, LinearizedError
 from linearized.products import Choice
 from linearized.speculative import Engine, Sampling
 from serve_apps.draft.replica import DraftConfig, DraftReplica
-from serve_apps.generation import Delta, Finished, Generation, Refused, Started
+from serve_apps.generation import Delta, Finished, Generation, Guide, Refused, Started
 from serve_apps.link import drafts
 from serve_apps.target.replica import TargetConfig, TargetReplica
 from serve_apps.target.speculator import Speculator
 
-PROMPT = "the quick brown fox"
+PROMPT = (260, 311, 278, 258, 290, 78, 307, 88)
+"""the quick brown fox"""
 
 
 @pytest.fixture(autouse=True)
@@ -55,14 +59,33 @@ async def drafting(folder):
         await draft.close()
 
 
+@dataclass(frozen=True)
+class End:
+    """What the events of a text say about it in the end."""
+
+    reason: str
+    completion_tokens: int
+    accepted: int
+    rejected: int
+    rounds: int
+
+
 async def read(target, wanted):
-    """Text and last event."""
+    """A text and its end."""
     seen = [event async for event in target.complete(wanted)]
-    assert isinstance(seen[0], Started) and isinstance(seen[-1], Finished)
-    assert all(isinstance(event, Delta) for event in seen[1:-1])
-    text = "".join(event.text for event in seen[1:-1])
-    assert sum(len(event.tokens) for event in seen[1:-1]) == seen[-1].completion_tokens
-    return text, seen[-1]
+    first, *deltas, last = seen
+    assert isinstance(first, Started) and isinstance(last, Finished)
+    assert all(isinstance(event, Delta) for event in deltas)
+    accepted = sum(last.accepted)
+    assert sum(event.accepted for event in deltas) == accepted
+    assert all(event.accepted <= len(event.tokens) for event in deltas)
+    return "".join(event.text for event in deltas), End(
+        reason=last.reason,
+        completion_tokens=sum(len(event.tokens) for event in deltas),
+        accepted=accepted,
+        rejected=sum(last.drafted) - accepted,
+        rounds=last.rounds,
+    )
 
 
 SAMPLINGS = [Sampling(), Sampling(temperature=0.9, top_p=0.95, top_k=40, min_p=0.02, seed=3)]
@@ -74,7 +97,7 @@ async def test_the_text_is_the_same_with_every_drafter(folders, tokenizer, sampl
     settings = {
         name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
     }
-    ids = linearized.generate(model, tokenizer(PROMPT)["input_ids"], max_new_tokens=48, **settings)
+    ids = linearized.generate(model, list(PROMPT), max_new_tokens=48, **settings)
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     for name in ("draft", "wrong"):
         async with drafting(folders[name]) as draft, replica(folders, draft.endpoint) as target:
@@ -194,36 +217,68 @@ async def test_stop_tokens_and_stop_strings_that_name_special_tokens(folders, to
 async def test_a_model_that_gives_no_numbers_is_named(folders):
     async with replica(folders) as target:
         target._model.model.norm.register_forward_hook(lambda norm, given, out: out * math.nan)
-        with pytest.raises(LinearizedError, match="in the middle of a text") as caught:
-            await read(target, job())
-        assert "the model gave NaN logits" in str(caught.value.__cause__)
+        seen = [event async for event in target.complete(job())]
+        assert seen[-1].reason == "error"
+        assert "the model gave NaN logits" in seen[-1].error
 
 
 async def test_max_tokens_none_at_all(folders):
     async with replica(folders) as target:
-        seen = [event async for event in target.complete(job(max_tokens=0, echo=True))]
-        assert seen[0].prompt_text == PROMPT
-        assert (seen[-1].reason, seen[-1].completion_tokens) == ("length", 0)
-        assert len(seen) == 2
+        seen = [event async for event in target.complete(job(max_tokens=0))]
+        assert seen == [Started(), Finished(reason="length", rounds=0)]
 
 
-async def test_token_ids_are_a_prompt_too(folders, tokenizer):
-    ids = tuple(tokenizer(PROMPT)["input_ids"])
+async def test_a_text_goes_on_where_another_replica_left_it(folders):
+    sampling = Sampling(temperature=0.9, seed=3, frequency_penalty=0.3)
     async with replica(folders) as target:
-        assert await read(target, job(prompt=ids)) == await read(target, job())
-        start = await anext(target.complete(job(prompt=ids, echo=True)))
-        assert start == Started(prompt_tokens=len(ids), prompt_text=PROMPT)
+        seen = [event async for event in target.complete(job(sampling=sampling))]
+        tokens = [token for event in seen if isinstance(event, Delta) for token in event.tokens]
+        text, _ = await read(target, job(sampling=sampling))
+        for size in (1, 20, 47):
+            rest = job(sampling=sampling, text=tuple(tokens[:size]))
+            seen = [event async for event in target.complete(rest)]
+            found = [token for event in seen if isinstance(event, Delta) for token in event.tokens]
+            assert tokens[:size] + found == tokens
+            said = "".join(event.text for event in seen if isinstance(event, Delta))
+            assert said and text.endswith(said)
+
+
+async def test_logprobs_are_the_same_with_every_drafter(folders):
+    found = []
+    async with drafting(folders["draft"]) as draft, replica(folders, draft.endpoint) as target:
+        await target.ready()
+        for speculate in ("model", "ngram", "none"):
+            seen = [event async for event in target.complete(job(logprobs=2, speculate=speculate))]
+            deltas = [event for event in seen if isinstance(event, Delta)]
+            assert all(len(event.logprobs) == len(event.tokens) for event in deltas)
+            found.append([one for event in deltas for one in event.logprobs])
+    for other in found[1:]:
+        assert [len(one.top) for one in other] == [2] * 48
+        assert [one.logprob for one in other] == pytest.approx(
+            [one.logprob for one in found[0]], abs=1e-4
+        )
+
+
+async def test_an_end_of_text_outside_the_vocabulary_is_refused_at_the_start(folders, tmp_path):
+    shutil.copytree(folders["target"], tmp_path / "target")
+    place = tmp_path / "target" / "generation_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "eos_token_id": 50_256}))
+    with pytest.raises(ConfigError, match="token id 50256, which ends a text, is outside"):
+        TargetReplica(TargetConfig(path=str(tmp_path / "target")))
 
 
 @pytest.mark.parametrize(
     "values, param, code",
     [
-        ({"prompt": ""}, "prompt", "invalid_value"),
+        ({"prompt": ()}, "prompt", "invalid_value"),
         ({"prompt": (5, 10_000)}, "prompt", "invalid_value"),
         ({"prompt": PROMPT * 50}, "prompt", "context_length_exceeded"),
         ({"max_tokens": 100}, "max_tokens", "context_length_exceeded"),
         ({"speculate": "model"}, "speculate", "invalid_value"),
         ({"sampling": Sampling(stop_ids={3, 10_000})}, "stop_token_ids", "invalid_value"),
+        ({"sampling": Sampling(logit_bias={10_000: 1.0})}, "logit_bias", "invalid_value"),
+        ({"guide": Guide("json")}, "guided", "unsupported_parameter"),
+        ({"prompt_logprobs": 1}, "logprobs", "unsupported_parameter"),
     ],
 )
 async def test_refused(folders, values, param, code):

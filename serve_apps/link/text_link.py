@@ -1,0 +1,147 @@
+"""The ingress's end of the link to one target replica, for as long as its connection lives."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Callable
+
+from linearized.speculative import Alternatives
+from serve_apps.generation import Description, Event, Finished, Generation, Refused, Started
+from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError, dial
+from serve_apps.link.protocol import Endpoint, GoAway, Message, ProtocolError
+from serve_apps.link.texts import WINDOW, Cancel, Failed, More, PromptPart, Said, Status, Submit
+
+log = logging.getLogger(__name__)
+
+
+class TextLink:
+    """A replica, as the relay sees it."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        changed: Callable[[], None],
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        """Connects by itself. `changed` is called when the replica can be used, or no longer."""
+        self.endpoint = endpoint
+        self.leaving = False
+        """Has it asked to go on elsewhere?"""
+        self.description: Description | None = None
+        """What it has said of itself last."""
+        self._changed = changed
+        self._heartbeat_s = heartbeat_s
+        self._connection: Connection | None = None
+        self._texts: dict[int, _Events] = {}
+        self._numbers = itertools.count()
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def gone(self) -> bool:
+        return self._task.done()
+
+    @property
+    def usable(self) -> bool:
+        return self._connection is not None and self.description is not None and not self.leaving
+
+    @property
+    def load(self) -> float:
+        """Texts for each that it goes on with at a time."""
+        if self.description is None:
+            return 0.0
+        return max(self.description.texts, len(self._texts)) / max(1, self.description.room)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
+        """Events of one text, up to Finished or Refused. Whoever closes it early ends the text.
+
+        Raises:
+            LinkError: the replica does not go on with it; another one may.
+        """
+        connection = self._connection
+        if connection is None:
+            raise LinkError("the connection has ended")
+        number = next(self._numbers)
+        self._texts[number] = events = _Events()
+        ended, taken = False, 0
+        try:
+            connection.send(Submit(number, job))
+            while not ended:
+                event = await events.queue.get()
+                ended = isinstance(event, Finished | Refused | LinkError)
+                if isinstance(event, LinkError):
+                    raise event
+                yield event
+                taken += 1
+                if taken == WINDOW // 2:
+                    connection.send(More(number, taken))
+                    taken = 0
+        except ProtocolError as error:
+            ended = True
+            yield Refused(status=413, message=str(error), code="request_too_large")
+        finally:
+            del self._texts[number]
+            if not ended:
+                connection.send(Cancel(number))
+
+    async def _run(self) -> None:
+        reason = LinkError("the target's connection has ended")
+        try:
+            connection = await dial(self.endpoint, heartbeat_s=self._heartbeat_s)
+            self._connection = connection
+            try:
+                while True:
+                    self._take(await connection.receive())
+            finally:
+                await connection.abort()
+        except (LinkError, ProtocolError) as error:
+            log.info("link to a target: %s", error)
+            reason = LinkError(str(error))
+        finally:
+            self._connection = None
+            for text in self._texts.values():
+                text.queue.put_nowait(reason)
+            asyncio.get_running_loop().call_soon(self._changed)  # once this task is done
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Said(number, event):
+                if number in self._texts:
+                    self._texts[number].add(event)
+            case PromptPart(number, logprobs):
+                if number in self._texts:
+                    self._texts[number].prompt += logprobs
+            case Failed(number, reason):
+                if number in self._texts:
+                    self._texts[number].queue.put_nowait(LinkError(reason))
+            case Status(description):
+                first, self.description = self.description is None, description
+                if first:
+                    self._changed()
+            case GoAway():
+                self.leaving = True
+                self._changed()
+            case _:
+                raise LinkError(f"a target does not send {type(message).__name__}")
+
+
+class _Events:
+    """Of one text, as they come. The target stops at WINDOW of them that nobody has taken."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Event | LinkError] = asyncio.Queue()
+        self.prompt: list[Alternatives | None] = []
+
+    def add(self, event: Event) -> None:
+        if self.queue.qsize() > 2 * WINDOW:
+            raise LinkError("a target does not send more than it was allowed")
+        if isinstance(event, Started) and self.prompt:
+            logprobs, self.prompt = tuple(self.prompt), []
+            event = Started(cached_tokens=event.cached_tokens, prompt_logprobs=logprobs)
+        self.queue.put_nowait(event)

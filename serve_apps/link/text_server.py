@@ -1,0 +1,175 @@
+"""The target's end of the link to the ingress: texts of all its peers, side by side.
+
+Knows sockets and flow control; of the target only that it completes texts. A text that nobody reads
+waits, and holds up no other; a peer that is gone leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Protocol
+
+from serve_apps.generation import Description, Event, Generation
+from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError
+from serve_apps.link.listener import ANY_PORT, Listener
+from serve_apps.link.protocol import Endpoint, GoAway, Message
+from serve_apps.link.texts import WINDOW, Cancel, Failed, More, Status, Submit, said
+
+STATUS_S = 0.25
+"""Seconds between two looks at what peers should know of the target."""
+DRAIN_S = 0.02
+
+log = logging.getLogger(__name__)
+
+
+class Completes(Protocol):
+    """A target replica."""
+
+    def complete(self, job: Generation) -> AsyncGenerator[Event, None]: ...
+
+    async def ready(self) -> Description: ...
+
+    async def check_health(self) -> None: ...
+
+
+class TextServer:
+    def __init__(
+        self,
+        target: Completes,
+        *,
+        host: str = "127.0.0.1",
+        ports: tuple[int, int] = ANY_PORT,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self._target = target
+        self._listener = Listener(self._serve, host=host, ports=ports, heartbeat_s=heartbeat_s)
+        self._started: asyncio.Task[Endpoint] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._status: Description | None = None
+        self._leaving = False
+        self._num_texts = 0
+
+    @property
+    def num_texts(self) -> int:
+        return self._num_texts
+
+    async def endpoint(self) -> Endpoint:
+        """Where ingresses connect to. The first call waits until the target is warm."""
+        if self._started is None:
+            self._started = asyncio.create_task(self._start())
+        return await asyncio.shield(self._started)
+
+    async def drain(self, seconds: float) -> None:
+        """Ask all peers to go on elsewhere with their texts, and wait until they have, or for so
+        long. No further texts are taken."""
+        self._leave()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._num_texts:
+                    await asyncio.sleep(DRAIN_S)
+
+    async def close(self) -> None:
+        tasks = [task for task in (self._started, self._watching) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._listener.close()
+
+    async def _start(self) -> Endpoint:
+        self._status = await self._target.ready()
+        endpoint = await self._listener.start(
+            fingerprint=self._status.fingerprint, vocab_size=self._status.vocab_size
+        )
+        self._watching = asyncio.create_task(self._watch())
+        return endpoint
+
+    async def _watch(self) -> None:
+        """Tell the peers what has changed, and that they should leave if the target is ill."""
+        while True:
+            await asyncio.sleep(STATUS_S)
+            try:
+                await self._target.check_health()
+            except Exception as error:
+                if not self._leaving:
+                    log.error("this target does not go on: %s", error)
+                self._leave()
+                continue
+            status = await self._target.ready()
+            if status != self._status:
+                self._status = status
+                for connection in self._listener.connections:
+                    connection.send(Status(status))
+
+    def _leave(self) -> None:
+        if not self._leaving:
+            self._leaving = True
+            for connection in self._listener.connections:
+                connection.send(GoAway())
+
+    async def _serve(self, connection: Connection) -> None:
+        assert self._status is not None
+        connection.send(GoAway() if self._leaving else Status(self._status))
+        texts: dict[int, _Text] = {}
+        try:
+            while True:
+                self._take(connection, texts, await connection.receive())
+        finally:
+            tasks = [text.task for text in texts.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _take(self, connection: Connection, texts: dict[int, _Text], message: Message) -> None:
+        match message:
+            case Submit(number, _) if number in texts:
+                raise LinkError(f"an ingress does not submit text {number} twice")
+            case Submit(number, _) if self._leaving:
+                connection.send(Failed(number, "this target is about to end"))
+            case Submit(number, job):
+                texts[number] = text = _Text()
+                text.task = asyncio.create_task(self._say(connection, texts, number, job))
+            case Cancel(number):
+                if number in texts:
+                    texts[number].task.cancel()
+            case More(number, events):
+                if number in texts:
+                    texts[number].allow(events)
+            case _:
+                raise LinkError(f"an ingress does not send {type(message).__name__}")
+
+    async def _say(
+        self, connection: Connection, texts: dict[int, _Text], number: int, job: Generation
+    ) -> None:
+        self._num_texts += 1
+        try:
+            async with aclosing(self._target.complete(job)) as events:
+                async for event in events:
+                    await texts[number].turn()
+                    for message in said(number, event):
+                        connection.send(message)
+        except Exception as error:
+            log.exception("a text ends here; its ingress may go on with it elsewhere")
+            reason = str(error).split("\n")[0] or type(error).__name__
+            connection.send(Failed(number, reason[:500]))
+        finally:
+            self._num_texts -= 1
+            del texts[number]
+
+
+class _Text:
+    task: asyncio.Task[None]
+
+    def __init__(self) -> None:
+        self._room = asyncio.Semaphore(WINDOW)
+
+    async def turn(self) -> None:
+        """Wait until one more event may be sent."""
+        await self._room.acquire()
+
+    def allow(self, events: int) -> None:
+        for _ in range(events):
+            self._room.release()

@@ -1,0 +1,197 @@
+"""What crosses the link between the ingress and a target replica. Knows no socket and no model.
+
+    ingress   Submit, Cancel, More ->          one text each; any number side by side
+    target    <- Said, PromptPart, Failed      the same
+    target    <- Status, GoAway                about itself
+
+A text's Said are numbered by nothing: a connection keeps their order, and a text ends with its
+connection. The target says no more than WINDOW things about a text before the ingress says that it
+has taken some of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from linearized.speculative import Alternatives
+from serve_apps.generation import (
+    GUIDES,
+    SPECULATE,
+    Delta,
+    Description,
+    Event,
+    Finished,
+    Generation,
+    Guide,
+    Refused,
+    Started,
+)
+from serve_apps.link import wire
+from serve_apps.link.wire import (
+    ALTERNATIVES,
+    COUNT,
+    SAMPLING,
+    TEXT,
+    TOKENS,
+    Field,
+    choice,
+    optional,
+    record,
+    several,
+    string,
+)
+
+WINDOW = 32
+"""Events of a text that the ingress has not taken yet; then the target waits with it."""
+PART = 512
+"""Tokens of a prompt whose log-probabilities fit one message."""
+MAX_STRING = 2**20
+"""Characters of one string in a generation or an event."""
+MAX_STOPS = 64
+MAX_TAKEN = 1024
+"""Tokens of one event."""
+MAX_LEVELS = 256
+"""Of a drafted tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    text: int
+    job: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    text: int
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """Says that the ingress has taken so many events of a text."""
+
+    text: int
+    events: int
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    text: int
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """The next of a prompt's log-probabilities. The Started that they belong to comes after them,
+    without any."""
+
+    text: int
+    logprobs: tuple[Alternatives | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """This target does not go on with the text; another one might."""
+
+    text: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    description: Description
+
+
+def said(text: int, event: Event) -> list[Said | PromptPart]:
+    """An event as messages, each of which fits a frame."""
+    if not isinstance(event, Started) or len(event.prompt_logprobs) <= PART:
+        return [Said(text, event)]
+    whole = event.prompt_logprobs
+    parts = [PromptPart(text, whole[i : i + PART]) for i in range(0, len(whole), PART)]
+    return [*parts, Said(text, Started(cached_tokens=event.cached_tokens))]
+
+
+_GENERATION = record(
+    Generation,
+    {
+        "prompt": TOKENS,
+        "text": TOKENS,
+        "max_tokens": COUNT,
+        "sampling": SAMPLING,
+        "stop": several(string(MAX_STRING), MAX_STOPS),
+        "logprobs": optional(COUNT),
+        "prompt_logprobs": optional(COUNT),
+        "guide": optional(
+            record(Guide, {"kind": choice(*GUIDES), "source": string(MAX_STRING)}),
+        ),
+        "speculate": optional(choice(*SPECULATE)),
+        "owner": TEXT,
+    },
+)
+_LEVELS = several(COUNT, MAX_LEVELS)
+_PROMPT_LOGPROBS = several(optional(ALTERNATIVES), PART)
+_EVENTS: dict[type[Any], Field] = {
+    Started: record(Started, {"cached_tokens": COUNT, "prompt_logprobs": _PROMPT_LOGPROBS}),
+    Delta: record(
+        Delta,
+        {
+            "text": string(MAX_STRING),
+            "tokens": TOKENS,
+            "accepted": COUNT,
+            "logprobs": several(ALTERNATIVES, MAX_TAKEN),
+        },
+    ),
+    Finished: record(
+        Finished,
+        {
+            "reason": choice("stop", "length", "error"),
+            "drafted": _LEVELS,
+            "accepted": _LEVELS,
+            "rounds": COUNT,
+            "error": string(MAX_STRING),
+        },
+    ),
+    Refused: record(
+        Refused,
+        {
+            "status": wire.integer(400, 599),
+            "message": string(MAX_STRING),
+            "code": TEXT,
+            "param": optional(TEXT),
+            "retry_after": optional(COUNT),
+        },
+    ),
+}
+_KINDS = list(_EVENTS)
+_DESCRIPTION = record(
+    Description,
+    {
+        "fingerprint": TEXT,
+        "vocab_size": COUNT,
+        "max_context": COUNT,
+        "draft": choice("none", "connected", "away"),
+        "texts": COUNT,
+        "room": COUNT,
+    },
+)
+
+
+def _event(value: Any) -> Event:
+    kind, fields = wire.array(value, 2)
+    return _EVENTS[_KINDS[wire.integer(0, len(_KINDS) - 1).read(kind)]].read(fields)
+
+
+def _pack_event(event: Event) -> list[Any]:
+    kind = type(event)
+    return [_KINDS.index(kind), _EVENTS[kind].write(event)]
+
+
+FIELDS: dict[type[Any], tuple[Field, ...]] = {
+    Submit: (COUNT, _GENERATION),
+    Cancel: (COUNT,),
+    More: (COUNT, wire.integer(1, WINDOW)),
+    Said: (COUNT, Field(_event, _pack_event)),
+    PromptPart: (COUNT, _PROMPT_LOGPROBS),
+    Failed: (COUNT, TEXT),
+    Status: (_DESCRIPTION,),
+}

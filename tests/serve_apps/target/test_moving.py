@@ -1,0 +1,180 @@
+"""Texts of real replicas that go on elsewhere, or wait because nobody reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from contextlib import aclosing
+
+import pytest
+
+from linearized.speculative import Sampling
+from serve_apps.generation import Delta, Finished, Generation
+from serve_apps.http import relay
+from serve_apps.http.relay import Relay
+from serve_apps.link.connection import LinkError
+from serve_apps.link.targets import Targets
+from serve_apps.target import replica as replicas
+from serve_apps.target.replica import TargetConfig, TargetReplica
+
+PROMPT = tuple(range(40, 60))
+
+
+def job(**values):
+    options = {"prompt": PROMPT, "max_tokens": 40, "sampling": Sampling(), **values}
+    return Generation(**options)
+
+
+@contextlib.asynccontextmanager
+async def replica(folders, **settings):
+    target = TargetReplica(TargetConfig(path=str(folders["target"]), **settings))
+    try:
+        yield target
+    finally:
+        await target.close()
+
+
+async def said(target, wanted):
+    """Text, tokens, log-probabilities to a few digits, and reason."""
+    text, tokens, logprobs, end = "", [], [], None
+    async for event in target.complete(wanted):
+        if isinstance(event, Delta):
+            text += event.text
+            tokens += event.tokens
+            logprobs += [
+                (round(one.logprob, 3), [id for id, _ in one.top]) for one in event.logprobs
+            ]
+        if isinstance(event, Finished):
+            end = event
+    assert sum(end.accepted) <= sum(end.drafted) and end.rounds >= 0
+    return text, tokens, logprobs, end.reason
+
+
+class Dying:
+    """Replicas that die after so many events of each text."""
+
+    leaving = False
+
+    def __init__(self, target, events):
+        self.description = None
+        self._target, self._events = target, events
+
+    async def ready(self):
+        return await self._target.ready()
+
+    async def pick(self, **_):
+        return self
+
+    def others(self, *_):
+        return False
+
+    async def complete(self, wanted):
+        async with aclosing(self._target.complete(wanted)) as events:
+            left = self._events
+            async for event in events:
+                if not left:
+                    raise LinkError("died")
+                left -= 1
+                yield event
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(relay, "PAUSE_S", 0.0)
+
+
+async def test_cut_again_and_again_it_reads_the_same(folders, caplog):
+    async with replica(folders) as target:
+        calm, tokens, _, _ = await said(target, job())
+        hot = Sampling(temperature=1.3, seed=5)
+        wanted = {
+            "greedy": job(logprobs=2),
+            "a stop string": job(stop=(calm[12:15],)),
+            "a stop string that is held back for long": job(
+                stop=(calm[:20] + "never", calm[25:27])
+            ),
+            "bytes of characters": job(sampling=hot, logprobs=0),
+            "penalties": job(
+                sampling=Sampling(
+                    presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2
+                )
+            ),
+            "a stop token, not too early": job(
+                sampling=Sampling(stop_ids={tokens[3], tokens[20]}, min_tokens=10)
+            ),
+            "a stop string, not too early": job(
+                stop=(calm[5:7],), sampling=Sampling(min_tokens=12)
+            ),
+            "plain rounds": job(speculate="none", sampling=hot),
+        }
+        for name, one in wanted.items():
+            whole = await said(target, one)
+            for events in (3, 5):
+                with caplog.at_level(logging.WARNING):
+                    caplog.clear()
+                    assert await said(Relay(Dying(target, events)), one) == whole, name
+                assert "disagrees" not in caplog.text
+                assert ("elsewhere" in caplog.text) == (len(whole[1]) > 16) or len(whole[1]) <= 16
+
+
+async def test_a_text_that_nobody_reads_gives_up_its_place_and_goes_on_later(folders, monkeypatch):
+    monkeypatch.setattr(replicas, "READ_AHEAD", 4)
+    async with replica(folders, max_sessions=1) as target:
+        sampling = Sampling(temperature=0.9, seed=3, presence_penalty=0.3)
+        wanted = job(max_tokens=60, sampling=sampling, speculate="none")
+        whole = await said(target, wanted)
+        tokens = []
+        async with aclosing(target.complete(wanted)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    tokens += event.tokens
+                if len(tokens) in (1, 20, 41):
+                    async with asyncio.timeout(60):
+                        while target._engine.busy or target._pieces:
+                            await asyncio.sleep(0.01)
+                        assert len((await said(target, job(max_tokens=5)))[1]) == 5
+        assert tokens == whole[1] and not target._paused and not target._pieces
+
+
+async def test_whoever_leaves_a_text_that_waits_leaves_nothing(folders, monkeypatch):
+    monkeypatch.setattr(replicas, "READ_AHEAD", 2)
+    async with replica(folders) as target:
+        for pause in (0.0, 0.3):
+            async with aclosing(target.complete(job(max_tokens=1000))) as events:
+                for _ in range(3):
+                    await anext(events)
+                await asyncio.sleep(pause)
+        async with asyncio.timeout(60):
+            while target._engine.busy or target._pieces or target._paused or target.num_texts:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_target_that_is_closed_hands_its_texts_to_another(folders):
+    async with replica(folders) as calm:
+        wanted = [
+            job(max_tokens=120),
+            job(max_tokens=120, sampling=Sampling(temperature=1, seed=2)),
+        ]
+        whole = [await said(calm, one) for one in wanted]
+    async with replica(folders) as first, replica(folders) as second:
+        both = [first, second]
+
+        async def find():
+            return [await one.endpoint() for one in both]
+
+        them = Targets(find)
+        it = Relay(them)
+        await it.ready()
+        async with asyncio.timeout(60):
+            while sum(link.usable for link in them.links) < 2:
+                await asyncio.sleep(0.01)
+        reading = [asyncio.create_task(said(it, one)) for one in wanted * 2]
+        async with asyncio.timeout(60):
+            while not (first.num_texts and second.num_texts):
+                await asyncio.sleep(0.001)
+        both.remove(first)
+        await first.close(drain_s=30)
+        assert await asyncio.gather(*reading) == whole * 2
+        assert it.moved and first.num_texts == second.num_texts == 0
+        await them.close()
