@@ -3,6 +3,7 @@
 from linearized.speculative.drafters import (
     Ask,
     Drafter,
+    Foresight,
     LayersDrafter,
     MedusaDrafter,
     ModelDrafter,
@@ -19,6 +20,7 @@ __all__ = [
     "Ask",
     "Drafter",
     "Engine",
+    "Foresight",
     "LayersDrafter",
     "MedusaDrafter",
     "ModelDrafter",
