@@ -49,12 +49,10 @@ class AppArgs(BaseModel):
     """Largest number of texts that wait there. Further ones are answered with status 503."""
     max_body: int = Field(default=8 * 2**20, ge=1)
     """Largest number of bytes of a request."""
-    depth: int = Field(default=2, ge=1)
-    """Number of levels of a drafted tree."""
+    depth: int = Field(default=8, ge=1)
+    """Largest number of levels of a drafted tree. How many pay is measured."""
     width: int = Field(default=4, ge=1)
-    """Number of guesses on each level."""
-    deadline_ms: float = Field(default=50.0, ge=0)
-    """Milliseconds that a round of the target waits for a draft."""
+    """Number of guesses that a draft follows at a time."""
     pack: bool = True
     """Whether to lay out the weights a second time for the CPU, which needs that memory again. See
     `linearized.pack`."""
@@ -116,9 +114,9 @@ class ServedTarget(TargetReplica):
     def __init__(self, config: TargetConfig, draft: DeploymentHandle | None) -> None:
         _be_quiet()
 
-        async def find() -> Endpoint:
+        async def find() -> list[Endpoint]:
             assert draft is not None
-            return await draft.endpoint.remote()
+            return [await draft.endpoint.remote()]
 
         super().__init__(config, find if draft is not None else None)
 
@@ -195,7 +193,7 @@ def _target_config(args: AppArgs) -> TargetConfig:
         max_context=args.max_context,
         max_sessions=args.max_sessions,
         max_waiting=args.max_waiting,
-        deadline_ms=args.deadline_ms,
+        depth=args.depth,
         pack=args.pack,
         compile=args.compile,
         threads=_threads(args.target_cpus),

@@ -13,6 +13,10 @@ fields. Bytes come from a network and are checked one by one. Knows no socket an
 Everything may be lost, repeated or late: `base` says how many tokens a message builds on, `epoch`
 counts how often a session was opened, and whatever does not fit is ignored. A commit that the draft
 cannot place is answered by an Error, and the target opens the session anew with all its tokens.
+
+Open and Commit ask for a tree. The draft answers as soon as it is as deep as was asked for, goes on
+drafting below it while the target verifies, and sends what has become of it, for the same base. The
+part of it behind the tokens that the target has chosen since is a tree for the text as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import msgpack
 from linearized.errors import LinearizedError
 from linearized.speculative import Sampling, TokenTree
 
-VERSION = 2
+VERSION = 3
 HEADER = 4
 MAX_FRAME = 8 * 2**20
 """Bytes after the header; an Open with 1.6 million tokens."""
@@ -34,6 +38,8 @@ MAX_HANDSHAKE = 512
 """Bytes that a peer may send before it has shown that it knows the secret."""
 MAX_NODES = 256
 """Of one drafted tree."""
+MAX_DEPTH = 64
+"""Levels of a tree that may be asked for."""
 
 UNKNOWN_SESSION = "unknown_session"
 """The draft has forgotten the session or lost its thread: open it anew."""
@@ -87,6 +93,8 @@ class Open:
     sampling: Sampling
     vocab_size: int
     """The target's; a draft with another one has another tokenizer."""
+    depth: int
+    """Levels of the tree that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,8 @@ class Commit:
     base: int
     """Tokens that the session had before."""
     tokens: tuple[int, ...]
+    depth: int
+    """Levels of the tree that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +194,12 @@ def decode(payload: bytes) -> Message:
 
 def _pack(message: Message) -> list[Any]:
     match message:
-        case Open(session, epoch, tokens, num_prompt, s, vocab_size):
+        case Open(session, epoch, tokens, num_prompt, s, vocab_size, depth):
             sampling = [getattr(s, name) for name in _SAMPLING]
             sampling[_STOP_IDS] = sorted(s.stop_ids)
-            return [session, epoch, tokens, num_prompt, sampling, vocab_size]
+            return [session, epoch, tokens, num_prompt, sampling, vocab_size, depth]
         case Draft(session, epoch, base, tree):
-            return [session, epoch, base, [tree.tokens, tree.parents]]
+            return [session, epoch, base, [tree.tokens, tree.parents, tree.scores]]
         case _:
             return [getattr(message, name) for name in message.__slots__]
 
@@ -224,6 +234,7 @@ def _text(value: Any) -> str:
 _count = _integer(0, 2**53)
 _token = _integer(0, 2**31 - 1)
 _parent = _integer(-1, MAX_NODES)
+_depth = _integer(1, MAX_DEPTH)
 _seed = _integer(-(2**63), 2**63 - 1)
 
 
@@ -267,19 +278,20 @@ def _sampling(value: Any) -> Sampling:
 
 
 def _tree(value: Any) -> TokenTree:
-    if type(value) is not list or len(value) != 2 or type(value[1]) is not list:
-        raise TypeError("expected token ids and their parents")
+    if type(value) is not list or len(value) != 3 or any(type(one) is not list for one in value):
+        raise TypeError("expected token ids, their parents and their scores")
     if len(value[1]) > MAX_NODES:
         raise ValueError(f"a tree of {len(value[1])} nodes; at most {MAX_NODES} are allowed")
-    return TokenTree(_tokens(value[0]), tuple(_parent(parent) for parent in value[1]))
+    tokens, parents, scores = value
+    return TokenTree(_tokens(tokens), tuple(map(_parent, parents)), tuple(map(_number, scores)))
 
 
 _MESSAGES: dict[int, tuple[type[Any], tuple[Callable[[Any], Any], ...]]] = {
     1: (Challenge, (_count, _bytes)),
     2: (Hello, (_count, _bytes, _bytes)),
     3: (Welcome, (_bytes,)),
-    4: (Open, (_count, _count, _tokens, _count, _sampling, _count)),
-    5: (Commit, (_count, _count, _count, _tokens)),
+    4: (Open, (_count, _count, _tokens, _count, _sampling, _count, _depth)),
+    5: (Commit, (_count, _count, _count, _tokens, _depth)),
     6: (Draft, (_count, _count, _count, _tree)),
     7: (Close, (_count,)),
     8: (Heartbeat, ()),

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ import transformers
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError
-from linearized.speculative import Engine, Piece, Text
+from linearized.speculative import Engine, ModelDrafter, Piece, Text
 from linearized.speculative.generate import decoding, end_of_text
 from serve_apps import weights
 from serve_apps.forward import Forward
@@ -32,8 +32,8 @@ from serve_apps.generation import (
     Refused,
     Started,
 )
-from serve_apps.link.drafts import DraftLink
-from serve_apps.link.protocol import Endpoint
+from serve_apps.link.drafts import DraftLinks, FindDrafts
+from serve_apps.link.protocol import MAX_DEPTH
 from serve_apps.target.speculator import Speculator
 
 STUCK_S = 120.0
@@ -43,8 +43,6 @@ MAX_NODES = 16
 """Largest number of nodes of a tree that is verified."""
 LINK_S = 60.0
 """Seconds that the first link to a draft may take. After that the replica is ready without it."""
-
-FindDraft = Callable[[], Awaitable[Endpoint]]
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +58,13 @@ class TargetConfig:
     """Largest number of texts in progress at a time."""
     max_waiting: int = 64
     """Largest number of texts that wait for one of those to end. Further ones are refused."""
-    deadline_ms: float = 50.0
-    """Milliseconds that a round waits for the draft replica."""
+    draft: str | None = None
+    """Hugging Face folder of a draft model that drafts here, beside the target, and not in replicas
+    of its own; it shares the target's tokenizer."""
+    depth: int = 8
+    """Largest number of levels of a drafted tree."""
+    width: int = 4
+    """Number of guesses that a draft model here follows on each level."""
     pack: bool = True
     """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
@@ -69,17 +72,22 @@ class TargetConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_context", "max_sessions", "threads"):
+        for name in ("max_context", "max_sessions", "depth", "width", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_waiting", "deadline_ms"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"depth must be at most {MAX_DEPTH}, got {self.depth}")
+        if self.max_waiting < 0:
+            raise ConfigError(f"max_waiting must be at least 0, got {self.max_waiting}")
 
 
 class TargetReplica:
-    def __init__(self, config: TargetConfig, find_draft: FindDraft | None = None) -> None:
-        """`find_draft` finds a draft replica. None means that there are none."""
+    def __init__(self, config: TargetConfig, find_drafts: FindDrafts | None = None) -> None:
+        """`find_drafts` names draft replicas. None means that there are none.
+
+        Raises:
+            ConfigError: the draft model here has another vocabulary.
+        """
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
         self._texts = Forward(name="tokenizer")
@@ -90,9 +98,11 @@ class TargetReplica:
         self._vocab_size = self._model.config.vocab_size
         self._fingerprint = linearized.fingerprint(self._model)
         self._stop_ids = _stop_ids(self._model, self._tokenizer)
-        self._link = DraftLink(find_draft, vocab_size=self._vocab_size) if find_draft else None
+        self._links = DraftLinks(find_drafts, vocab_size=self._vocab_size) if find_drafts else None
         self._decode = decoding(self._tokenizer)
-        self._speculator = Speculator(config.deadline_ms / 1000)
+        self._speculator = Speculator(
+            links=self._links, model=_local_draft(config), depth=config.depth
+        )
         self._engine = Engine(
             self._model,
             drafters=self._speculator.drafters,
@@ -114,9 +124,9 @@ class TargetReplica:
         if self._ready is None:
             self._ready = asyncio.create_task(self._start())
         await asyncio.shield(self._ready)
-        draft = "none"
-        if self._link is not None:
-            draft = "connected" if self._link.connected else "away"
+        draft = "connected" if self._speculator.has_model else "none"
+        if self._links is not None and not self._links.connected:
+            draft = "away"
         return Description(fingerprint=self._fingerprint, vocab_size=self._vocab_size, draft=draft)
 
     async def check_health(self) -> None:
@@ -137,8 +147,8 @@ class TargetReplica:
         if self._rounds is not None:
             self._rounds.cancel()
             await asyncio.gather(self._rounds, return_exceptions=True)
-        if self._link is not None:
-            await self._link.close()
+        if self._links is not None:
+            await self._links.close()
         self._forward.close()
         self._texts.close()
 
@@ -171,12 +181,7 @@ class TargetReplica:
         try:
             if text.finished is None:
                 self._pieces[text] = pieces
-                mode = job.speculate or ("ngram" if self._link is None else "model")
-                session = None
-                if mode == "model" and self._link is not None:
-                    session = self._link.session(text.sampling, len(prompt))
-                # The draft reads the prompt while the target does.
-                self._speculator.open(text, session, ngrams=mode != "none")
+                self._speculator.open(text, job.speculate)
                 if self._rounds is None or self._rounds.done():
                     raise LinearizedError("this replica no longer goes on with its texts")
                 await self._forward.run(self._engine.add, text)
@@ -213,28 +218,25 @@ class TargetReplica:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            decoding: list[Text] = []  # a text's first round, in which it is read, has no draft
             while self._pieces:
-                await self._speculator.gather(decoding)
                 try:
-                    found, decoding = await self._forward.run(self._round)
+                    found = await self._forward.run(self._engine.step)
                 except Exception as error:
                     log.exception("a round failed; its texts end here")
-                    decoding = []
                     await self._fail(error)
                     continue
-                for text, piece in found:
-                    if text not in self._pieces:
-                        continue
-                    self._pieces[text].put_nowait(text.error or piece)
-                    if text.finished is None:
-                        self._speculator.advance(text)
-                    else:
-                        del self._pieces[text]
+                self._pass_on(found)
 
-    def _round(self) -> tuple[list[tuple[Text, Piece]], list[Text]]:
-        """In the forward thread: what each text gained, and who goes on in the next round."""
-        return self._engine.step(), self._engine.decoding
+    def _pass_on(self, found: list[tuple[Text, Piece]]) -> None:
+        """What each text gained: to its draft first, who has work to do with it."""
+        mine = [(text, piece) for text, piece in found if text in self._pieces]
+        for text, _ in mine:
+            if text.finished is None:
+                self._speculator.advance(text)
+        for text, piece in mine:
+            self._pieces[text].put_nowait(text.error or piece)
+            if text.finished is not None:
+                del self._pieces[text]
 
     async def _fail(self, error: Exception) -> None:
         """Nobody knows what state the engine is in: all its texts end."""
@@ -285,7 +287,7 @@ class TargetReplica:
                 "prompt" if len(prompt) > limit else "max_tokens",
                 "context_length_exceeded",
             )
-        if job.speculate == "model" and self._link is None:
+        if job.speculate == "model" and not self._speculator.has_model:
             return invalid("there is no draft model here; choose ngram or none", "speculate")
         return None
 
@@ -299,13 +301,24 @@ class TargetReplica:
             retry_after=min(max(1, math.ceil(turns * self._seconds)), 60),
         )
 
+    def _plan(self) -> None:
+        """Find out what forwards take, which also gets all sizes warm, and plan drafts by it."""
+        self._engine.plan(self._engine.measure())
+
     async def _start(self) -> None:
-        if self._link is not None:
-            self._link.start()
-        await self._forward.run(self._engine.measure)  # the first calls of every size are slow
+        if self._links is not None:
+            self._links.start()
+        await self._forward.run(self._plan)
         self._rounds = asyncio.create_task(self._go_on())
-        if self._link is not None and not await self._link.wait_connected(LINK_S):
+        if self._links is not None and not await self._links.wait_connected(LINK_S):
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
+
+
+def _local_draft(config: TargetConfig) -> ModelDrafter | None:
+    if config.draft is None:
+        return None
+    model = weights.load(config.draft, pack=config.pack, compile=config.compile)
+    return ModelDrafter(model, depth=config.depth, width=config.width)
 
 
 def _stop_ids(
