@@ -304,6 +304,7 @@ def test_a_text_that_ends_takes_nothing_from_the_others(linear):
         assert drafter._read[text] >= len(text.tokens) - 2
 
 
+@torch.no_grad()
 def check_scores(model, it: Foresight) -> None:
     """Each path is as probable as the model finds it when it reads all tokens at once."""
     tree = it.tree()

@@ -116,6 +116,7 @@ def short_pauses(monkeypatch):
     monkeypatch.setattr(draft_peer, "RECONNECT_S", 0.01)
     monkeypatch.setattr(breaker, "PAUSE_S", (0.02, 0.1))
     monkeypatch.setattr(draft_session, "LATE_S", 30.0)
+    monkeypatch.setattr(draft_peer, "MARGIN_S", 30.0)
 
 
 async def test_drafts_follow_the_text():

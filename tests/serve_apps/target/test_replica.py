@@ -19,7 +19,7 @@ from linearized.products import Choice
 from linearized.speculative import Engine, Sampling
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Refused, Started
-from serve_apps.link import breaker, draft_peer, drafts
+from serve_apps.link import breaker, draft_peer, draft_session, drafts
 from serve_apps.target.replica import TargetConfig, TargetReplica
 from serve_apps.target.speculator import Speculator
 
@@ -38,6 +38,8 @@ def short_pauses(monkeypatch):
 def always(monkeypatch):
     """All is drafted and waited for, whether it pays or not."""
     monkeypatch.setattr(Engine, "plan", lambda engine, known: None)
+    monkeypatch.setattr(draft_peer, "MARGIN_S", 30.0)
+    monkeypatch.setattr(draft_session, "LATE_S", 30.0)
 
 
 def job(**values) -> Generation:
