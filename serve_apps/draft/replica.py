@@ -114,7 +114,7 @@ class DraftReplica:
         known = [Foresight(text, MAX_NODES) for text in texts]
         for rows in range(1, len(known) + 1):
             for new in range(1, self._config.depth + 2):
-                for _ in range(self._config.depth):
+                for _ in range(2):
                     drafter.foresee(known[:rows], [2 * self._config.depth + 1] * rows)
                 for one in known[:rows]:
                     one.text.tokens += [0] * new

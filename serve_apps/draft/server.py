@@ -246,12 +246,14 @@ class DraftServer:
         for text in ended:
             self._drafter.forget(text)
         began = time.perf_counter()
-        while not self._heard and not any(one.due or one.failed for one in sessions):
+        while not any(one.due or one.failed for one in sessions):
             waiting = [one for one in sessions if one.owed]
             group = waiting or [one for one in sessions if not one.done]
             if not group:
                 break
             self._foresee(self._drafter, group)
+            if self._heard:  # after a look: targets who talk all the time do not keep it from any
+                break
         self.drafting_s += time.perf_counter() - began
 
     def _foresee(self, drafter: Drafter, sessions: Sequence[Session]) -> None:

@@ -126,20 +126,21 @@ class DraftLinks:
             if peer.gone or (endpoint not in found and not peer.connected):
                 del self._peers[endpoint]
                 await peer.close()
+        reason = "" if found else "there is none"
         for endpoint in found:
             if endpoint.vocab_size != self._vocab_size:
-                return (
+                reason = (
                     f"the draft's vocabulary has {endpoint.vocab_size} tokens, the target's "
                     f"{self._vocab_size}; they must share one tokenizer, so it is not used"
                 )
-            if endpoint not in self._peers:
+            elif endpoint not in self._peers:
                 self._peers[endpoint] = DraftPeer(
                     endpoint,
                     heartbeat_s=self._heartbeat_s,
                     heard=self._heard,
                     turned=self._turned,
                 )
-        return "" if found else "there is none"
+        return reason
 
     def _heard(self) -> None:
         with self.arrived:

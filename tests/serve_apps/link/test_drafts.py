@@ -12,6 +12,7 @@ import pytest
 
 from linearized.speculative import Drafter, Sampling, Text, TokenTree
 from serve_apps.draft.server import DraftServer
+from serve_apps.draft.session import Session
 from serve_apps.forward import Forward
 from serve_apps.link import breaker, draft_peer, draft_session, drafts, protocol
 from serve_apps.link.connection import LinkError, dial
@@ -233,6 +234,16 @@ async def test_drafting_goes_on_while_the_target_verifies():
         assert await answer(session) == chain(99, 2)
         assert looks[-2:] == [((5, 6, 7, 8, 9, 99), ()), ((5, 6, 7, 8, 9, 99), (100,))]
         may.release(100)
+
+
+def test_targets_who_talk_all_the_time_do_not_keep_a_draft_from_drafting():
+    forward = Forward()
+    server = DraftServer(Counting, forward=forward, fingerprint="f", vocab_size=VOCAB)
+    mine = Session(Open(1, 1, (5,), 1, GREEDY, VOCAB, 2), most=9, deepest=9)
+    server._heard = True
+    server._look([mine], [])
+    assert mine.due and mine.foresight.tree() == chain(5, 2)
+    forward.close()
 
 
 async def test_no_link_no_waiting():
