@@ -26,7 +26,19 @@ class Foresight:
         self.most = most
         self.length = len(text.tokens)
         """Tokens of the text on which it stands."""
-        self._clear()
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.scores: list[float] = []
+        """How probable the paths are, as the drafter sees it."""
+        self._chances: list[float] = []
+        """That the paths are right."""
+        self._depths: list[int] = []
+        self._open: set[int] = {-1}
+        """Nodes that nobody has looked behind."""
+        self._looks = 0
+        """Since the text's last token became the last."""
+        self._final = False
+        """It was made in one go, and is to be made anew when the text goes on."""
 
     def go_on(self) -> bool:
         """Follow the text to where it is now. Says whether what it took up was foreseen."""
@@ -98,22 +110,17 @@ class Foresight:
         self._chances = list(self.scores)
         self._depths = tree.depths
 
+    def close(self) -> None:
+        """Nothing can be foreseen beyond this."""
+        self._open = set()
+
     def tree(self) -> TokenTree:
         return TokenTree(tuple(self.tokens), tuple(self.parents), tuple(self.scores))
 
     def _clear(self) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.scores: list[float] = []
-        """How probable the paths are, as the drafter sees it."""
-        self._chances: list[float] = []
-        """That the paths are right."""
-        self._depths: list[int] = []
-        self._open: set[int] = {-1}
-        """Nodes that nobody has looked behind."""
-        self._looks = 0
-        """Since the text's last token became the last."""
-        self._final = False
+        self.tokens, self.parents, self.scores = [], [], []
+        self._chances, self._depths = [], []
+        self._open, self._looks, self._final = {-1}, 0, False
 
     def _root(self, root: int) -> None:
         """Keep what stands behind this guess, which is the text's last token now."""

@@ -79,7 +79,7 @@ class ModelDrafter(Drafter):
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         self._commit()
-        known = [ask for ask in asks if self._can_read(ask.text, ask.depth)]
+        known = [ask for ask in asks if self._can_read(ask)]
         if not known:
             return [TokenTree.empty] * len(asks)
         for ask in known:
@@ -98,11 +98,12 @@ class ModelDrafter(Drafter):
         self._commit()
         fronts: dict[Text, tuple[Foresight, list[int]]] = {}
         for known, depth in zip(foresights, depths, strict=True):
-            if not self._can_read(known.text, depth):
-                known.replace(TokenTree.empty)
-                continue
+            if self._longest is not None:
+                depth = min(depth, self._longest - len(known.text.tokens))
             front = known.frontier(depth, self.width)
-            if front and self._catch_up(known.text, GLANCE):
+            if not front:
+                known.close()
+            elif self._catch_up(known.text, GLANCE):
                 fronts[known.text] = known, front
         if fronts:
             order = self._pool.arrange(list(fronts))
@@ -116,9 +117,9 @@ class ModelDrafter(Drafter):
                 self._pool.remove(text)
                 del self._read[text]
 
-    def _can_read(self, text: Text, depth: int) -> bool:
+    def _can_read(self, ask: Ask) -> bool:
         """Text and tree, with a table of positions that may be shorter than the target's."""
-        return self._longest is None or len(text.tokens) + depth <= self._longest
+        return self._longest is None or len(ask.text.tokens) + ask.depth <= self._longest
 
     def _grow(self, growths: list[Growth]) -> None:
         state = self._pool.first(len(growths))

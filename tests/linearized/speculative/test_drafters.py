@@ -377,8 +377,13 @@ def test_a_table_of_positions_ends_looking_ahead(linear, monkeypatch):
     drafter = ModelDrafter(linear(), width=2)
     monkeypatch.setattr(drafter, "_longest", 12)
     it = Foresight(Text([7] * 10, sampling=Sampling(), max_new_tokens=9), 40)
-    drafter.foresee([it], [3])
-    assert not it.tree() and it.seen(3)
+    while not it.seen(9):
+        drafter.foresee([it], [9])
+    assert max(it.tree().depths) == 2  # what was foreseen within it stays
+    it.text.tokens += [49, 49]
+    it.go_on()
+    drafter.foresee([it], [9])
+    assert not it.tree() and it.seen(9)
 
 
 def test_drafters_without_a_way_to_look_ahead_draft_at_once():
