@@ -127,7 +127,9 @@ class ModelDrafter(Drafter):
         def forward(tree: Tree) -> Tensor:
             found = step(self.model, tree, state)
             assert found.fresh is not None
-            looked = [(one.ask.text, tuple(one.tokens), tuple(one.parents)) for one in growths]
+            looked: list[_Looked] = [
+                (one.ask.text, tuple(one.tokens), tuple(one.parents)) for one in growths
+            ]
             self._last = looked, found.fresh
             return found.logits
 
