@@ -77,12 +77,16 @@ class AppArgs(BaseModel):
     """Requests in progress at a time, for each key that has no number of its own."""
     cors: str = ""
     """Origins of web pages that may ask, separated by commas."""
-    depth: int = Field(default=2, ge=1)
-    """Number of levels of a drafted tree."""
+    read_ms: float = Field(default=200.0, gt=0)
+    """Milliseconds that texts in progress wait, between two of their rounds, for prompts to be
+    read."""
+    prefix_mb: int = Field(default=256, ge=0)
+    """Megabytes of states of prompts and answers that each target keeps, for texts that begin
+    alike. 0 keeps none."""
+    depth: int = Field(default=8, ge=1)
+    """Largest number of levels of a drafted tree. How many pay is measured."""
     width: int = Field(default=4, ge=1)
-    """Number of guesses on each level."""
-    deadline_ms: float = Field(default=50.0, ge=0)
-    """Milliseconds that a round of the target waits for a draft."""
+    """Number of guesses that a draft follows at a time."""
     pack: bool = True
     """Whether to lay out the weights a second time for the CPU, which needs that memory again. See
     `linearized.pack`."""
@@ -174,12 +178,12 @@ class ServedTarget(TargetReplica):
         _be_quiet()
         self._drain_s = drain_s
 
-        async def find() -> Endpoint:
+        async def find() -> list[Endpoint]:
             assert draft is not None
             # To ask a deployment without replicas is to have Serve start one.
             if not await asyncio.to_thread(_runs, draft):
                 raise LinkError("no draft replica is running")
-            return await draft.endpoint.remote()
+            return [await draft.endpoint.remote()]
 
         host = ray.util.get_node_ip_address()
         super().__init__(config, find if draft is not None else None, host=host)
@@ -319,7 +323,9 @@ def _target_config(args: AppArgs) -> TargetConfig:
         max_context=args.max_context,
         max_sessions=args.max_sessions,
         max_waiting=args.max_waiting,
-        deadline_ms=args.deadline_ms,
+        depth=args.depth,
+        read_ms=args.read_ms,
+        prefix_bytes=args.prefix_mb * 2**20,
         ports=_ports(args.link_ports),
         heartbeat_s=args.heartbeat_s,
         stuck_s=args.stuck_s,

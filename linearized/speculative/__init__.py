@@ -3,6 +3,7 @@
 from linearized.speculative.drafters import (
     Ask,
     Drafter,
+    Foresight,
     LayersDrafter,
     MedusaDrafter,
     ModelDrafter,
@@ -21,6 +22,7 @@ __all__ = [
     "Ask",
     "Drafter",
     "Engine",
+    "Foresight",
     "Guide",
     "Guides",
     "LayersDrafter",

@@ -102,9 +102,9 @@ class Recent:
     """Times of the last calls. The first one does not count, nor do those that took many times as
     long as the fastest: they set something up, or were interrupted."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, last: int = TIMES) -> None:
         self._called = False
-        self._seconds: deque[float] = deque(maxlen=TIMES)
+        self._seconds: deque[float] = deque(maxlen=last)
 
     def __bool__(self) -> bool:
         return len(self._seconds) > 1
@@ -115,9 +115,23 @@ class Recent:
         self._called = True
 
     @property
-    def median(self) -> float:
+    def usual(self) -> float:
+        """Their median."""
         longest = OUTLIER * min(self._seconds)
         return statistics.median(seconds for seconds in self._seconds if seconds <= longest)
+
+
+class Varying(Recent):
+    """Times of calls that often take no time, and sometimes much: what counts is all that they
+    take together."""
+
+    def __init__(self) -> None:
+        super().__init__(last=4 * TIMES)
+
+    @property
+    def usual(self) -> float:
+        """Their mean."""
+        return statistics.fmean(self._seconds)
 
 
 class Clock:
@@ -145,6 +159,6 @@ class Clock:
         """What such a round takes; without drafts no longer than with some, all else being
         equal."""
         with_, without = self._around[batch, True], self._around[batch, False]
-        known = [around.median for around in (with_, without) if around] or [1.0]
+        known = [around.usual for around in (with_, without) if around] or [1.0]
         around = known[0] if drafted else min(known)
         return self._costs.verify(batch, 1 + nodes) * around

@@ -83,18 +83,25 @@ class Drafting:
             self._fail("could not let go of a text")
 
     def _asks(self, texts: Sequence[Text], batch: int) -> list[Ask]:
-        if not self._works or not any(_guessable(text) for text in texts):
+        texts = [text for text in texts if self.drafter.serves(text)] if self._works else []
+        if not any(_guessable(text) for text in texts):
             return []  # a try without a text would tell nothing
-        depth = self.drafter.depth
-        plans = self.planner is not None and not self.rehearses
-        if plans and self.planner is not None:
-            depth = self.planner.depth(texts, batch)
+        planner = None if self.rehearses else self.planner
+        depth = self.drafter.depth if planner is None else planner.depth(texts, batch)
         ends = ((text, min(depth, _guessable(text))) for text in texts)
         asks = [Ask(text, end, self._max_nodes) for text, end in ends if end]
-        if plans and self.planner is not None and asks:
-            follow, trust = self.planner.follow(len(asks)), self.planner.trust
-            return [replace(ask, follow=follow, trust=trust(ask.text)) for ask in asks]
-        return asks
+        if planner is None or not asks:
+            return asks
+        follow = planner.follow(len(asks))
+        return [
+            replace(
+                ask,
+                follow=follow,
+                trust=planner.trust(ask.text),
+                worth=planner.worth(ask.text, ask.depth),
+            )
+            for ask in asks
+        ]
 
     def _ask(self, asks: Sequence[Ask], batch: int) -> dict[Text, Draft]:
         planner, depth = self.planner, max(ask.depth for ask in asks)

@@ -31,6 +31,9 @@ class Experience:
             while len(self._planners) >= MOST:
                 del self._planners[next(iter(self._planners))]
             self._planners[identity] = Planner(
-                self.clock, max_depth=drafter.depth, max_nodes=max_nodes
+                self.clock,
+                max_depth=drafter.depth,
+                max_nodes=max_nodes,
+                steady=drafter.steady,
             )
         return self._planners[identity]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 from linearized.speculative.account import Account
-from linearized.speculative.costs import Clock, Recent
+from linearized.speculative.costs import Clock, Recent, Varying
 from linearized.speculative.record import Average, Record
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
@@ -28,15 +28,19 @@ OPTIMISM = 0.7
 class Planner:
     """For one drafter: how deep to draft, and what of a tree to verify."""
 
-    def __init__(self, clock: Clock, *, max_depth: int, max_nodes: int) -> None:
+    def __init__(
+        self, clock: Clock, *, max_depth: int, max_nodes: int, steady: bool = True
+    ) -> None:
+        """`steady`: drafting takes about as long each time."""
         self._clock = clock
         self._max_depth = max_depth
         self._max_nodes = max_nodes
         self._all = Record()
         self._texts: WeakKeyDictionary[Text, Record] = WeakKeyDictionary()
-        self._seconds: dict[tuple[int, int], Recent] = defaultdict(Recent)
+        times = Recent if steady else Varying
+        self._seconds: dict[tuple[int, int], Recent] = defaultdict(times)
         """Of drafting, by texts and depth."""
-        self._levels: dict[int, Recent] = defaultdict(Recent)
+        self._levels: dict[int, Recent] = defaultdict(times)
         """Of a level of the trees, by texts."""
         self._sizes: dict[int, Average] = defaultdict(Average)
         """Nodes of a tree that was worth verifying, by the depth that it was drafted."""
@@ -110,7 +114,14 @@ class Planner:
         if not known:
             return FOLLOW
         near = min(known, key=lambda count: abs(count - texts))
-        return min(self._levels[near].median * self._rate / texts, 1.0)
+        return min(self._levels[near].usual * self._rate / texts, 1.0)
+
+    def worth(self, text: Text, depth: int) -> tuple[float, ...]:
+        """Seconds in which other rounds give what is to be expected of the first level of a tree
+        for this text, of the second, …: it does not pay to wait longer for them."""
+        if not self._rate:
+            return (0.0,) * depth
+        return tuple(chance / self._rate for chance in itertools.islice(self.reach(text), depth))
 
     def reach(self, text: Text) -> Iterator[float]:
         """The chance that a tree for this text is right down to the first level, the second, …"""
@@ -169,7 +180,7 @@ class Planner:
             self._cold = False
         else:
             if known:
-                self._usual = known.median
+                self._usual = known.usual
             known.add(seconds)
             self._levels[texts].add(seconds / levels)
         self._sizes[depth].fade()
@@ -197,4 +208,4 @@ class Planner:
         if not known:
             return 0.0
         near = min(known, key=lambda key: (abs(key[0] - texts), abs(key[1] - depth)))
-        return self._seconds[near].median * depth / near[1]
+        return self._seconds[near].usual * depth / near[1]

@@ -62,10 +62,6 @@ class Pool(Generic[Key]):
         self._state.rows(index, index + 1).copy_(self._empty if state is None else state)
         self.keys.append(key)
 
-    def clear(self, key: Key) -> None:
-        """Its row holds no tokens any more."""
-        self.row(key).copy_(self._empty)
-
     def grow(self, rows: int) -> None:
         """Have so many rows, if there are fewer."""
         if rows <= self.num_rows:

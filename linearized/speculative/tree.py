@@ -106,13 +106,7 @@ class TokenTree:
         by = by or self.scores
         if by:  # a tie is for the earlier node, so a parent never loses to its child
             kept.sort(key=lambda node: -by[node])
-        kept = kept[:num_nodes]
-        place = {node: i for i, node in enumerate(kept)} | {-1: -1}
-        return TokenTree(
-            tuple(self.tokens[node] for node in kept),
-            tuple(place[self.parents[node]] for node in kept),
-            tuple(self.scores[node] for node in kept) if self.scores else (),
-        )
+        return self._pick(kept[:num_nodes])
 
     def walk(self, chosen: Sequence[int]) -> tuple[list[int], list[int]]:
         """Follow the model down the tree. `chosen[0]` is the token it wants after the sequence's
@@ -137,6 +131,29 @@ class TokenTree:
             path.append(node)
         return path
 
+    def below(self, tokens: Sequence[int]) -> TokenTree:
+        """What it holds behind these tokens; nothing, if it does not hold them. Scores are of the
+        paths from there on."""
+        if not tokens:
+            return self
+        path = self.follow(tokens)
+        if len(path) < len(tokens):
+            return TokenTree.empty
+        root, kept = path[-1], []
+        inside = {root}
+        for node in range(root + 1, len(self)):
+            if self.parents[node] in inside:
+                inside.add(node)
+                kept.append(node)
+        return self._pick(kept, root)
+
+    def top(self, depth: int) -> TokenTree:
+        """Its first levels."""
+        depths = self.depths
+        if max(depths, default=0) <= depth:
+            return self
+        return self._pick([node for node in range(len(self)) if depths[node] <= depth])
+
     def deepest(self, accepted: Sequence[bool]) -> list[int]:
         """The longest path whose nodes are all accepted; of equal ones, the first."""
         best: list[int] = []
@@ -148,6 +165,19 @@ class TokenTree:
             if path is not None and len(path) > len(best):
                 best = path
         return best
+
+    def _pick(self, kept: Sequence[int], root: int = -1) -> TokenTree:
+        """Some nodes, each behind its parent, on top of this root."""
+        place = {node: i for i, node in enumerate(kept)} | {root: -1}
+        scores = tuple(self.scores[node] for node in kept) if self.scores else ()
+        if root >= 0 and scores:
+            above = self.scores[root]
+            scores = tuple(score / above if above > 0 else 0.0 for score in scores)
+        return TokenTree(
+            tuple(self.tokens[node] for node in kept),
+            tuple(place[self.parents[node]] for node in kept),
+            scores,
+        )
 
     def _children(self) -> dict[tuple[int, int], int]:
         """By parent and token."""

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError
-from linearized.speculative import Ask, ModelDrafter, Sampling, Text
+from linearized.speculative import Foresight, ModelDrafter, Sampling, Text
 from serve_apps import weights
 from serve_apps.draft.server import DraftServer
 from serve_apps.forward import Forward
 from serve_apps.link.connection import HEARTBEAT_S
 from serve_apps.link.listener import ANY_PORT
-from serve_apps.link.protocol import MAX_NODES, Endpoint
+from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 
 STUCK_S = 60.0
+MAX_NODES = 64
+"""Guesses that are kept of each text."""
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +31,10 @@ log = logging.getLogger(__name__)
 class DraftConfig:
     path: str
     """Hugging Face folder of the draft model; it shares the target's tokenizer."""
-    depth: int = 2
-    """Number of levels of a drafted tree."""
+    depth: int = 8
+    """Largest number of levels that targets may ask for. How many they do, they learn."""
     width: int = 4
-    """Number of guesses on each level."""
+    """Number of guesses that are followed at a time."""
     max_sessions: int = 64
     """Largest number of texts whose state is kept."""
     pack: bool = True
@@ -49,11 +51,8 @@ class DraftConfig:
         for name in ("depth", "width", "max_sessions", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"draft {name} must be at least 1, got {getattr(self, name)}")
-        if self.depth * self.width > MAX_NODES:
-            raise ConfigError(
-                f"a draft tree has at most {MAX_NODES} nodes; depth {self.depth} times width "
-                f"{self.width} is more"
-            )
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"draft depth must be at most {MAX_DEPTH}, got {self.depth}")
 
 
 class DraftReplica:
@@ -67,13 +66,16 @@ class DraftReplica:
             forward=self._forward,
             fingerprint=linearized.fingerprint(self._model),
             vocab_size=self._model.config.vocab_size,
-            max_nodes=config.depth * config.width,
+            max_depth=config.depth,
+            max_nodes=MAX_NODES,
             max_sessions=config.max_sessions,
             host=host,
             ports=config.ports,
             heartbeat_s=config.heartbeat_s,
         )
         self._started: asyncio.Task[Endpoint] | None = None
+        self._asked, self._spent = time.perf_counter(), 0.0
+        """When Serve last asked for the load, and seconds of drafting until then."""
 
     async def endpoint(self) -> Endpoint:
         """The address to which targets connect and the secret that lets them in. The first call
@@ -92,6 +94,14 @@ class DraftReplica:
             raise LinearizedError("the draft replica has stopped drafting")
         self._forward.check(STUCK_S)  # only once it is warm
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it: texts that are drafted for, and the share of the time that drafting
+        took since it last asked."""
+        now, spent = time.perf_counter(), self._server.drafting_s
+        share = (spent - self._spent) / max(now - self._asked, 1e-3)
+        self._asked, self._spent = now, spent
+        return {"sessions": float(self._server.num_sessions), "utilisation": share}
+
     async def close(self) -> None:
         await self._server.close()
         self._forward.close()
@@ -109,9 +119,11 @@ class DraftReplica:
         """The first calls of every shape are slow."""
         drafter = self._drafter()
         texts = [Text([0] * 64, sampling=Sampling(), max_new_tokens=0) for _ in range(2)]
-        for rows in range(1, len(texts) + 1):
+        known = [Foresight(text, MAX_NODES) for text in texts]
+        for rows in range(1, len(known) + 1):
             for new in range(1, self._config.depth + 2):
-                asks = [Ask(text, self._config.depth, self._config.width) for text in texts[:rows]]
-                drafter.propose(asks)
-                for text in texts[:rows]:
-                    text.tokens += [0] * new
+                for _ in range(2):
+                    drafter.foresee(known[:rows], [2 * self._config.depth + 1] * rows)
+                for one in known[:rows]:
+                    one.text.tokens += [0] * new
+                    one.go_on()

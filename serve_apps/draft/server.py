@@ -1,18 +1,23 @@
 """The draft's end of the link: sessions of all targets, drafted for side by side.
 
-Knows sockets and sessions; of drafters only `propose` and `forget`, which run in the one thread
-that the caller gives. What it remembers can always be rebuilt from token ids.
+Knows sockets and sessions; of drafters only `foresee` and `forget`, which run in the one thread
+that the caller gives. A session's answer goes out when its tree is as deep as was asked for; while
+the target verifies it, drafting goes on below it, and what comes of that is sent as well, so that
+a text that goes on as foreseen need not wait. What is remembered can always be rebuilt from token
+ids.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from linearized.errors import ConfigError
-from linearized.speculative import Ask, Drafter, Text, TokenTree
+from linearized.speculative import Drafter, Text
+from serve_apps.draft.session import Session
 from serve_apps.forward import Forward
 from serve_apps.link import protocol
 from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError
@@ -40,28 +45,34 @@ class DraftServer:
         forward: Forward,
         fingerprint: str,
         vocab_size: int,
-        max_nodes: int = 16,
+        max_depth: int = 8,
+        max_nodes: int = 64,
         max_sessions: int = 64,
         host: str = "127.0.0.1",
         ports: tuple[int, int] = ANY_PORT,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
-        """`make` makes the drafter, in the forward thread; its trees have up to `max_nodes`. Beyond
-        `max_sessions` the longest unused one is forgotten; its target opens it anew if it goes
-        on."""
+        """`make` makes the drafter, in the forward thread. It answers with trees of up to
+        `max_depth` levels, however many are asked for. Of each text up to `max_nodes` guesses
+        are kept. Beyond `max_sessions` the longest unused one is forgotten; its target opens it
+        anew if it goes on."""
         self._make = make
         self._drafter: Drafter | None = None
+        self._max_depth = max_depth
         self._max_nodes = max_nodes
         self._forward = forward
         self._fingerprint = fingerprint
         self._vocab_size = vocab_size
         self._max_sessions = max_sessions
         self._listener = Listener(self._listen, host=host, ports=ports, heartbeat_s=heartbeat_s)
-        self._sessions: OrderedDict[Key, _Session] = OrderedDict()
-        self._due: OrderedDict[Key, None] = OrderedDict()
-        """Sessions whose text has gone on since they were last drafted for, in that order."""
+        self._sessions: OrderedDict[Key, Session] = OrderedDict()
+        """The longest unused one first."""
         self._ended: list[Text] = []
         """Texts that the drafter is to forget."""
+        self._heard = False
+        """A target has said something that the forward thread does not know of yet."""
+        self.drafting_s = 0.0
+        """Seconds spent on drafting so far."""
         self._wake = asyncio.Event()
         self._drafting: asyncio.Task[None] | None = None
 
@@ -124,7 +135,7 @@ class DraftServer:
             connection.send(Error(message.session, message.epoch, protocol.REFUSED, problem))
             return
         self._forget(key)
-        self._sessions[key] = _Session(message)
+        self._sessions[key] = Session(message, most=self._max_nodes, deepest=self._max_depth)
         self._request(key)
         while len(self._sessions) > self._max_sessions:
             self._forget(next(iter(self._sessions)))
@@ -158,82 +169,75 @@ class DraftServer:
             return  # said before
         if max(new) >= self._vocab_size:
             raise LinkError("a token is outside the vocabulary")
-        session.ahead += new
+        session.extend(new, message.depth)
         self._request(key)
 
     def _request(self, key: Key) -> None:
         self._sessions.move_to_end(key)
-        self._due[key] = None
+        self._heard = True
         self._wake.set()
 
     def _forget(self, key: Key) -> None:
         session = self._sessions.pop(key, None)
-        self._due.pop(key, None)
         if session is not None:
             self._ended.append(session.text)
             self._wake.set()
 
     async def _draft(self) -> None:
-        """All that are due at once. A session that goes on meanwhile is drafted for once, from
-        where it is then."""
+        """As long as there is anything to foresee."""
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._due or self._ended:
-                due = [(key, self._sessions[key]) for key in self._due]
-                self._due.clear()
+            while self._ended or any(session.waits for session in self._sessions.values()):
+                self._heard = False
                 ended, self._ended = self._ended, []
-                await self._draft_for(due, ended)
+                sessions = list(self._sessions.items())
+                for _, session in sessions:
+                    session.go_on()
+                await self._forward.run(self._look, [session for _, session in sessions], ended)
+                for key, session in sessions:
+                    if self._sessions.get(key) is session:
+                        self._tell(key, session)
 
-    async def _draft_for(self, due: list[tuple[Key, _Session]], ended: list[Text]) -> None:
-        for _, session in due:
-            session.go_on()
-        trees = await self._forward.run(self._propose, [session.text for _, session in due], ended)
-        for (key, session), tree in zip(due, trees, strict=True):
-            connection, number = key
-            current = self._sessions.get(key) is session
-            if tree is None:
-                if current:
-                    self._forget(key)
-                failed = Error(number, session.epoch, protocol.REFUSED, "drafting failed")
-                connection.send(failed)
-            elif current and not session.ahead:
-                connection.send(Draft(number, session.epoch, len(session.text.tokens), tree))
+    def _tell(self, key: Key, session: Session) -> None:
+        connection, number = key
+        if session.failed:
+            self._forget(key)
+            failed = Error(number, session.epoch, protocol.REFUSED, "drafting failed")
+            connection.send(failed)
+        elif session.due:
+            tree, base = session.foresight.tree(), session.foresight.length
+            connection.send(Draft(number, session.epoch, base, tree))
+            session.told()
 
-    def _propose(self, texts: list[Text], ended: list[Text]) -> list[TokenTree | None]:
-        """In the forward thread. None: no tree can be drafted for this text."""
+    def _look(self, sessions: Sequence[Session], ended: Sequence[Text]) -> None:
+        """In the forward thread: look ahead, for those first whose targets wait, until a target is
+        to be told something, or has said something."""
         if self._drafter is None:
             self._drafter = self._make()
         for text in ended:
             self._drafter.forget(text)
-        depth = self._drafter.depth
-        asks = [Ask(text, depth, self._max_nodes) for text in texts]
+        began = time.perf_counter()
+        while not any(one.due or one.failed for one in sessions):
+            waiting = [one for one in sessions if one.owed]
+            group = waiting or [one for one in sessions if not one.done]
+            if not group:
+                break
+            self._foresee(self._drafter, group)
+            if self._heard:  # after a look: targets who talk all the time do not keep it from any
+                break
+        self.drafting_s += time.perf_counter() - began
+
+    def _foresee(self, drafter: Drafter, sessions: Sequence[Session]) -> None:
         try:
-            return list(self._drafter.propose(asks)) if asks else []
+            foresights = [session.foresight for session in sessions]
+            drafter.foresee(foresights, [session.depth for session in sessions])
         except Exception:
-            if len(asks) > 1:  # let the others have theirs
-                return [tree for text in texts for tree in self._propose([text], [])]
+            if len(sessions) > 1:  # let the others have theirs
+                for session in sessions:
+                    self._foresee(drafter, [session])
+                return
             log.exception("drafting failed; the session goes on without")
-            return [None]
-
-
-class _Session:
-    def __init__(self, message: Open) -> None:
-        self.epoch = message.epoch
-        self.text = Text(
-            message.tokens,
-            sampling=message.sampling,
-            max_new_tokens=0,
-            num_prompt=message.num_prompt,
-        )
-        """As far as it is drafted for; the forward thread reads it."""
-        self.ahead: list[int] = []
-        """Tokens that have come since."""
-
-    @property
-    def length(self) -> int:
-        return len(self.text.tokens) + len(self.ahead)
-
-    def go_on(self) -> None:
-        self.text.tokens += self.ahead
-        self.ahead = []
+            sessions[0].failed = True
+        for session in sessions:
+            session.looked()

@@ -21,6 +21,10 @@ What goes to a draft may be lost, repeated or late: `base` says how many tokens 
 `epoch` counts how often a session was opened, and whatever does not fit is ignored. A commit that
 the draft cannot place is answered by an Error, and the target opens the session anew with all its
 tokens.
+
+Open and Commit ask for a tree. The draft answers as soon as it is as deep as was asked for, goes on
+drafting below it while the target verifies, and sends what has become of it, for the same base. The
+part of it behind the tokens that the target has chosen since is a tree for the text as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import msgpack
 from linearized.errors import LinearizedError
 from linearized.speculative import Sampling, TokenTree
 from serve_apps.link import texts
-from serve_apps.link.wire import BYTES, COUNT, SAMPLING, TEXT, TOKENS, Field, integer
+from serve_apps.link.wire import BYTES, COUNT, NUMBER, SAMPLING, TEXT, TOKENS, Field, integer
 
 VERSION = 3
 HEADER = 4
@@ -45,6 +49,8 @@ MAX_HANDSHAKE = 512
 """Bytes that a peer may send before it has shown that it knows the secret."""
 MAX_NODES = 256
 """Of one drafted tree."""
+MAX_DEPTH = 64
+"""Levels of a tree that may be asked for."""
 
 UNKNOWN_SESSION = "unknown_session"
 """The draft has forgotten the session or lost its thread: open it anew."""
@@ -102,6 +108,8 @@ class Open:
     sampling: Sampling
     vocab_size: int
     """The target's; a draft with another one has another tokenizer."""
+    depth: int
+    """Levels of the tree that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,8 @@ class Commit:
     base: int
     """Tokens that the session had before."""
     tokens: tuple[int, ...]
+    depth: int
+    """Levels of the tree that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,25 +254,29 @@ def _message(values: Any) -> Message:
 
 
 def _tree(value: Any) -> TokenTree:
-    if type(value) is not list or len(value) != 2 or type(value[1]) is not list:
-        raise TypeError("expected token ids and their parents")
+    if type(value) is not list or len(value) != 3 or any(type(one) is not list for one in value):
+        raise TypeError("expected token ids, their parents and their scores")
     if len(value[1]) > MAX_NODES:
         raise ValueError(f"a tree of {len(value[1])} nodes; at most {MAX_NODES} are allowed")
-    return TokenTree(TOKENS.read(value[0]), tuple(map(_PARENT.read, value[1])))
+    tokens, parents, scores = value
+    return TokenTree(
+        TOKENS.read(tokens), tuple(map(_PARENT.read, parents)), tuple(map(NUMBER.read, scores))
+    )
 
 
 def _pack_tree(tree: TokenTree) -> list[Any]:
-    return [tree.tokens, tree.parents]
+    return [tree.tokens, tree.parents, tree.scores]
 
 
 _PARENT = integer(-1, MAX_NODES)
+_DEPTH = integer(1, MAX_DEPTH)
 _TREE = Field(_tree, _pack_tree)
 _FIELDS: dict[type[Any], tuple[Field, ...]] = {
     Challenge: (COUNT, BYTES),
     Hello: (COUNT, BYTES, BYTES),
     Welcome: (BYTES,),
-    Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, COUNT),
-    Commit: (COUNT, COUNT, COUNT, TOKENS),
+    Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, COUNT, _DEPTH),
+    Commit: (COUNT, COUNT, COUNT, TOKENS, _DEPTH),
     Draft: (COUNT, COUNT, COUNT, _TREE),
     Close: (COUNT,),
     Heartbeat: (),

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ import transformers
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError, RequestError
-from linearized.speculative import Engine, Guide, Piece, Prefixes, Text
+from linearized.speculative import Engine, Guide, ModelDrafter, Piece, Prefixes, Text
 from linearized.speculative.generate import decoding, end_of_text
 from linearized.state import DecodeState
 from serve_apps import weights
@@ -35,9 +35,9 @@ from serve_apps.generation import (
     Started,
 )
 from serve_apps.link.connection import HEARTBEAT_S
-from serve_apps.link.drafts import DraftLink
+from serve_apps.link.drafts import DraftLinks, FindDrafts
 from serve_apps.link.listener import ANY_PORT
-from serve_apps.link.protocol import Endpoint
+from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 from serve_apps.link.text_server import TextServer
 from serve_apps.target.guiding import Guiding
 from serve_apps.target.speculator import Speculator
@@ -51,8 +51,6 @@ READ_AHEAD = 64
 that are gone on with."""
 LINK_S = 60.0
 """Seconds that the first link to a draft may take. After that the replica is ready without it."""
-
-FindDraft = Callable[[], Awaitable[Endpoint]]
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +66,18 @@ class TargetConfig:
     """Largest number of texts in progress at a time."""
     max_waiting: int = 64
     """Largest number of texts that wait for one of those to end. Further ones are refused."""
-    deadline_ms: float = 50.0
-    """Milliseconds that a round waits for the draft replica."""
-    patience_ms: float = 200.0
+    read_ms: float = 200.0
     """Milliseconds that texts in progress wait, between two of their rounds, for prompts to be
     read."""
     prefix_bytes: int = 2**28
     """Bytes of states that are kept of prompts and answers, for texts that begin alike; 0: none."""
+    draft: str | None = None
+    """Hugging Face folder of a draft model that drafts here, beside the target, and not in replicas
+    of its own; it shares the target's tokenizer."""
+    depth: int = 8
+    """Largest number of levels of a drafted tree."""
+    width: int = 4
+    """Number of guesses that a draft model here follows on each level."""
     pack: bool = True
     """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
@@ -89,13 +92,15 @@ class TargetConfig:
     others, and Serve replaces it."""
 
     def __post_init__(self) -> None:
-        for name in ("max_context", "max_sessions", "threads"):
+        for name in ("max_context", "max_sessions", "depth", "width", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_waiting", "deadline_ms", "prefix_bytes"):
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"depth must be at most {MAX_DEPTH}, got {self.depth}")
+        for name in ("max_waiting", "prefix_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("heartbeat_s", "stuck_s", "patience_ms"):
+        for name in ("heartbeat_s", "stuck_s", "read_ms"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
 
@@ -104,12 +109,17 @@ class TargetReplica:
     def __init__(
         self,
         config: TargetConfig,
-        find_draft: FindDraft | None = None,
+        find_drafts: FindDrafts | None = None,
         *,
         host: str = "127.0.0.1",
     ) -> None:
-        """`find_draft` finds a draft replica. None means that there are none. `host` is the address
-        at which ingresses reach this machine."""
+        """`find_drafts` names draft replicas. None means that there are none. `host` is the address
+        at which ingresses reach this machine.
+
+        Raises:
+            ConfigError: the draft model here has another vocabulary, or a token that ends a text is
+                outside the target's.
+        """
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
         self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
@@ -118,21 +128,23 @@ class TargetReplica:
         self._vocab_size = self._model.config.vocab_size
         self._fingerprint = linearized.fingerprint(self._model)
         self._stop_ids = _stop_ids(self._model, self._tokenizer)
-        self._link: DraftLink | None = None
-        if find_draft is not None:
-            self._link = DraftLink(
-                find_draft, vocab_size=self._vocab_size, heartbeat_s=config.heartbeat_s
+        self._links: DraftLinks | None = None
+        if find_drafts is not None:
+            self._links = DraftLinks(
+                find_drafts, vocab_size=self._vocab_size, heartbeat_s=config.heartbeat_s
             )
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
-        self._speculator = Speculator(config.deadline_ms / 1000)
+        self._speculator = Speculator(
+            links=self._links, model=_local_draft(config), depth=config.depth
+        )
         self._engine = Engine(
             self._model,
             drafters=self._speculator.drafters,
             rows=config.max_sessions,
             max_nodes=MAX_NODES,
             prefixes=Prefixes(config.prefix_bytes) if config.prefix_bytes else None,
-            patience=config.patience_ms / 1000,
+            patience=config.read_ms / 1000,
         )
         """Touched in the forward thread only."""
         self._pieces: dict[Text, _Pieces] = {}
@@ -163,9 +175,9 @@ class TargetReplica:
         if self._ready is None:
             self._ready = asyncio.create_task(self._start())
         await asyncio.shield(self._ready)
-        draft = "none"
-        if self._link is not None:
-            draft = "connected" if self._link.connected else "away"
+        draft = "connected" if self._speculator.has_model else "none"
+        if self._links is not None and not self._links.connected:
+            draft = "away"
         return Description(
             fingerprint=self._fingerprint,
             vocab_size=self._vocab_size,
@@ -196,8 +208,8 @@ class TargetReplica:
         if self._rounds is not None:
             self._rounds.cancel()
             await asyncio.gather(self._rounds, return_exceptions=True)
-        if self._link is not None:
-            await self._link.close()
+        if self._links is not None:
+            await self._links.close()
         self._forward.close()
         self._guiding.close()
 
@@ -234,12 +246,7 @@ class TargetReplica:
         try:
             if text.finished is None:
                 self._pieces[text] = pieces
-                mode = job.speculate or ("ngram" if self._link is None else "model")
-                session = None
-                if mode == "model" and self._link is not None:
-                    session = self._link.session(text.sampling, len(job.prompt))
-                # The draft reads the prompt while the target does.
-                self._speculator.open(text, session, ngrams=mode != "none")
+                self._speculator.open(text, job.speculate)
                 await self._enter(text, None)
             done = text.finished is not None
             started = False
@@ -307,28 +314,25 @@ class TargetReplica:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            decoding: list[Text] = []  # a text's first round, in which it is read, has no draft
             while self._pieces:
-                await self._speculator.gather(decoding)
                 try:
-                    found, decoding = await self._forward.run(self._round)
+                    found = await self._forward.run(self._engine.step)
                 except Exception as error:
                     log.exception("a round failed; its texts end here")
-                    decoding = []
                     await self._fail(error)
                     continue
-                for text, piece in found:
-                    if text not in self._pieces:
-                        continue
-                    self._pieces[text].put_nowait(text.error or piece)
-                    if text.finished is None:
-                        self._speculator.advance(text)
-                    else:
-                        del self._pieces[text]
+                self._pass_on(found)
 
-    def _round(self) -> tuple[list[tuple[Text, Piece]], list[Text]]:
-        """In the forward thread: what each text gained, and who goes on in the next round."""
-        return self._engine.step(), self._engine.decoding
+    def _pass_on(self, found: list[tuple[Text, Piece]]) -> None:
+        """What each text gained: to its draft first, who has work to do with it."""
+        mine = [(text, piece) for text, piece in found if text in self._pieces]
+        for text, _ in mine:
+            if text.finished is None:
+                self._speculator.advance(text)
+        for text, piece in mine:
+            self._pieces[text].put_nowait(text.error or piece)
+            if text.finished is not None:
+                del self._pieces[text]
 
     async def _fail(self, error: Exception) -> None:
         """Nobody knows what state the engine is in: all its texts end."""
@@ -376,7 +380,7 @@ class TargetReplica:
                 "prompt" if len(job.prompt) > limit else "max_tokens",
                 "context_length_exceeded",
             )
-        if job.speculate == "model" and self._link is None:
+        if job.speculate == "model" and not self._speculator.has_model:
             return invalid("there is no draft model here; choose ngram or none", "speculate")
         return None
 
@@ -390,13 +394,17 @@ class TargetReplica:
             retry_after=min(max(1, math.ceil(turns * self._seconds)), 60),
         )
 
+    def _plan(self) -> None:
+        """Find out what forwards take, which also gets all sizes warm, and plan drafts by it."""
+        self._engine.plan(self._engine.measure())
+
     async def _start(self) -> None:
-        if self._link is not None:
-            self._link.start()
+        if self._links is not None:
+            self._links.start()
         await self._guiding.start()
-        await self._forward.run(self._engine.measure)  # the first calls of every size are slow
+        await self._forward.run(self._plan)
         self._rounds = asyncio.create_task(self._go_on())
-        if self._link is not None and not await self._link.wait_connected(LINK_S):
+        if self._links is not None and not await self._links.wait_connected(LINK_S):
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
 
 
@@ -429,6 +437,13 @@ def _finished(text: Text) -> Finished:
         rounds=text.rounds,
         error=str(text.error) if text.error is not None else "",
     )
+
+
+def _local_draft(config: TargetConfig) -> ModelDrafter | None:
+    if config.draft is None:
+        return None
+    model = weights.load(config.draft, pack=config.pack, compile=config.compile)
+    return ModelDrafter(model, depth=config.depth, width=config.width)
 
 
 def _stop_ids(

@@ -63,7 +63,7 @@ def app(folders):
         serve = [sys.executable, "-m", "ray.serve.scripts"]
         start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
         args = [f"target={folders['target']}", f"draft={folders['draft']}", "max_context=200000"]
-        args += ["deadline_ms=500", "max_body=100000", "target_replicas=2", "target_cpus=0.5"]
+        args += ["max_body=100000", "target_replicas=2", "target_cpus=0.5"]
         run = ["run", "--non-blocking", "serve_apps.app:build", *args]
         for command in (start, run):
             done = subprocess.run(

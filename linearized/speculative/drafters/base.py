@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from linearized.config import is_whole
 from linearized.errors import ConfigError
+from linearized.speculative.drafters.foresight import Foresight
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
@@ -46,6 +47,9 @@ class Ask:
     any further; it may be a leaf."""
     trust: Trust = as_said
     """How often a guess is right, given that all before it are."""
+    worth: tuple[float, ...] | None = None
+    """Seconds that it is worth to wait for the first level of its tree, for the second, …; None: as
+    long as it takes."""
 
 
 class Drafter(ABC):
@@ -55,11 +59,27 @@ class Drafter(ABC):
     """Beyond which it has no guesses."""
     needs_hidden: ClassVar[bool] = False
     """Does it read `Text.hidden`?"""
+    steady: ClassVar[bool] = True
+    """Does it take about as long each time? One that works beside the target is there at once, or
+    has to be waited for."""
 
     @abstractmethod
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
         """A tree each, maybe an empty one. A text has grown since the last time it was asked for,
         maybe by more than what was guessed."""
+
+    def foresee(self, foresights: Sequence[Foresight], depths: Sequence[int]) -> None:
+        """Look one step further ahead for each text, so many levels at most. Whoever asks does so
+        again until `Foresight.seen` says that there is nothing more to see, and texts may go on in
+        between."""
+        new = [(known, depth) for known, depth in zip(foresights, depths, strict=True) if depth]
+        asks = [Ask(known.text, depth, known.most) for known, depth in new]
+        for (known, _), tree in zip(new, self.propose(asks) if asks else [], strict=True):
+            known.replace(tree)
+
+    def serves(self, text: Text) -> bool:
+        """May it guess for this text, and is it able to?"""
+        return True
 
     @property
     def identity(self) -> Hashable:

@@ -51,15 +51,21 @@ def _guesses(growths: Sequence[Growth], logits: Tensor, width: int) -> list[Gues
         first = number * logits.shape[1] + growth.num_tail
         rows += [first + guess for guess in growth.frontier]  # -1: the last token
         places += [Place(growth.ask.text, growth.path(guess)) for guess in growth.frontier]
+    found = iter(likeliest(logits, rows, places, width))
+    return [[next(found) for _ in growth.frontier] for growth in growths]
+
+
+def likeliest(logits: Tensor, rows: Sequence[int], places: Sequence[Place], width: int) -> Guesses:
+    """The `width` most probable tokens at each place, whose logits are row `rows[i]` of [B, N, V]
+    taken as one list."""
     found = []
     # With the shared noise in them, the scores tell how sure this very guess is.
     for _, scores in scored(logits.flatten(0, 1), rows, places):
         best = scores.log_softmax(1).topk(min(width, scores.shape[1]), dim=1)
         found.append(torch.cat([best.values.exp().double(), best.indices.double()], dim=1))
-    lines = iter(torch.cat(found).tolist()) if found else iter(())
+    lines = torch.cat(found).tolist() if found else []
     halves = ((line[: len(line) // 2], line[len(line) // 2 :]) for line in lines)
-    split = ((steps, [int(token) for token in tokens]) for steps, tokens in halves)
-    return [[next(split) for _ in growth.frontier] for growth in growths]
+    return [(steps, [int(token) for token in tokens]) for steps, tokens in halves]
 
 
 @dataclass(slots=True)

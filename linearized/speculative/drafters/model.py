@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from linearized.errors import ConfigError
 from linearized.fold import accept
 from linearized.models import context_limit, decoder, extend
+from linearized.speculative.chooser import Place
 from linearized.speculative.drafters.base import Ask, Drafter, check_sizes
-from linearized.speculative.drafters.growth import Growth, grow
+from linearized.speculative.drafters.foresight import Foresight
+from linearized.speculative.drafters.growth import Growth, grow, likeliest
 from linearized.speculative.pool import Pool
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
@@ -23,8 +25,14 @@ from linearized.tree import Tree
 
 CHUNK = 512
 """Tokens read at once."""
+GLANCE = 128
+"""Tokens of a text that are read in one step of looking ahead: others need not wait long."""
 TAIL = 16
 """Tokens that a text may have gone on by without being read before its tree is drafted."""
+
+
+_Looked = tuple[Text, Sequence[int], Sequence[int]]
+"""A text, and the tokens and parents of a tree on top of what was read of it."""
 
 
 class ModelDrafter(Drafter):
@@ -46,9 +54,8 @@ class ModelDrafter(Drafter):
         self._pool: Pool[Text] = Pool(self.model)
         self._read: dict[Text, int] = {}
         """Tokens of each text that are in its state."""
-        self._last: tuple[list[tuple[Growth, int]], Fresh] | None = None
-        """What it has keys and values of, on top of each state, and may be committed: so many
-        tokens of these trees."""
+        self._last: tuple[list[_Looked], Fresh] | None = None
+        """What it has keys and values of, on top of each state, and may be committed."""
         self._given = model
 
     @property
@@ -76,12 +83,31 @@ class ModelDrafter(Drafter):
         if not known:
             return [TokenTree.empty] * len(asks)
         for ask in known:
-            self._catch_up(ask.text)
+            while not self._catch_up(ask.text, CHUNK):
+                pass
         order = self._pool.arrange([ask.text for ask in known])
         by_text = {ask.text: Growth(ask, self._read[ask.text]) for ask in known}
         self._grow([by_text[text] for text in order])
         trees = {text: growth.tree() for text, growth in by_text.items()}
         return [trees.get(ask.text, TokenTree.empty) for ask in asks]
+
+    @torch.no_grad()
+    def foresee(self, foresights: Sequence[Foresight], depths: Sequence[int]) -> None:
+        """One forward, behind the best guesses of each text. A text of which much has not been read
+        is read a little further instead."""
+        self._commit()
+        fronts: dict[Text, tuple[Foresight, list[int]]] = {}
+        for known, depth in zip(foresights, depths, strict=True):
+            if self._longest is not None:
+                depth = min(depth, self._longest - len(known.text.tokens))
+            front = known.frontier(depth, self.width)
+            if not front:
+                known.close()
+            elif self._catch_up(known.text, GLANCE):
+                fronts[known.text] = known, front
+        if fronts:
+            order = self._pool.arrange(list(fronts))
+            self._look([fronts[text] for text in order])
 
     def forget(self, text: Text) -> None:
         try:
@@ -101,10 +127,37 @@ class ModelDrafter(Drafter):
         def forward(tree: Tree) -> Tensor:
             found = step(self.model, tree, state)
             assert found.fresh is not None
-            self._last = [(growth, len(growth.tokens)) for growth in growths], found.fresh
+            looked: list[_Looked] = [
+                (one.ask.text, tuple(one.tokens), tuple(one.parents)) for one in growths
+            ]
+            self._last = looked, found.fresh
             return found.logits
 
         grow(growths, forward, width=self.width, floor=self.floor, device=self.model.device)
+
+    def _look(self, fronts: Sequence[tuple[Foresight, list[int]]]) -> None:
+        looked: list[_Looked] = []
+        rows, places = [], []
+        for known, front in fronts:
+            tail = known.text.tokens[self._read[known.text] :]
+            nodes = known.above(front)
+            place = {node: len(tail) + i for i, node in enumerate(nodes)} | {-1: len(tail) - 1}
+            tokens = (*tail, *(known.tokens[node] for node in nodes))
+            behind = (place[known.parents[node]] for node in nodes)
+            looked.append((known.text, tokens, (*range(-1, len(tail) - 1), *behind)))
+            rows.append([place[node] for node in front])
+            places += [Place(known.text, known.path(node)) for node in front]
+        tree = Tree.side_by_side(
+            [(tokens, parents) for _, tokens, parents in looked], self.model.device
+        )
+        found = step(self.model, tree, self._pool.first(len(fronts)))
+        assert found.fresh is not None
+        self._last = looked, found.fresh
+        width = found.logits.shape[1]
+        flat = [number * width + row for number, own in enumerate(rows) for row in own]
+        guesses = iter(likeliest(found.logits, flat, places, self.width))
+        for known, front in fronts:
+            known.add(front, [next(guesses) for _ in front])
 
     def _commit(self) -> None:
         """Of what was verified last, all that the texts have taken up."""
@@ -112,9 +165,10 @@ class ModelDrafter(Drafter):
             return
         read, fresh = self._last
         self._last = None
-        texts, paths = [growth.ask.text for growth, _ in read], []
-        for text, (growth, size) in zip(texts, read, strict=True):
-            tree = TokenTree(tuple(growth.tokens[:size]), tuple(growth.parents[:size]))
+        texts = [text for text, *_ in read]
+        paths = []
+        for text, tokens, parents in read:
+            tree = TokenTree(tuple(tokens), tuple(parents))
             paths.append(tree.follow(text.tokens[self._read[text] : -1]))  # the last: the next root
         self._pool.ahead(max(map(len, paths)))
         state = self._pool.first(len(texts))
@@ -123,19 +177,17 @@ class ModelDrafter(Drafter):
         finally:  # as far as it came
             self._read.update(zip(texts, state.length.tolist(), strict=True))
 
-    def _catch_up(self, text: Text) -> None:
-        """Read all but the last few tokens."""
+    def _catch_up(self, text: Text, most: int) -> bool:
+        """Read on, so many tokens at most. Says whether all but the last few are read."""
         if text not in self._pool:
             self._pool.add(text)
             self._read[text] = 0
         start, stop = self._read[text], len(text.tokens) - 1
         if stop - start < TAIL:
-            return
-        self._pool.ahead(stop - start)
-        state = self._pool.row(text)
-        for begin in range(start, stop, CHUNK):
-            ids = text.tokens[begin : min(begin + CHUNK, stop)]
-            extend(
-                self.model, torch.tensor([ids], device=self.model.device), state, logits_to_keep=1
-            )
-            self._read[text] += len(ids)
+            return True
+        ids = text.tokens[start : min(start + most, stop)]
+        self._pool.ahead(len(ids))
+        tokens = torch.tensor([ids], device=self.model.device)
+        extend(self.model, tokens, self._pool.row(text), logits_to_keep=1)
+        self._read[text] += len(ids)
+        return self._read[text] == stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from linearized.models import shortened, sketch
 from linearized.speculative import (
     Ask,
     Engine,
+    Foresight,
     LayersDrafter,
     MedusaDrafter,
     ModelDrafter,
     NgramDrafter,
     Sampling,
     Text,
+    TokenTree,
 )
 from linearized.speculative.pool import Pool
 from linearized.speculative.skipping import CHAIN, search, speed
@@ -299,6 +302,99 @@ def test_a_text_that_ends_takes_nothing_from_the_others(linear):
         engine.step()
     for text in texts[1:]:
         assert drafter._read[text] >= len(text.tokens) - 2
+
+
+@torch.no_grad()
+def check_scores(model, it: Foresight) -> None:
+    """Each path is as probable as the model finds it when it reads all tokens at once."""
+    tree = it.tree()
+    for path, score in zip(tree.paths(), tree.scores, strict=True):
+        ids = torch.tensor([[*it.text.tokens, *path]])
+        steps = model(input_ids=ids, use_cache=False).logits[0].softmax(1)
+        start = len(it.text.tokens) - 1
+        want = math.prod(float(steps[start + i, token]) for i, token in enumerate(path))
+        assert score == pytest.approx(want, rel=1e-3)
+
+
+def test_looking_ahead_while_texts_go_on(linear):
+    model = linear(group=8)
+    drafter = ModelDrafter(model, width=3)
+    lengths = (3, 30, 11)
+    mine = [
+        Foresight(Text((PROMPT * 4)[:n], sampling=Sampling(), max_new_tokens=90), 40)
+        for n in lengths
+    ]
+    foreseen = [0, 0]
+    for turn in range(12):
+        for look in range(1 + turn % 4):
+            part = mine if look % 2 else mine[turn % 2 :]  # not always all of them
+            drafter.foresee(part, [2 + turn] * len(part))
+        for number, it in enumerate(mine):
+            check_scores(model, it)
+            paths = it.tree().paths()
+            path = paths[(turn + number) % len(paths)] if paths and number != turn % 3 else (1, 2)
+            it.text.tokens += path
+            right = it.go_on()
+            foreseen[right] += 1
+            assert it.length == len(it.text.tokens)
+            check_scores(model, it)
+    assert min(foreseen) > 5
+    drafter.forget(mine[0].text)
+    drafter.foresee(mine[1:], [30, 30])
+    check_scores(model, mine[1])
+
+
+def test_what_is_foreseen_is_what_would_be_drafted(linear):
+    """A chain of first guesses: step by step, as in one go."""
+    model = linear(group=8)
+    text = Text(list(range(40)), sampling=Sampling(), max_new_tokens=30)
+    (whole,) = ModelDrafter(model, width=1, floor=0.0).propose([Ask(text, 6, 8)])
+    drafter, it = ModelDrafter(model, width=1), Foresight(text, 40)
+    while not it.seen(6):
+        drafter.foresee([it], [6])
+    found = it.tree().tokens
+    assert found and found == whole.tokens[: len(found)]
+
+
+def test_a_long_text_is_read_piece_by_piece(linear, monkeypatch):
+    """So that others need not wait until all of it is read."""
+    monkeypatch.setattr("linearized.speculative.drafters.model.GLANCE", 16)
+    model = linear(group=8)
+    drafter = ModelDrafter(model, width=2)
+    long, short = (
+        Foresight(Text([7] * n, sampling=Sampling(), max_new_tokens=9), 40) for n in (60, 4)
+    )
+    for looks in range(1, 4):
+        drafter.foresee([long, short], [9, 9])
+        assert drafter._read[long.text] == min(16 * looks, 59)
+        assert max(short.tree().depths) == looks and not long.tree()
+    while not long.tree():
+        drafter.foresee([long, short], [9, 9])
+    check_scores(model, long)
+
+
+def test_a_table_of_positions_ends_looking_ahead(linear, monkeypatch):
+    drafter = ModelDrafter(linear(), width=2)
+    monkeypatch.setattr(drafter, "_longest", 12)
+    it = Foresight(Text([7] * 10, sampling=Sampling(), max_new_tokens=9), 40)
+    while not it.seen(9):
+        drafter.foresee([it], [9])
+    assert max(it.tree().depths) == 2  # what was foreseen within it stays
+    it.text.tokens += [49, 49]
+    it.go_on()
+    drafter.foresee([it], [9])
+    assert not it.tree() and it.seen(9)
+
+
+def test_drafters_without_a_way_to_look_ahead_draft_at_once():
+    it = Foresight(Text([1, 2, 3, 4, 1, 2], sampling=Sampling(), max_new_tokens=9), 40)
+    drafter = NgramDrafter(depth=8)
+    drafter.foresee([it], [2])
+    assert it.tree() == TokenTree((3, 4), (-1, 0), (1.0, 1.0)) and it.seen(2)
+    it.text.tokens += [3]
+    it.go_on()
+    drafter.foresee([it], [3])
+    assert it.tree().tokens == (4, 1, 2)
 
 
 def test_a_drafter_that_can_guess_nothing_is_refused(linear):

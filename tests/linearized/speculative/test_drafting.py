@@ -218,3 +218,61 @@ def test_prompts_that_a_draft_has_to_read_first_are_on_its_account():
     drafting = world.drafting(Slow(world, 0.0, level=0.1))
     world.generate(drafting, texts=8, tokens=128)
     assert world.over_plain >= 0.97
+
+
+def test_texts_that_a_drafter_does_not_serve_teach_nothing():
+    world = World()
+
+    class Some(FakeDrafter):
+        def serves(self, text):
+            return text in self.mine
+
+        def propose(self, asks):
+            assert all(ask.text in self.mine for ask in asks)
+            return super().propose(asks)
+
+    drafter = Some(world, 1.0, level=0.02)
+    drafter.mine = set()
+    drafting = world.drafting(drafter)
+    texts = [world.text(200) for _ in range(2)]
+    drafter.mine = {texts[0]}
+    while texts[0].num_left:
+        world._round(drafting, texts)
+    assert texts[0].num_left == 0 < texts[1].num_left
+    assert list(drafting.planner._texts) == [texts[0]]
+
+
+@pytest.mark.parametrize("right, wait", [(0.9, 0.5), (0.0, 0.5), (0.0, 0.0), (0.6, 2.0)])
+def test_one_that_is_often_there_at_once_is_planned_by_all_that_it_takes(right, wait):
+    """Three times in four nobody waits for it. By the median it would take no time."""
+    world = World()
+
+    class Beside(FakeDrafter):
+        steady = False
+
+        def propose(self, asks):
+            world.pass_(wait if self.calls % 4 == 0 else 0.0)
+            return super().propose(asks)
+
+    drafting = world.drafting(Beside(world, right, level=0.0))
+    drafting.planner = Planner(world.clock, max_depth=8, max_nodes=16, steady=False)
+    world.generate(drafting, texts=8, tokens=128)
+    world.forget()
+    world.generate(drafting, texts=8, tokens=128)
+    assert world.over_plain >= 0.98
+    if right == 0.9:
+        assert world.over_plain > 2
+
+
+def test_a_tree_is_worth_what_its_levels_give():
+    world = World()
+    drafting = world.drafting(FakeDrafter(world, 0.8, level=0.02))
+    seen = []
+    propose = drafting.drafter.propose
+    drafting.drafter.propose = lambda asks: (seen.extend(asks), propose(asks))[1]
+    world.generate(drafting, texts=4, tokens=128)
+    ask = seen[-1]
+    assert len(ask.worth) == ask.depth
+    assert list(ask.worth) == sorted(ask.worth, reverse=True)
+    plain = TABLE.verify(1, 1)  # a token's time; the first level is right 4 times in 5
+    assert 0.8 * plain > ask.worth[0] > 0.1 * plain

@@ -143,3 +143,21 @@ def test_a_shape_is_filled_as_far_as_there_are_guesses():
     assert Shape.chain(3).fill([[1], [2], [3]], [[1.0]] * 3) == TokenTree.chain(
         (1, 2, 3), (1.0,) * 3
     )
+
+
+def test_what_stands_below_some_tokens():
+    tree = TokenTree((1, 2, 3, 4, 5, 6), (-1, -1, 0, 0, 2, 3), (0.8, 0.2, 0.4, 0.2, 0.1, 0.2))
+    assert tree.below([]) is tree
+    assert tree.below([1]) == TokenTree((3, 4, 5, 6), (-1, -1, 0, 1), (0.5, 0.25, 0.125, 0.25))
+    assert tree.below([1, 4]) == TokenTree((6,), (-1,), (1.0,))
+    for missing in ([2, 1], [1, 4, 6, 6], [7], [2]):
+        assert tree.below(missing) == TokenTree.empty
+    assert TokenTree.chain([1, 2], [0.0, 0.0]).below([1]) == TokenTree.chain([2], [0.0])
+    assert TokenTree.chain([1, 2, 3]).below([1]) == TokenTree.chain([2, 3])
+
+
+def test_the_first_levels():
+    tree = TokenTree((1, 2, 3, 4), (-1, 0, 1, -1), (0.5, 0.4, 0.3, 0.2))
+    assert tree.top(3) is tree
+    assert tree.top(1) == TokenTree((1, 4), (-1, -1), (0.5, 0.2))
+    assert tree.top(0) == TokenTree.empty

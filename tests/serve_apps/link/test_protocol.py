@@ -52,6 +52,7 @@ from serve_apps.link.texts import (
 
 count = st.integers(0, 2**53)
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=40).map(tuple)
+depth = st.integers(1, protocol.MAX_DEPTH)
 nonce = st.binary(max_size=64)
 samplings = st.builds(
     Sampling,
@@ -73,7 +74,13 @@ samplings = st.builds(
 @st.composite
 def trees(draw) -> TokenTree:
     ids = draw(tokens)
-    return TokenTree(ids, tuple(draw(st.integers(-1, i - 1)) for i in range(len(ids))))
+    parents = tuple(draw(st.integers(-1, i - 1)) for i in range(len(ids)))
+    if not draw(st.booleans()):
+        return TokenTree(ids, parents)
+    scores: list[float] = []
+    for parent in parents:
+        scores.append(draw(st.floats(0, scores[parent] if parent >= 0 else 1)))
+    return TokenTree(ids, parents, tuple(scores))
 
 
 few = st.integers(0, 9)
@@ -137,8 +144,8 @@ messages = st.one_of(
     st.builds(Challenge, count, nonce),
     st.builds(Hello, count, nonce, nonce),
     st.builds(Welcome, nonce),
-    st.builds(Open, count, count, tokens, count, samplings, count),
-    st.builds(Commit, count, count, count, tokens),
+    st.builds(Open, count, count, tokens, count, samplings, count, depth),
+    st.builds(Commit, count, count, count, tokens, depth),
     st.builds(Draft, count, count, count, trees()),
     st.builds(Close, count),
     st.just(Heartbeat()),
@@ -204,17 +211,24 @@ def greedy(temperature: float) -> list:
 @pytest.mark.parametrize(
     "values, says",
     [
-        ([6, 1, 1, 1, [[5, 6], [0, 0]]], "earlier node"),  # its own parent
-        ([6, 1, 1, 1, [[5], [-1, 0]]], "one parent a token"),
-        ([6, 1, 1, 1, [[5] * 300, [-1] * 300]], "at most 256"),
-        ([6, 1, 1, 1, [[-5], [-1]]], "integer between"),
-        ([6, 1, True, 1, [[5], [-1]]], "integer between"),
-        ([4, 1, 1, [5], 1, greedy(-1.0), 9], "temperature"),
-        ([4, 1, 1, [5], 1, greedy(float("nan")), 9], "temperature"),
-        ([4, 1, 1, [5], 1, greedy(0.0)[:5], 9], "13 values"),
-        ([4, 1, 1, [5], 1, [*greedy(0.0)[:7], [[5]], *greedy(0.0)[8:]], 9], "pairs"),
-        ([5, 1, 1, -1, [5]], "integer between"),
-        ([5, 1, 1, 1], "4 fields"),
+        ([6, 1, 1, 1, [[5, 6], [0, 0], []]], "earlier node"),  # its own parent
+        ([6, 1, 1, 1, [[5], [-1, 0], []]], "one parent a token"),
+        ([6, 1, 1, 1, [[5] * 300, [-1] * 300, []]], "at most 256"),
+        ([6, 1, 1, 1, [[-5], [-1], []]], "integer between"),
+        ([6, 1, True, 1, [[5], [-1], []]], "integer between"),
+        ([6, 1, 1, 1, [[5], [-1], [0.5, 0.5]]], "one score a token"),
+        ([6, 1, 1, 1, [[5, 6], [-1, 0], [0.5, 0.6]]], "at most as probable"),
+        ([6, 1, 1, 1, [[5], [-1], [float("nan")]]], "at most as probable"),
+        ([6, 1, 1, 1, [[5], [-1], ["1"]]], "expected a number"),
+        ([6, 1, 1, 1, [[5], [-1]]], "their scores"),
+        ([4, 1, 1, [5], 1, greedy(-1.0), 9, 2], "temperature"),
+        ([4, 1, 1, [5], 1, greedy(float("nan")), 9, 2], "temperature"),
+        ([4, 1, 1, [5], 1, greedy(0.0)[:5], 9, 2], "13 values"),
+        ([4, 1, 1, [5], 1, [*greedy(0.0)[:7], [[5]], *greedy(0.0)[8:]], 9, 2], "pairs"),
+        ([4, 1, 1, [5], 1, greedy(0.0), 9, 0], "integer between 1 and 64"),
+        ([5, 1, 1, 1, [5], 65], "integer between 1 and 64"),
+        ([5, 1, 1, -1, [5], 2], "integer between"),
+        ([5, 1, 1, 1], "5 fields"),
         ([77], "unknown message"),
         ([], "begins with its number"),
         ({"a": 1}, "begins with its number"),
@@ -246,7 +260,7 @@ def test_a_long_prompts_log_probabilities_come_in_parts():
 
 def test_frames_are_bounded():
     with pytest.raises(ProtocolError, match="at most"):
-        encode(Commit(1, 1, 0, tuple([2**31 - 1] * 2_000_000)))
+        encode(Commit(1, 1, 0, tuple([2**31 - 1] * 2_000_000), 2))
     for header in (b"\0\0\0\0", b"\xff\xff\xff\xff"):
         with pytest.raises(ProtocolError, match="allowed"):
             protocol.frame_size(header)

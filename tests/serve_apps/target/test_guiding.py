@@ -31,7 +31,7 @@ def job(guide: Guide | None, **values) -> Generation:
 
 @contextlib.asynccontextmanager
 async def replica(folders, find=None):
-    target = TargetReplica(TargetConfig(path=str(folders["target"]), deadline_ms=2000.0), find)
+    target = TargetReplica(TargetConfig(path=str(folders["target"])), find)
     try:
         yield target
     finally:

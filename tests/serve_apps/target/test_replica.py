@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -21,7 +21,7 @@ from linearized.products import Choice
 from linearized.speculative import Engine, Sampling
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Guide, Refused, Started
-from serve_apps.link import drafts
+from serve_apps.link import breaker, draft_peer, draft_session, drafts
 from serve_apps.target.replica import TargetConfig, TargetReplica
 from serve_apps.target.speculator import Speculator
 
@@ -31,8 +31,18 @@ PROMPT = (260, 311, 278, 258, 290, 78, 307, 88)
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(drafts, "BACKOFF_S", (0.01, 0.1))
+    monkeypatch.setattr(drafts, "EVERY_S", (0.01, 0.1))
+    monkeypatch.setattr(draft_peer, "RECONNECT_S", 0.01)
+    monkeypatch.setattr(breaker, "PAUSE_S", (0.02, 0.1))
     monkeypatch.setattr("serve_apps.target.replica.LINK_S", 2.0)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """All is drafted and waited for, whether it pays or not."""
+    monkeypatch.setattr(Engine, "plan", lambda engine, known: None)
+    monkeypatch.setattr(draft_peer, "MARGIN_S", 30.0)
+    monkeypatch.setattr(draft_session, "LATE_S", 30.0)
 
 
 def job(**values) -> Generation:
@@ -42,8 +52,7 @@ def job(**values) -> Generation:
 
 @contextlib.asynccontextmanager
 async def replica(folders, find=None, **settings):
-    options = {"deadline_ms": 2000.0, **settings}
-    target = TargetReplica(TargetConfig(path=str(folders["target"]), **options), find)
+    target = TargetReplica(TargetConfig(path=str(folders["target"]), **settings), find)
     try:
         yield target
     finally:
@@ -70,6 +79,13 @@ class End:
     rounds: int
 
 
+def finder(*replicas):
+    async def find():
+        return [await replica.endpoint() for replica in replicas]
+
+    return find
+
+
 async def read(target, wanted):
     """A text and its end."""
     seen = [event async for event in target.complete(wanted)]
@@ -92,7 +108,7 @@ SAMPLINGS = [Sampling(), Sampling(temperature=0.9, top_p=0.95, top_k=40, min_p=0
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
-async def test_the_text_is_the_same_with_every_drafter(folders, tokenizer, sampling):
+async def test_the_text_is_the_same_with_every_drafter(folders, tokenizer, sampling, always):
     model = linearized.load(folders["target"])
     settings = {
         name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -100,7 +116,7 @@ async def test_the_text_is_the_same_with_every_drafter(folders, tokenizer, sampl
     ids = linearized.generate(model, list(PROMPT), max_new_tokens=48, **settings)
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     for name in ("draft", "wrong"):
-        async with drafting(folders[name]) as draft, replica(folders, draft.endpoint) as target:
+        async with drafting(folders[name]) as draft, replica(folders, finder(draft)) as target:
             assert (await target.ready()).draft == "connected"
             for speculate in ("model", "ngram", "none"):
                 text, end = await read(target, job(sampling=sampling, speculate=speculate))
@@ -112,12 +128,12 @@ async def test_the_text_is_the_same_with_every_drafter(folders, tokenizer, sampl
                     assert end.rounds <= len(ids) / 2 and end.accepted > len(ids) / 2
 
 
-async def test_a_draft_that_dies_in_the_middle_changes_nothing(folders):
+async def test_a_draft_that_dies_in_the_middle_changes_nothing(folders, always):
     async with drafting(folders["draft"]) as draft:
-        endpoint = await draft.endpoint()
+        endpoints = [await draft.endpoint()]
 
         async def find():
-            return endpoint
+            return endpoints
 
         async with replica(folders, find) as target:
             expected, _ = await read(target, job(max_tokens=120, speculate="none"))
@@ -136,7 +152,7 @@ async def test_a_draft_that_dies_in_the_middle_changes_nothing(folders):
 
 async def test_a_draft_with_another_vocabulary_is_not_used(folders, monkeypatch):
     monkeypatch.setattr("serve_apps.target.replica.LINK_S", 0.3)
-    async with drafting(folders["other"]) as draft, replica(folders, draft.endpoint) as target:
+    async with drafting(folders["other"]) as draft, replica(folders, finder(draft)) as target:
         assert (await target.ready()).draft == "away"
         await read(target, job(max_tokens=5))
 
@@ -309,7 +325,7 @@ async def test_fast_weights_and_steps_change_no_text(folders, monkeypatch, way):
     texts = []
     for settings in (plain, {**plain, way: True}):
         draft = DraftReplica(DraftConfig(path=str(folders["draft"]), **settings))
-        async with replica(folders, draft.endpoint, **settings) as target:
+        async with replica(folders, finder(draft), **settings) as target:
             packed = [one for one in target._model.modules() if "forward" in vars(one)]
             assert bool(packed) == settings["pack"]
             assert is_compiled(target._model) == settings["compile"]
@@ -338,7 +354,7 @@ async def test_nothing_of_the_end_is_lost_when_it_comes_late(folders, monkeypatc
 
 async def test_whoever_leaves_frees_the_place(folders):
     async with drafting(folders["draft"]) as draft:
-        one = replica(folders, draft.endpoint, max_sessions=1, max_waiting=1)
+        one = replica(folders, finder(draft), max_sessions=1, max_waiting=1)
         async with one as target:
             for _ in range(3):
                 leaving = asyncio.create_task(read(target, job(max_tokens=5000)))
@@ -351,7 +367,7 @@ async def test_whoever_leaves_frees_the_place(folders):
                 await anext(events)
             await events.aclose()
             await asyncio.wait_for(read(target, job(max_tokens=3)), 30)
-            assert target._num_texts == 0 and not target._link._sessions
+            assert target._num_texts == 0 and not target._links.num_sessions
             await asyncio.sleep(0.1)
             assert draft._server.num_sessions == 0
 
@@ -373,21 +389,51 @@ async def test_nothing_runs_while_an_ended_text_is_not_read(folders, monkeypatch
         assert [type(event) async for event in events][-1] is Finished
 
 
-async def test_nobody_waits_for_drafts_of_texts_in_the_queue(folders, monkeypatch):
-    asked = []
-    gather = Speculator.gather
-
-    async def counted(speculator, texts):
-        asked.append(len(texts))
-        await gather(speculator, texts)
-
-    monkeypatch.setattr(Speculator, "gather", counted)
+async def test_drafts_come_from_several_replicas_and_from_one_that_is_left(folders, always):
     async with (
-        drafting(folders["draft"]) as draft,
-        replica(folders, draft.endpoint, max_sessions=1) as target,
+        drafting(folders["draft"]) as one,
+        drafting(folders["wrong"]) as other,
+        replica(folders, finder(one, other)) as target,
     ):
+        await target.ready()
+        plain = [
+            await read(target, job(prompt=PROMPT[: 5 + i], speculate="none")) for i in range(6)
+        ]
+        async with asyncio.timeout(60):
+            while not all(peer.connected for peer in target._links._peers.values()):
+                await asyncio.sleep(0.01)
+        jobs = [job(prompt=PROMPT[: 5 + i]) for i in range(6)]
+        running = [asyncio.create_task(read(target, wanted)) for wanted in jobs]
+        async with asyncio.timeout(60):
+            while not (one._server.num_sessions and other._server.num_sessions):
+                await asyncio.sleep(0.001)
+        await one.close()
+        assert [text for text, _ in await asyncio.gather(*running)] == [text for text, _ in plain]
+
+
+async def test_a_planned_draft_changes_no_text(folders):
+    """Whatever is found to pay, on whatever machine this is."""
+    async with drafting(folders["draft"]) as draft, replica(folders, finder(draft)) as target:
+        jobs = [job(prompt=PROMPT[: 5 + i], max_tokens=150) for i in range(3)]
+        plain = [await read(target, replace(wanted, speculate="none")) for wanted in jobs]
+        drafted = await asyncio.gather(*(read(target, wanted) for wanted in jobs))
+        assert [text for text, _ in drafted] == [text for text, _ in plain]
+
+
+async def test_a_draft_model_beside_the_target(folders, always):
+    async with replica(folders, draft=str(folders["draft"]), depth=4) as target:
+        assert (await target.ready()).draft == "connected"
+        plain, _ = await read(target, job(speculate="none"))
+        for speculate in ("model", None):
+            text, end = await read(target, job(speculate=speculate))
+            assert text == plain and end.rounds <= end.completion_tokens / 2
+        _, end = await read(target, job(speculate="ngram"))
+        assert end.rounds > end.completion_tokens / 2
         await asyncio.gather(*(read(target, job(max_tokens=9)) for _ in range(3)))
-        assert max(asked) == 1
+        (drafter,) = [d._drafter for d in target._speculator.drafters if d.depth == 4]
+        assert not drafter._pool.keys  # nothing is left of texts that have ended
+    with pytest.raises(ConfigError, match="they must share one tokenizer"):
+        TargetReplica(TargetConfig(path=str(folders["target"]), draft=str(folders["other"])))
 
 
 async def test_a_replica_that_no_longer_goes_on_is_not_healthy(folders, monkeypatch):

@@ -1,0 +1,149 @@
+"""What a drafter foresees of one text: guesses that grow, the most probable first, and go on with
+the text. Knows scores; knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from linearized.speculative.text import Text
+from linearized.speculative.tree import TokenTree
+
+FLOOR = 0.02
+"""Guesses whose whole path is less likely right are left out."""
+FIRST = 0.5
+"""The power to which a first guess's probability is raised: it is right more often than it is
+probable, since the target, too, takes what it likes best."""
+
+
+class Foresight:
+    """A tree on top of a text. `frontier` names the guesses to look behind, `add` takes what was
+    seen there, and after the text has gone on, `go_on` keeps what was right."""
+
+    def __init__(self, text: Text, most: int) -> None:
+        """`most`: guesses that it has room for."""
+        self.text = text
+        self.most = most
+        self.length = len(text.tokens)
+        """Tokens of the text on which it stands."""
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.scores: list[float] = []
+        """How probable the paths are, as the drafter sees it."""
+        self._chances: list[float] = []
+        """That the paths are right."""
+        self._depths: list[int] = []
+        self._open: set[int] = {-1}
+        """Nodes that nobody has looked behind."""
+        self._looks = 0
+        """Since the text's last token became the last."""
+        self._final = False
+        """It was made in one go, and is to be made anew when the text goes on."""
+
+    def go_on(self) -> bool:
+        """Follow the text to where it is now. Says whether what it took up was foreseen."""
+        new = self.text.tokens[self.length :]
+        self.length = len(self.text.tokens)
+        path = TokenTree(tuple(self.tokens), tuple(self.parents)).follow(new)
+        if len(path) < len(new) or (new and self._final):
+            self._clear()
+            return False
+        if new:
+            self._root(path[-1])
+        return True
+
+    def frontier(self, depth: int, width: int) -> list[int]:
+        """The most probable guesses, above that depth, that nobody has looked behind; -1 is the
+        text's last token."""
+        if len(self.tokens) >= self.most:
+            return []
+        known = [node for node in self._open if self._depth(node) < depth]
+        return sorted(sorted(known), key=lambda node: -self._chance(node))[:width]
+
+    def seen(self, depth: int) -> bool:
+        """Has it looked that far ahead, or as far as there was anything probable to see?"""
+        return self._looks >= depth or not self.frontier(depth, 1)
+
+    def above(self, nodes: Sequence[int]) -> list[int]:
+        """These guesses and all on their paths, parents first."""
+        wanted: set[int] = set()
+        for node in nodes:
+            while node >= 0 and node not in wanted:
+                wanted.add(node)
+                node = self.parents[node]
+        return sorted(wanted)
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Tokens down to this guess."""
+        tokens: list[int] = []
+        while node >= 0:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tuple(reversed(tokens))
+
+    def add(
+        self, frontier: Sequence[int], guesses: Sequence[tuple[Sequence[float], Sequence[int]]]
+    ) -> None:
+        """Behind each of these nodes stand guesses: how probable, best first, and which tokens."""
+        self._open.difference_update(frontier)
+        self._looks += 1
+        for parent, (steps, tokens) in zip(frontier, guesses, strict=True):
+            score, chance, depth = self._score(parent), self._chance(parent), self._depth(parent)
+            for rank, (step, token) in enumerate(zip(steps, tokens, strict=True)):
+                likely = chance * (step if rank else step**FIRST)
+                if not likely >= FLOOR or len(self.tokens) >= self.most:
+                    break
+                self._open.add(len(self.tokens))
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.scores.append(score * step)
+                self._chances.append(likely)
+                self._depths.append(depth + 1)
+
+    def replace(self, tree: TokenTree) -> None:
+        """This is all that can be foreseen of the text as it is now."""
+        self._clear()
+        self._final = True
+        self._open = set()
+        self.tokens, self.parents = list(tree.tokens), list(tree.parents)
+        self.scores = list(tree.scores) or [1.0] * len(tree)
+        self._chances = list(self.scores)
+        self._depths = tree.depths
+
+    def close(self) -> None:
+        """Nothing can be foreseen beyond this."""
+        self._open = set()
+
+    def tree(self) -> TokenTree:
+        return TokenTree(tuple(self.tokens), tuple(self.parents), tuple(self.scores))
+
+    def _clear(self) -> None:
+        self.tokens, self.parents, self.scores = [], [], []
+        self._chances, self._depths = [], []
+        self._open, self._looks, self._final = {-1}, 0, False
+
+    def _root(self, root: int) -> None:
+        """Keep what stands behind this guess, which is the text's last token now."""
+        place = {root: -1}
+        kept: list[int] = []
+        for node in range(root + 1, len(self.tokens)):
+            if self.parents[node] in place:
+                place[node] = len(kept)
+                kept.append(node)
+        score, chance, depth = self._score(root), self._chance(root), self._depth(root)
+        self._open = {place[node] for node in self._open if node in place}
+        self.parents = [place[self.parents[node]] for node in kept]
+        self.tokens = [self.tokens[node] for node in kept]
+        self.scores = [self.scores[node] / score for node in kept]
+        self._chances = [self._chances[node] / chance for node in kept]
+        self._depths = [self._depths[node] - depth for node in kept]
+        self._looks = max(self._depths, default=0)
+
+    def _score(self, node: int) -> float:
+        return self.scores[node] if node >= 0 else 1.0
+
+    def _chance(self, node: int) -> float:
+        return self._chances[node] if node >= 0 else 1.0
+
+    def _depth(self, node: int) -> int:
+        return self._depths[node] if node >= 0 else 0
