@@ -255,7 +255,7 @@ def scale_by_texts(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """How many target replicas there should be: as many as their texts fill."""
     config = context.config
     assert config is not None
-    texts = sum(context.aggregated_metrics.get(TEXTS, {}).values())
+    texts = sum((context.aggregated_metrics or {}).get(TEXTS, {}).values())
     wanted = math.ceil(texts / config.get_target_ongoing_requests())
     least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
     return max(least, min(most, wanted)), {}
