@@ -21,7 +21,7 @@ from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 
 STUCK_S = 60.0
-MAX_NODES = 64
+MAX_NODES = 160
 """Guesses that are kept of each text."""
 
 log = logging.getLogger(__name__)

@@ -32,6 +32,9 @@ from serve_apps.link.protocol import (
     Open,
 )
 
+SENT = 64
+"""Guesses that a target is told, at most."""
+
 log = logging.getLogger(__name__)
 
 Key = tuple[Connection, int]
@@ -206,7 +209,7 @@ class DraftServer:
             failed = Error(number, session.epoch, protocol.REFUSED, "drafting failed")
             connection.send(failed)
         elif session.due:
-            tree, base = session.foresight.tree(), session.foresight.length
+            tree, base = session.foresight.tree().best(SENT), session.foresight.length
             connection.send(Draft(number, session.epoch, base, tree))
             session.told()
 

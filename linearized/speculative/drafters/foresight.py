@@ -11,6 +11,8 @@ from linearized.speculative.tree import TokenTree
 
 FLOOR = 0.02
 """Guesses whose whole path is less likely right are left out."""
+KEPT = 8
+"""Guesses that a look adds, at most: breadth would leave no room for depth."""
 FIRST = 0.5
 """The power to which a first guess's probability is raised: it is right more often than it is
 probable, since the target, too, takes what it likes best."""
@@ -87,18 +89,22 @@ class Foresight:
         """Behind each of these nodes stand guesses: how probable, best first, and which tokens."""
         self._open.difference_update(frontier)
         self._looks += 1
+        found = []
         for parent, (steps, tokens) in zip(frontier, guesses, strict=True):
-            score, chance, depth = self._score(parent), self._chance(parent), self._depth(parent)
+            above = self._chance(parent)
             for rank, (step, token) in enumerate(zip(steps, tokens, strict=True)):
-                likely = chance * (step if rank else step**FIRST)
-                if not likely >= FLOOR or len(self.tokens) >= self.most:
+                chance = above * (step if rank else step**FIRST)
+                if not chance >= FLOOR:
                     break
-                self._open.add(len(self.tokens))
-                self.tokens.append(token)
-                self.parents.append(parent)
-                self.scores.append(score * step)
-                self._chances.append(likely)
-                self._depths.append(depth + 1)
+                found.append((chance, parent, step, token))
+        found.sort(key=lambda guess: -guess[0])
+        for chance, parent, step, token in found[: min(KEPT, self.most - len(self.tokens))]:
+            self._open.add(len(self.tokens))
+            self.tokens.append(token)
+            self.scores.append(self._score(parent) * step)
+            self._chances.append(chance)
+            self._depths.append(self._depth(parent) + 1)
+            self.parents.append(parent)
 
     def replace(self, tree: TokenTree) -> None:
         """This is all that can be foreseen of the text as it is now."""
