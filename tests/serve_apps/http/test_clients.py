@@ -100,8 +100,24 @@ def test_errors(client):
         client.completions.create(**{**OK, "model": "x"})
     with pytest.raises(openai.BadRequestError, match="4096 tokens"):
         client.completions.create(**{**OK, "max_tokens": 5000})
-    with pytest.raises(openai.BadRequestError, match="not supported yet"):
-        chat(client, response_format={"type": "json_object"})
+
+
+def test_chats_in_json(client):
+    """vllm#55313: endless white space with status 200."""
+    answer = chat(client, response_format={"type": "json_object"}, max_tokens=200, temperature=1)
+    choice = answer.choices[0]
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content), dict)
+    assert " " * 17 not in choice.message.content and choice.message.content.startswith("{")
+
+
+def test_logprobs_of_a_prompt(client):
+    """What lm-eval's local-completions asks for."""
+    answer = client.completions.create(**{**OK, "max_tokens": 0}, echo=True, logprobs=2)
+    found = answer.choices[0].logprobs
+    assert found.token_logprobs[0] is None and all(x < 0 for x in found.token_logprobs[1:])
+    assert len(found.tokens) == answer.usage.prompt_tokens > 1
+    assert "".join(found.tokens) == OK["prompt"] == answer.choices[0].text
 
 
 def test_penalties_and_biases_reach_the_model(client):
