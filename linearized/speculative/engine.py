@@ -47,7 +47,7 @@ from linearized.tree import Tree
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 0.5
+PATIENCE = 0.75
 """Seconds that texts wait between two of their rounds while prompts are read."""
 REHEARSED = 12
 """Tokens of texts that nobody reads."""
