@@ -108,21 +108,6 @@ SAMPLINGS = [Sampling(), Sampling(temperature=0.9, top_p=0.95, top_k=40, min_p=0
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
-async def test_a_prompt_seen_before_is_not_read_again(folders):
-    """vllm#54504: identical resends that never hit."""
-    async with replica(folders) as target:
-        events = []
-        for owner in ("one", "one", "other"):
-            wanted = job(owner=owner, prompt_logprobs=1 if owner == "other" else None)
-            events.append([event async for event in target.complete(wanted)])
-        starts = [found[0] for found in events]
-        assert [start.cached_tokens for start in starts] == [0, len(PROMPT) - 1, 0]
-        texts = ["".join(e.text for e in found if isinstance(e, Delta)) for found in events]
-        assert texts[0] == texts[1] == texts[2]
-        first, *rest = starts[2].prompt_logprobs
-        assert first is None and len(rest) == len(PROMPT) - 1
-
-
 async def test_the_text_is_the_same_with_every_drafter(folders, tokenizer, sampling, always):
     model = linearized.load(folders["target"])
     settings = {
@@ -296,6 +281,21 @@ async def test_an_end_of_text_outside_the_vocabulary_is_refused_at_the_start(fol
     place.write_text(json.dumps({**json.loads(place.read_text()), "eos_token_id": 50_256}))
     with pytest.raises(ConfigError, match="token id 50256, which ends a text, is outside"):
         TargetReplica(TargetConfig(path=str(tmp_path / "target")))
+
+
+async def test_a_prompt_seen_before_is_not_read_again(folders):
+    """vllm#54504: identical resends that never hit."""
+    async with replica(folders) as target:
+        events = []
+        for owner in ("one", "one", "other"):
+            wanted = job(owner=owner, prompt_logprobs=1 if owner == "other" else None)
+            events.append([event async for event in target.complete(wanted)])
+        starts = [found[0] for found in events]
+        assert [start.cached_tokens for start in starts] == [0, len(PROMPT) - 1, 0]
+        texts = ["".join(e.text for e in found if isinstance(e, Delta)) for found in events]
+        assert texts[0] == texts[1] == texts[2]
+        first, *rest = starts[2].prompt_logprobs
+        assert first is None and len(rest) == len(PROMPT) - 1
 
 
 @pytest.mark.parametrize(
