@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.progress import Progress, note
 from jobs import cli, measure, probe_report
-from linearized.config import LinearConfig
+from linearized.config import ATTENTIONS, NAMED, LinearConfig
 from linearized.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,10 +91,16 @@ class ProbeConfig:
         for name in self.candidates:
             if not self.is_folder(name):
                 self.candidate(name)
+            elif not Path(name).is_dir():
+                raise ConfigError(
+                    f"there is no folder {name}; name an attention, or the folder of a linear model"
+                )
 
     @staticmethod
     def is_folder(candidate: str) -> bool:
-        return "/" in candidate or Path(candidate).is_dir()
+        """Is it no name of an attention, but a place? A folder that has such a name is `./name`."""
+        named = candidate in (*ATTENTIONS, *NAMED)
+        return "/" in candidate or (not named and Path(candidate).is_dir())
 
     def candidate(self, name: str) -> LinearConfig:
         return LinearConfig.named(name, **{"seed": self.seed, **self.settings})
@@ -193,7 +199,8 @@ def _asked(config: ProbeConfig) -> dict[str, Any]:
 
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "fresh")}
     texts = [corpus.fingerprint(source) for source in (config.text, *config.held_out)]
-    files = sorted(Path(config.model).glob("*.safetensors"))
+    folders = [config.model, *filter(config.is_folder, config.candidates)]
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.safetensors"))
     weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     asked = {"settings": settings, "texts": texts, "weights": weights}
     return dict(json.loads(json.dumps(asked)))

@@ -77,6 +77,24 @@ def test_a_linear_model_is_measured_as_it_is(folder, capsys):
         assert first[kind] == second[kind]
 
 
+def test_folders_are_told_from_names(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "local").mkdir()
+    assert not probe.ProbeConfig.is_folder("local") and probe.ProbeConfig.is_folder("./local")
+    with pytest.raises(ConfigError, match="there is no folder runs/gone; name an attention, or"):
+        small(folder, "candidates=[runs/gone]")
+
+
+def test_new_weights_of_a_candidate_are_measured_anew(folder):
+    fitted = folder / "fitted"
+    fitted.mkdir()
+    config = small(folder, f"candidates=[{fitted}]")
+    before = probe._asked(config)
+    assert probe._asked(config) == before
+    (fitted / "model.safetensors").write_bytes(b"0")
+    assert probe._asked(config) != before
+
+
 def test_a_model_of_another_shape_is_refused(folder, llama, tokenizer):
     other = llama(vocab=len(tokenizer), layers=3)
     linearized.linearize(other, linearized.LinearConfig(attention="grouped"))
