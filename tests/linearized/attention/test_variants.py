@@ -27,6 +27,8 @@ KINDS = [
     for kind in ("causal", "bidirectional", "cross")
     if kind != "bidirectional" or name not in WINDOWED
 ]
+# Along random directions in seconds; each entry of the Jacobian in minutes.
+FAST = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 
 def module(
@@ -240,8 +242,9 @@ def test_the_future_leaves_the_past_alone(name):
     assert not torch.allclose(before[:, :, 25:], after[:, :, 25:])
 
 
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("name,kind", [(name, kind) for name, kind in KINDS if name != "yoso"])
-def test_gradients(name, kind):
+def test_gradients(name, kind, fast):
     made = module(name, kind)
     cross = CrossAttention(made)
     parameters = list(made.parameters())
@@ -250,7 +253,7 @@ def test_gradients(name, kind):
     def call(*values: Tensor) -> Tensor:
         return cross(*values[:3])[0] if kind == "cross" else made(*values[:3])[0]
 
-    assert torch.autograd.gradcheck(call, (*given, *parameters), nondet_tol=0.0, fast_mode=True)
+    assert torch.autograd.gradcheck(call, (*given, *parameters), nondet_tol=0.0, fast_mode=fast)
 
 
 def test_gradients_of_yoso_are_those_of_the_expected_weights():

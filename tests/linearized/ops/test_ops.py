@@ -17,6 +17,8 @@ from linearized.state import GroupState
 
 LENGTHS = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
 BACKENDS = ["cpu", "reference"]  # `test_kernels.py` has Triton
+# Along random directions in seconds; each entry of the Jacobian in minutes.
+FAST = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 
 @dataclass
@@ -249,7 +251,8 @@ def test_fast_trees_are_the_references(length, num_nodes, group, taps, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients(backend, masked):
+@pytest.mark.parametrize("fast", FAST)
+def test_gradients(backend, masked, fast):
     case = Case.of(11, group=4, taps=6, batch=1, heads=2, kv_heads=1)
     _, state = Case.of(6, group=4, taps=6, batch=1, heads=2, kv_heads=1, seed=1).attend()
     mask = torch.tensor([[True, False, *[True] * 7, False, True]]) if masked else None
@@ -261,7 +264,7 @@ def test_gradients(backend, masked):
         return out, end.memory, end.keys, end.values, end.tail
 
     inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, case.alpha, case.taps)]
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=fast)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -165,7 +165,10 @@ def cut(tokens: list[int], stops: frozenset[int]) -> list[int]:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize(
+    "share",
+    [pytest.param(share, marks=[pytest.mark.slow] * (share % 2)) for share in range(SHARES)],
+)
 def test_greedy_texts_are_the_plain_ones(llama, share):
     """But for ties within rounding, which are few, and none in float64."""
     ties = 0
