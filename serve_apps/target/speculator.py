@@ -127,17 +127,23 @@ class RemoteDrafter(Drafter):
         known = [(ask, session) for ask, session in mine if session is not None]
         began = self._now()
         self._usual = max(ask.depth for ask in asks)
-        for ask, session in known:
+        for ask, _ in known:
             self._asked[ask.text] = ask.depth
-            if not session.ordered and self._loop is not None:
-                self._loop.call_soon_threadsafe(session.order, ask.depth)
+        self._order(known)
         with self._links.arrived:
             while (left := self._worth(known) - (self._now() - began)) > 0:
                 self._links.arrived.wait(min(left, LOOK_S))
+                self._order(known)  # again where a replica has gone in the meantime
         return [
             session.tree.top(ask.depth).best(ask.nodes) if session is not None else TokenTree.empty
             for ask, session in mine
         ]
+
+    def _order(self, known: Sequence[tuple[Ask, DraftSession]]) -> None:
+        """Have trees ordered where none are, and somebody can be asked."""
+        for ask, session in known:
+            if not session.ordered and session.open and self._loop is not None:
+                self._loop.call_soon_threadsafe(session.order, ask.depth)
 
     def _worth(self, known: Sequence[tuple[Ask, DraftSession]]) -> float:
         """Seconds, of all that is missing of the trees and may come yet."""
@@ -145,7 +151,7 @@ class RemoteDrafter(Drafter):
         worth = 0.0
         for ask, session in known:
             ordered = session.ordered
-            if ordered and not session.awaited(now):
+            if not (session.awaited(now) if ordered else session.open):
                 continue
             wanted = min(ask.depth, ordered or ask.depth)
             there = max(session.tree.depths, default=0)

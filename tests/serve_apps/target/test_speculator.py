@@ -23,7 +23,7 @@ class Links:
         return self.sessions[text]
 
     def wait(self, seconds):
-        assert seconds > 0
+        assert seconds > 0 and self.now < 60
         until = self.now + seconds
         for at, event in sorted(self.events, key=lambda one: one[0]):
             if self.now <= at <= until:
@@ -56,6 +56,14 @@ class Session:
 
     def close(self):
         self.closed = True
+
+    def goes(self, after, *, alone):
+        """Its replica does, and perhaps there is no other."""
+
+        def event():
+            self.ordered, self.open = 0, not alone
+
+        self.links.events.append((self.links.now + after, event))
 
     def comes(self, after, depth):
         def event():
@@ -179,3 +187,19 @@ def test_what_drafts_at_all():
     assert not Speculator().has_model and len(Speculator().drafters) == 1
     assert Speculator(model=Model()).has_model
     assert Speculator(links=Links()).has_model
+
+
+async def test_nobody_waits_for_a_replica_that_has_gone():
+    async with drafting() as (links, drafter, (one,), (session,)):
+        session.goes(0.1, alone=True)
+        (tree,) = drafter.propose([ask(one, 3)])  # worth any time
+        assert not tree and links.now == pytest.approx(0.1)
+
+
+async def test_another_replica_is_asked_at_once():
+    async with drafting() as (_, drafter, (one,), (session,)):
+        session.goes(0.1, alone=False)
+        before = len(session.orders)
+        drafter.propose([ask(one, 3, 0.5)])
+        await asyncio.sleep(0)
+        assert session.orders[before:]
