@@ -68,6 +68,8 @@ class Replicas(Protocol[R]):
 
     async def ready(self) -> Description: ...
 
+    async def close(self) -> None: ...
+
 
 class Relay(Generic[R]):
     """A `Target` that lives as long as one replica of the same model does."""
@@ -81,6 +83,9 @@ class Relay(Generic[R]):
 
     async def ready(self) -> Description:
         return await self._replicas.ready()
+
+    async def close(self) -> None:
+        await self._replicas.close()
 
     async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
         """Events of one text, up to Finished or Refused."""

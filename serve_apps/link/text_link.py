@@ -40,12 +40,16 @@ class TextLink:
         self._task = asyncio.create_task(self._run())
 
     @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    @property
     def gone(self) -> bool:
         return self._task.done()
 
     @property
     def usable(self) -> bool:
-        return self._connection is not None and self.description is not None and not self.leaving
+        return self.connected and self.description is not None and not self.leaving
 
     @property
     def load(self) -> float:

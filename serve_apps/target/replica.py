@@ -35,7 +35,8 @@ from serve_apps.generation import (
     Started,
 )
 from serve_apps.link.connection import HEARTBEAT_S
-from serve_apps.link.drafts import DraftLinks, FindDrafts
+from serve_apps.link.discovery import Find
+from serve_apps.link.drafts import DraftLinks, Wake
 from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 from serve_apps.link.text_server import TextServer
@@ -74,6 +75,8 @@ class TargetConfig:
     draft: str | None = None
     """Hugging Face folder of a draft model that drafts here, beside the target, and not in replicas
     of its own; it shares the target's tokenizer."""
+    expects_draft: bool = True
+    """Whether draft replicas run from the start. Then this one is ready with a link to one."""
     depth: int = 8
     """Largest number of levels of a drafted tree."""
     width: int = 4
@@ -82,6 +85,13 @@ class TargetConfig:
     """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
     """Whether to compile the steps. See `linearized.compile`."""
+    dtype: str = "float32"
+    """Of weights and states: one of `weights.DTYPES`."""
+    device: str = "cpu"
+    """One of `weights.DEVICES`."""
+    draft_dtype: str = "float32"
+    """Of a draft model here."""
+    draft_device: str = "cpu"
     threads: int = 1
     ports: tuple[int, int] = ANY_PORT
     """First and last of the ports at which ingresses may be waited for; (0, 0): any."""
@@ -109,12 +119,14 @@ class TargetReplica:
     def __init__(
         self,
         config: TargetConfig,
-        find_drafts: FindDrafts | None = None,
+        find_drafts: Find | None = None,
+        wake_draft: Wake | None = None,
         *,
         host: str = "127.0.0.1",
     ) -> None:
-        """`find_drafts` names draft replicas. None means that there are none. `host` is the address
-        at which ingresses reach this machine.
+        """`find_drafts` names draft replicas; None means that there are none. `wake_draft` has one
+        started while there is none and a text is to be drafted for. `host` is the address at which
+        ingresses reach this machine.
 
         Raises:
             ConfigError: the draft model here has another vocabulary, or a token that ends a text is
@@ -122,7 +134,13 @@ class TargetReplica:
         """
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
-        self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
+        self._model = weights.load(
+            config.path,
+            pack=config.pack,
+            compile=config.compile,
+            dtype=config.dtype,
+            device=config.device,
+        )
         linearized.models.check_decoder(self._model)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
         self._vocab_size = self._model.config.vocab_size
@@ -131,7 +149,10 @@ class TargetReplica:
         self._links: DraftLinks | None = None
         if find_drafts is not None:
             self._links = DraftLinks(
-                find_drafts, vocab_size=self._vocab_size, heartbeat_s=config.heartbeat_s
+                find_drafts,
+                wake_draft,
+                vocab_size=self._vocab_size,
+                heartbeat_s=config.heartbeat_s,
             )
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
@@ -404,7 +425,8 @@ class TargetReplica:
         await self._guiding.start()
         await self._forward.run(self._plan)
         self._rounds = asyncio.create_task(self._go_on())
-        if self._links is not None and not await self._links.wait_connected(LINK_S):
+        waits = self._config.expects_draft
+        if waits and self._links is not None and not await self._links.wait_connected(LINK_S):
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
 
 
@@ -442,7 +464,13 @@ def _finished(text: Text) -> Finished:
 def _local_draft(config: TargetConfig) -> ModelDrafter | None:
     if config.draft is None:
         return None
-    model = weights.load(config.draft, pack=config.pack, compile=config.compile)
+    model = weights.load(
+        config.draft,
+        pack=config.pack,
+        compile=config.compile,
+        dtype=config.draft_dtype,
+        device=config.draft_device,
+    )
     return ModelDrafter(model, depth=config.depth, width=config.width)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from linearized.speculative import Alternatives, Sampling
 from serve_apps.generation import Delta, Description, Finished, Generation, Refused, Started
-from serve_apps.link import listener, targets, text_server
+from serve_apps.link import discovery, listener, text_server
 from serve_apps.link.connection import LinkError, dial
 from serve_apps.link.listener import Listener
 from serve_apps.link.protocol import Close
@@ -80,12 +80,8 @@ async def served(target, **settings):
 
 @contextlib.asynccontextmanager
 async def linked(*servers):
-    turns = 0
-
     async def find():
-        nonlocal turns
-        turns += 1
-        return [await servers[turns % len(servers)].endpoint()]
+        return [await server.endpoint() for server in servers]
 
     them = Targets(find, heartbeat_s=0.1)
     try:
@@ -96,8 +92,7 @@ async def linked(*servers):
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch):
-    monkeypatch.setattr(targets, "PAUSE_S", 0.01)
-    monkeypatch.setattr(targets, "EVERY_S", 0.05)
+    monkeypatch.setattr(discovery, "EVERY_S", (0.01, 0.05))
     monkeypatch.setattr(text_server, "STATUS_S", 0.02)
 
 

@@ -21,7 +21,7 @@ from linearized.products import Choice
 from linearized.speculative import Engine, Sampling
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Guide, Refused, Started
-from serve_apps.link import breaker, draft_peer, draft_session, drafts
+from serve_apps.link import breaker, discovery, draft_peer, draft_session
 from serve_apps.target.replica import TargetConfig, TargetReplica
 from serve_apps.target.speculator import Speculator
 
@@ -31,7 +31,7 @@ PROMPT = (260, 311, 278, 258, 290, 78, 307, 88)
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(drafts, "EVERY_S", (0.01, 0.1))
+    monkeypatch.setattr(discovery, "EVERY_S", (0.01, 0.1))
     monkeypatch.setattr(draft_peer, "RECONNECT_S", 0.01)
     monkeypatch.setattr(breaker, "PAUSE_S", (0.02, 0.1))
     monkeypatch.setattr("serve_apps.target.replica.LINK_S", 2.0)
