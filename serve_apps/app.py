@@ -208,6 +208,9 @@ class Handle:
                     await asyncio.sleep(RETRY_S)
         return None
 
+    def leave(self, job: Generation) -> None:
+        pass  # Serve lets texts end before it ends a replica
+
     def others(self, link: "Handle", avoid: Collection["Handle"], /) -> bool:
         return False
 

@@ -62,7 +62,7 @@ def available(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
     limits = [int(text) for file in _LIMITS if (text := _read(file)).isdigit()]
-    return min(psutil.virtual_memory().total, *limits)
+    return min([psutil.virtual_memory().total, *limits])
 
 
 def _read(file: Path) -> str:

@@ -41,7 +41,8 @@ def load(
             no compiler, no such type, or no such device here.
     """
     check(dtype=dtype, device=device)
-    model = linearized.load(path, dtype=DTYPES[dtype]).to(device)
+    model = linearized.load(path, dtype=DTYPES[dtype])
+    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps it
     if pack and can_pack(model):
         log.info("packing %s takes another %.0f MB", path, linearized.pack(model) / 1e6)
     if compile:

@@ -19,7 +19,7 @@ from functools import partial
 import transformers
 
 import linearized
-from linearized.errors import ConfigError, LinearizedError, RequestError
+from linearized.errors import ConfigError, LinearizedError, RequestError, StateError
 from linearized.speculative import Engine, Guide, ModelDrafter, Piece, Prefixes, Text
 from linearized.speculative.generate import decoding, end_of_text
 from linearized.state import DecodeState
@@ -31,6 +31,7 @@ from serve_apps.generation import (
     Event,
     Finished,
     Generation,
+    Left,
     Refused,
     Started,
 )
@@ -172,6 +173,10 @@ class TargetReplica:
         """Of the texts in the engine."""
         self._paused: dict[Text, asyncio.Task[DecodeState | None]] = {}
         """Texts that nobody reads, with what they need to go on."""
+        self._running: dict[Text, tuple[Generation, _Pieces]] = {}
+        """Texts that are being completed."""
+        self._leaving: set[Text] = set()
+        """Those that are to go on elsewhere."""
         self._wake = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
         self._num_texts = 0
@@ -261,20 +266,37 @@ class TargetReplica:
         finally:
             self._num_texts -= 1
 
+    def leave(self, job: Generation) -> None:
+        """Stop with this text, which is being completed: its last event is Left, with its state.
+        Nothing happens if it has not begun, or has ended."""
+        for text, (own, pieces) in self._running.items():
+            if own is job and text not in self._leaving:
+                self._leaving.add(text)
+                self._pause(text)
+                stopped = self._paused.get(text)
+                if stopped is not None:
+                    stopped.add_done_callback(pieces.stop)
+
     async def _generate(self, job: Generation, guide: Guide | None) -> AsyncGenerator[Event, None]:
         text = self._text(job, guide)
         pieces = _Pieces(partial(self._pause, text))
+        started = False
         try:
             if text.finished is None:
                 self._pieces[text] = pieces
                 self._speculator.open(text, job.speculate)
-                await self._enter(text, None)
+                await self._enter(text, await self._state(job))
+                self._running[text] = job, pieces
             done = text.finished is not None
-            started = False
             while not done:
-                if text in self._paused and pieces.qsize() < READ_AHEAD // 2:
+                leaving = text in self._leaving
+                if text in self._paused and not leaving and pieces.qsize() < READ_AHEAD // 2:
                     await self._unpause(text, pieces)
                 piece = await pieces.get()
+                if isinstance(piece, _Stopped):
+                    state = await self._paused[text]
+                    yield Left(state=b"" if state is None else await _bytes(state))
+                    return
                 if isinstance(piece, Exception) and text.error is piece:
                     log.warning("a text ends with an error: %s", piece)
                     break
@@ -291,6 +313,8 @@ class TargetReplica:
                     logprobs=piece.logprobs,
                 )
         finally:
+            self._running.pop(text, None)
+            self._leaving.discard(text)
             self._paused.pop(text, None)
             if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
@@ -298,6 +322,24 @@ class TargetReplica:
         if not started:
             yield _started(text)
         yield _finished(text)
+
+    async def _state(self, job: Generation) -> DecodeState | None:
+        """What another replica handed over, if it is of use here."""
+        if not job.state:
+            return None
+        try:
+            state = await asyncio.to_thread(
+                DecodeState.from_bytes, job.state, device=self._model.device
+            )
+            linearized.models.check_state(self._model, state)
+            if state.layers.keys.dtype != self._model.dtype or state.batch_size != 1:
+                raise StateError(f"a state of {state.batch_size} rows in {state.layers.keys.dtype}")
+            if int(state.length[0]) >= len(job.prompt) + len(job.text):
+                raise StateError("a state that has read more than there is of the text")
+        except StateError as error:
+            log.warning("a text is read again, as its state is of no use here: %s", error)
+            return None
+        return state
 
     async def _enter(self, text: Text, state: DecodeState | None) -> None:
         """The engine goes on with it."""
@@ -430,7 +472,14 @@ class TargetReplica:
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
 
 
-class _Pieces(asyncio.Queue[Piece | Exception]):
+class _Stopped:
+    """Comes after the last piece of a text that is to go on elsewhere."""
+
+
+_STOPPED = _Stopped()
+
+
+class _Pieces(asyncio.Queue[Piece | Exception | _Stopped]):
     """Of one text, on the way to who reads it."""
 
     def __init__(self, pause: Callable[[], None]) -> None:
@@ -438,10 +487,18 @@ class _Pieces(asyncio.Queue[Piece | Exception]):
         super().__init__()
         self._pause = pause
 
-    def put_nowait(self, item: Piece | Exception) -> None:
+    def put_nowait(self, item: Piece | Exception | _Stopped) -> None:
         super().put_nowait(item)
         if self.qsize() >= READ_AHEAD:
             self._pause()
+
+    def stop(self, _: object) -> None:
+        """None comes after those that there are."""
+        super().put_nowait(_STOPPED)
+
+
+async def _bytes(state: DecodeState) -> bytes:
+    return await asyncio.to_thread(state.to_bytes)
 
 
 def _started(text: Text) -> Started:

@@ -100,7 +100,7 @@ def test_a_draft_must_go_with_each_of_several_targets(pair, folders):
 def test_more_memory_than_there_is(pair, monkeypatch):
     args = AppArgs(target=pair / "target", draft=pair / "draft", max_sessions=1000)
     check_app(args)
-    monkeypatch.setattr(memory, "available", lambda device: 10**6)
+    monkeypatch.setattr(memory, "available", lambda device: 10**5)
     with pytest.raises(ConfigError, match=r"target=.* needs .* GB, .* this machine has 0.0; lower"):
         check_app(args)
     with pytest.raises(ConfigError, match=r"draft=.* set draft_dtype=bfloat16"):

@@ -97,6 +97,10 @@ def finder(*endpoints):
     return find
 
 
+def peer_at(links, endpoint):
+    return next(peer for peer in links._peers if peer.endpoint == endpoint)
+
+
 def text(*tokens):
     return Text(tokens, sampling=GREEDY, max_new_tokens=1000, num_prompt=1)
 
@@ -396,7 +400,7 @@ async def test_sessions_are_spread_and_move_with_one_open():
             servers.append(server)
             endpoints.append(await server.start())
         it = await stack.enter_async_context(linked(finder(*endpoints)))
-        await until(lambda: sum(peer.connected for peer in it._peers.values()) == 3)
+        await until(lambda: sum(peer.connected for peer in it._peers) == 3)
         texts = [text(10 * number) for number in range(12)]
         sessions = [it.session(one) for one in texts]
         for session in sessions:
@@ -405,7 +409,7 @@ async def test_sessions_are_spread_and_move_with_one_open():
         assert all(2 <= server.num_sessions <= 6 for server in servers)
         opened.clear()
         lost, kept = servers[0].num_sessions, [session.peer for session in sessions]
-        gone = it._peers[endpoints[0]]
+        gone = peer_at(it, endpoints[0])
         await servers[0].close()
         await until(lambda: not gone.connected)
         for one, session in zip(texts, sessions, strict=True):
@@ -444,8 +448,8 @@ async def test_a_replica_that_does_not_answer_is_left_alone_and_tried_again(monk
         assert session.peer.endpoint == good
         await until(lambda: session.tree == chain(2, 2))
         monkeypatch.setattr(breaker, "PAUSE_S", (0.02, 0.1))
-        it._peers[stuck].breaker._until = 0.0  # the pause is over
-        it._peers[good].breaker.failed(at_once=True)
+        peer_at(it, stuck).breaker._until = 0.0  # the pause is over
+        peer_at(it, good).breaker.failed(at_once=True)
         may.set()
         mine.tokens.append(8)
         session.order(2)

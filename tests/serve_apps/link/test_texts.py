@@ -202,7 +202,8 @@ async def test_a_peer_that_is_gone_leaves_nothing_behind():
         await until(lambda: server.num_texts == 8)
         connection.drop()
         await until(lambda: server.num_texts == 0)
-        assert target.ended == 8 and not server._listener.connections
+        assert target.ended == 8
+        await until(lambda: not server._listener.connections)
 
 
 async def test_a_connection_that_breaks_ends_its_texts_with_an_error_and_comes_back():

@@ -414,7 +414,7 @@ async def test_drafts_come_from_several_replicas_and_from_one_that_is_left(folde
             await read(target, job(prompt=PROMPT[: 5 + i], speculate="none")) for i in range(6)
         ]
         async with asyncio.timeout(60):
-            while not all(peer.connected for peer in target._links._peers.values()):
+            while not all(peer.connected for peer in target._links._peers):
                 await asyncio.sleep(0.01)
         jobs = [job(prompt=PROMPT[: 5 + i]) for i in range(6)]
         running = [asyncio.create_task(read(target, wanted)) for wanted in jobs]
