@@ -123,7 +123,7 @@ def serve(cluster, *command):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,  # until all replicas are warm
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
 import linearized
 from linearized import packing
@@ -448,6 +449,32 @@ async def test_a_draft_model_beside_the_target(folders, always):
         assert not drafter._pool.keys  # nothing is left of texts that have ended
     with pytest.raises(ConfigError, match="they must share one tokenizer"):
         TargetReplica(TargetConfig(path=str(folders["target"]), draft=str(folders["other"])))
+
+
+async def test_weights_and_states_of_another_type(folders):
+    settings = {"dtype": "bfloat16", "draft_dtype": "bfloat16", "draft": str(folders["draft"])}
+    async with replica(folders, **settings) as target:
+        assert target._model.dtype == target._engine.pool.first(1).layers.keys.dtype
+        assert target._model.dtype == torch.bfloat16
+        for speculate in ("none", "model"):
+            _, end = await read(target, job(speculate=speculate, max_tokens=20))
+            assert end.completion_tokens == 20
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"dtype": "float16"}, "unknown dtype 'float16'; choose from float32, bfloat16"),
+        ({"device": "tpu"}, "unknown device 'tpu'; choose from cpu, cuda"),
+        ({"device": "cuda"}, "torch finds no GPU"),
+    ],
+)
+def test_no_such_type_or_device(folders, monkeypatch, settings, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=says):
+        TargetReplica(TargetConfig(path=str(folders["target"]), **settings))
+    with pytest.raises(ConfigError, match=says):
+        DraftReplica(DraftConfig(path=str(folders["draft"]), **settings))
 
 
 async def test_a_replica_that_no_longer_goes_on_is_not_healthy(folders, monkeypatch):
