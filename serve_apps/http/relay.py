@@ -129,7 +129,7 @@ class Relay(Generic[R]):
             except _HandedOverError as left:
                 text.take_over(left.state)
                 self.moved += 1
-                log.info("a text goes on elsewhere from its state of %d bytes", len(left.state))
+                log.warning("a text goes on elsewhere from its state of %d bytes", len(left.state))
             except LinkError as error:
                 text.lose(str(error), got_on=text.num_tokens > before)
                 self.moved += 1
