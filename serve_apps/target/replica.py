@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import partial
 
 import transformers
@@ -175,8 +176,6 @@ class TargetReplica:
         """Texts that nobody reads, with what they need to go on."""
         self._running: dict[Text, tuple[Generation, _Pieces]] = {}
         """Texts that are being completed."""
-        self._leaving: set[Text] = set()
-        """Those that are to go on elsewhere."""
         self._wake = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
         self._num_texts = 0
@@ -269,18 +268,15 @@ class TargetReplica:
     def leave(self, job: Generation) -> None:
         """Stop with this text, which is being completed: its last event is Left, with its state.
         Nothing happens if it has not begun, or has ended."""
-        for text, (own, pieces) in self._running.items():
-            if own is job and text not in self._leaving:
-                self._leaving.add(text)
-                self._pause(text)
-                stopped = self._paused.get(text)
-                if stopped is not None:
-                    stopped.add_done_callback(pieces.stop)
+        for own, pieces in self._running.values():
+            if own is job:
+                pieces.mark(_Mark.LEAVE)
 
     async def _generate(self, job: Generation, guide: Guide | None) -> AsyncGenerator[Event, None]:
         text = self._text(job, guide)
         pieces = _Pieces(partial(self._pause, text))
-        started = False
+        started = leaving = False
+        state: DecodeState | None = None
         try:
             if text.finished is None:
                 self._pieces[text] = pieces
@@ -289,14 +285,21 @@ class TargetReplica:
                 self._running[text] = job, pieces
             done = text.finished is not None
             while not done:
-                leaving = text in self._leaving
                 if text in self._paused and not leaving and pieces.qsize() < READ_AHEAD // 2:
                     await self._unpause(text, pieces)
                 piece = await pieces.get()
-                if isinstance(piece, _Stopped):
-                    state = await self._paused[text]
-                    yield Left(state=b"" if state is None else await _bytes(state))
-                    return
+                if piece is _Mark.LEAVE:
+                    leaving = True
+                    self._pause(text)
+                    if text in self._paused:
+                        state = await self._paused[text]
+                    pieces.mark(_Mark.LEFT)  # behind what a round that was going on has given
+                    continue
+                if piece is _Mark.LEFT:
+                    if text.finished is None:
+                        yield Left(state=b"" if state is None else await _bytes(state))
+                        return
+                    continue
                 if isinstance(piece, Exception) and text.error is piece:
                     log.warning("a text ends with an error: %s", piece)
                     break
@@ -314,7 +317,6 @@ class TargetReplica:
                 )
         finally:
             self._running.pop(text, None)
-            self._leaving.discard(text)
             self._paused.pop(text, None)
             if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
@@ -472,14 +474,16 @@ class TargetReplica:
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
 
 
-class _Stopped:
-    """Comes after the last piece of a text that is to go on elsewhere."""
+class _Mark(Enum):
+    """Between the pieces of a text that is to go on elsewhere."""
+
+    LEAVE = auto()
+    """It was asked to."""
+    LEFT = auto()
+    """No piece comes any more, unless one ends the text."""
 
 
-_STOPPED = _Stopped()
-
-
-class _Pieces(asyncio.Queue[Piece | Exception | _Stopped]):
+class _Pieces(asyncio.Queue[Piece | Exception | _Mark]):
     """Of one text, on the way to who reads it."""
 
     def __init__(self, pause: Callable[[], None]) -> None:
@@ -487,14 +491,13 @@ class _Pieces(asyncio.Queue[Piece | Exception | _Stopped]):
         super().__init__()
         self._pause = pause
 
-    def put_nowait(self, item: Piece | Exception | _Stopped) -> None:
+    def put_nowait(self, item: Piece | Exception | _Mark) -> None:
         super().put_nowait(item)
         if self.qsize() >= READ_AHEAD:
             self._pause()
 
-    def stop(self, _: object) -> None:
-        """None comes after those that there are."""
-        super().put_nowait(_STOPPED)
+    def mark(self, mark: _Mark) -> None:
+        super().put_nowait(mark)
 
 
 async def _bytes(state: DecodeState) -> bytes:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 import torch
 
 import linearized
 from linearized.speculative import Sampling
-from serve_apps.generation import Delta, Finished, Generation, Guide
+from serve_apps.generation import Delta, Finished, Generation, Guide, Left
 from serve_apps.http import relay
 from serve_apps.http.relay import Relay
 from serve_apps.link.connection import LinkError
@@ -228,6 +229,33 @@ async def test_a_text_goes_on_from_its_state_as_from_its_tokens(
                     handed = "goes on elsewhere from its state" in caplog.text
                     assert handed == (hand_over == 0) and "disagrees" not in caplog.text
                     assert not targets[old]._running
+
+
+async def test_a_text_that_ends_as_it_is_to_leave_ends(folders):
+    """Whether its last piece is on its way, or there, or was read."""
+    async with replica(folders) as target:
+        whole = await said(target, job(max_tokens=30))
+        for tokens in range(26, 31):
+            wanted = job(max_tokens=30)
+            events = []
+            async with aclosing(target.complete(wanted)) as stream:
+                async for event in stream:
+                    events.append(event)
+                    if isinstance(event, Delta) and count(events) >= tokens:
+                        target.leave(wanted)
+                        target.leave(wanted)
+            if isinstance(events[-1], Left):
+                ids = tuple(id for e in events if isinstance(e, Delta) for id in e.tokens)
+                rest = replace(wanted, text=ids, state=events[-1].state)
+                events += [event async for event in target.complete(rest)]
+            assert count(events) == 30 and isinstance(events[-1], Finished)
+            text = "".join(event.text for event in events if isinstance(event, Delta))
+            assert text == whole[0]
+        assert not target._running and not target._paused and not target._engine.busy
+
+
+def count(events):
+    return sum(len(event.tokens) for event in events if isinstance(event, Delta))
 
 
 async def test_a_state_of_no_use_is_not_used(folders, caplog):
