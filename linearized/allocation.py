@@ -24,7 +24,6 @@ from linearized.state import DecodeState, GroupState, History, new_stamps
 _SHAPES = "_linearized_shapes"
 
 
-@torch.inference_mode(False)
 def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
     """An empty decode state for this many sequences. It takes `state.nbytes` bytes, now and
     forever, unless some layers keep softmax.
@@ -32,6 +31,24 @@ def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
     Raises:
         ModelError: a model that reads in both directions and so has none.
     """
+    return _allocate(model, batch_size, fingerprint(model, fresh=True))
+
+
+def state_bytes(model: PreTrainedModel, num_tokens: int = 0) -> int:
+    """What the state of one sequence of so many tokens takes. The model may be one without weights,
+    on torch's meta device.
+
+    Raises:
+        ModelError: a model that reads in both directions and so has none.
+    """
+    state = _allocate(model, 1, "")
+    if state.history is None:
+        return state.nbytes
+    return state.nbytes - state.history.nbytes + state.history.bytes_at(num_tokens)
+
+
+@torch.inference_mode(False)
+def _allocate(model: PreTrainedModel, batch_size: int, fingerprint: str) -> DecodeState:
     linear_config(model)
     if batch_size < 1:
         raise StateError(f"batch_size must be at least 1, got {batch_size}")
@@ -57,7 +74,7 @@ def new_state(model: PreTrainedModel, batch_size: int = 1) -> DecodeState:
     if shifted:
         shift = torch.zeros(len(linear), batch_size, shifted, **where)
     stamp = new_stamps(batch_size)
-    return DecodeState(layers, fingerprint(model, fresh=True), history, memory, shift, stamp)
+    return DecodeState(layers, fingerprint, history, memory, shift, stamp)
 
 
 def check_state(model: PreTrainedModel, state: DecodeState) -> None:

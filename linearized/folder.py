@@ -58,6 +58,25 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     return cast(PreTrainedModel, model.eval())
 
 
+def outline(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that `load` would give, without its weights: on torch's meta device, where it takes
+    next to no memory.
+
+    Raises:
+        ModelError: the folder's config makes no model.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        kind = _architecture(config)
+        make = getattr(kind, "_from_config", None) or kind.from_config
+        with torch.device("meta"):
+            return cast(PreTrainedModel, make(config, dtype=dtype).eval())
+    except LinearizedError:
+        raise
+    except Exception as error:  # of any kind, as above
+        raise ModelError(f"cannot make a model of {path}: {_reason(path, error)}") from error
+
+
 def _reason(path: str | Path, error: Exception) -> str:
     folder = Path(path)
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""The Serve app: three deployments, bound together. The one file that knows Ray.
+"""The Serve app: its deployments, bound together. The one file that knows Ray.
 
     serve run serve_apps.app:build target=runs/demo/target draft=runs/demo/draft
 
@@ -11,160 +11,106 @@ talks to targets, and a target to drafts, over connections of their own.
 import asyncio
 import contextlib
 import logging
-import math
 from collections.abc import AsyncGenerator, Collection
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import ray
 from click import ClickException
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from linearized.errors import ConfigError
-from serve_apps.checks import check_folders
+from linearized.errors import LinearizedError
+from serve_apps.checks import check_app
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Description, Event, Generation
-from serve_apps.http.ingress import IngressConfig, http_app
-from serve_apps.http.keys import load as load_keys
+from serve_apps.http.ingress import http_app
+from serve_apps.http.models import Model
 from serve_apps.http.relay import Relay
 from serve_apps.link.connection import LinkError
-from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import Endpoint
 from serve_apps.link.targets import Targets
+from serve_apps.scaling import TEXTS, scale_drafts, scale_targets
+from serve_apps.settings import AppArgs, device, place
 from serve_apps.target.replica import TargetConfig, TargetReplica
 
-TEXTS = "texts"
-"""A target's metric by which Serve scales: texts in progress or waiting."""
+ANSWER_S = 3.0
+"""Seconds within which all replicas say where they are."""
 RETRY_S = 0.2
 """Seconds until a handle that found no replica is asked again."""
+LOOK_BACK_S = (11.0, 30.0)
+"""Shortest and longest time over which Serve averages what replicas say of their load, which they
+do every 10 s."""
 
 
-class AppArgs(BaseModel):
-    """Settings of the app: `key=value` on the command line of `serve run`, `args:` in a Serve
-    config file."""
+class Given(AppArgs):
+    """As Serve reads it. What is wrong is said in one line, too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    target: Path
-    """Hugging Face folder of the linearized model, tokenizer included."""
-    draft: Path | None = None
-    """Hugging Face folder of the draft model. Without one, texts are drafted from themselves
-    (n-grams)."""
-    model: str | None = None
-    """Name under which the model is served. The default is the name of the target's folder."""
-    max_context: int = Field(default=32768, ge=1)
-    """Largest number of tokens of prompt and completion of one request together."""
-    max_sessions: int = Field(default=16, ge=1)
-    """Largest number of texts in progress in one target replica."""
-    max_waiting: int = Field(default=64, ge=0)
-    """Largest number of texts that wait there. Further ones are answered with status 503."""
-    max_body: int = Field(default=8 * 2**20, ge=1)
-    """Largest number of bytes of a request."""
-    request_s: float = Field(default=600.0, gt=0)
-    """Seconds within which an answer must be complete."""
-    keys: Path | None = None
-    """YAML file of the API keys' hashes; see `serve_apps.http.keys`. Without it the environment
-    variable LINEARIZED_KEYS holds them. Without both everybody may ask."""
-    rate: str | None = None
-    """Requests in a time, such as `60/minute`, for each key that has no rate of its own."""
-    concurrency: int | None = Field(default=None, ge=1)
-    """Requests in progress at a time, for each key that has no number of its own."""
-    cors: str = ""
-    """Origins of web pages that may ask, separated by commas."""
-    read_ms: float = Field(default=200.0, gt=0)
-    """Milliseconds that texts in progress wait, between two of their rounds, for prompts to be
-    read."""
-    prefix_mb: int = Field(default=256, ge=0)
-    """Megabytes of states of prompts and answers that each target keeps, for texts that begin
-    alike. 0 keeps none."""
-    depth: int = Field(default=8, ge=1)
-    """Largest number of levels of a drafted tree. How many pay is measured."""
-    width: int = Field(default=4, ge=1)
-    """Number of guesses that a draft follows at a time."""
-    pack: bool = True
-    """Whether to lay out the weights a second time for the CPU, which needs that memory again. See
-    `linearized.pack`."""
-    compile: bool = False
-    """Whether to compile the steps. Replicas then need some minutes more for their first start. See
-    `linearized.compile`."""
-
-    transport: Literal["link", "handle"] = "link"
-    """How texts reach a target replica: over connections of the app's own, or through Serve's
-    handles, which are slower."""
-    link_ports: str = "any"
-    """Ports at which replicas wait for each other, such as `20000-20100`: one for each replica on a
-    machine. `any`: whichever are free."""
-    heartbeat_s: float = Field(default=2.0, gt=0)
-    """Seconds between two signs of life of a connected replica. Three missing ones, and its texts
-    go on on another."""
-    stuck_s: float = Field(default=60.0, gt=0)
-    """Seconds that one forward pass of a target may take. Beyond that its texts go on on another,
-    and Serve replaces it."""
-    patience_s: float = Field(default=60.0, gt=0)
-    """Seconds that a text waits for a target to go on with it, if it has lost its own."""
-    drain_s: float = Field(default=15.0, ge=0)
-    """Seconds that a target which is to end waits for its texts to end or to move."""
-
-    ingress_replicas: int = Field(default=1, ge=1)
-    target_replicas: int = Field(default=1, ge=1)
-    target_max_replicas: int | None = None
-    """Largest number of target replicas. If it is set, Serve adds and removes replicas by load,
-    from `target_replicas` up to this number."""
-    draft_replicas: int = Field(default=1, ge=1)
-    """Number of draft replicas. It is fixed, as Serve does not see a draft's load."""
-
-    # What is reserved of the cluster's CPUs, for each replica. The defaults fill two.
-    ingress_cpus: float = Field(default=0.1, ge=0)
-    target_cpus: float = Field(default=1.0, gt=0)
-    draft_cpus: float = Field(default=0.9, gt=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        most = self.target_max_replicas
-        if most is not None and most < self.target_replicas:
-            raise ValueError(f"target_max_replicas {most} is below {self.target_replicas}")
-        _ports(self.link_ports)
-        return self
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> "Given":
+        """
+        Raises:
+            ClickException: something is wrong.
+        """
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise ClickException("; ".join(map(_complaint, error.errors()))) from error
 
 
-def build(args: AppArgs) -> serve.Application:
+def build(args: Given) -> serve.Application:
     """
     Raises:
         ClickException: the app would not start. `serve run` shows its message in one line.
     """
     try:
-        check_folders(args.target, args.draft)
-    except ConfigError as error:
+        check_app(args)
+    except LinearizedError as error:
         raise ClickException(str(error)) from error
     draft = None
-    if args.draft is not None:
+    if args.drafts_apart:
         draft = _deployment(
-            ServedDraft, "draft", args.draft_cpus, num_replicas=args.draft_replicas
-        ).bind(_draft_config(args))
-    target = _deployment(ServedTarget, "target", args.target_cpus, **_target_scale(args)).bind(
-        _target_config(args), draft, args.drain_s
-    )
+            ServedDraft,
+            "draft",
+            cpus=args.draft_cpus,
+            gpus=args.draft_gpus if device(args.draft_device) == "cuda" else 0,
+            **_scale(args, "draft", args.draft_sessions, scale_drafts),
+        ).bind(args.draft_config())
+    targets = {
+        name: _deployment(
+            ServedTarget,
+            "target" if args.target is not None else f"target-{name}",
+            cpus=args.target_cpus,
+            gpus=args.target_gpus if device(args.target_device) == "cuda" else 0,
+            # Our own queue refuses texts before Serve's would make them wait unseen.
+            max_ongoing_requests=args.max_sessions + args.max_waiting + 64,
+            shutdown_s=args.drain_s + 10,
+            **_scale(args, "target", args.max_sessions, scale_targets),
+        ).bind(args.target_config(folder), draft, args.drain_s)
+        for name, folder in args.folders.items()
+    }
     ingress = _deployment(
-        serve.ingress(_asgi(_ingress_config(args), args))(Ingress),
+        serve.ingress(_asgi(args))(Ingress),
         "ingress",
-        args.ingress_cpus,
+        cpus=args.ingress_cpus,
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=4096,
         shutdown_s=args.request_s + 10,  # until the last of its streams has ended
     )
-    return ingress.bind(target)
+    return ingress.bind(*targets.values())
 
 
 class ServedDraft(DraftReplica):
-    def __init__(self, config: DraftConfig) -> None:
+    async def __init__(self, config: DraftConfig) -> None:  # type: ignore[misc]
+        """Serve awaits it: a replica that runs is warm."""
         _be_quiet()
         super().__init__(config, host=ray.util.get_node_ip_address())
+        await self.endpoint()
 
     async def __del__(self) -> None:
         """Serve calls and awaits it when the replica is stopped in good order."""
@@ -172,21 +118,20 @@ class ServedDraft(DraftReplica):
 
 
 class ServedTarget(TargetReplica):
-    def __init__(
+    async def __init__(  # type: ignore[misc]
         self, config: TargetConfig, draft: DeploymentHandle | None, drain_s: float
     ) -> None:
+        """Serve awaits it: a replica that runs is warm."""
         _be_quiet()
         self._drain_s = drain_s
-
-        async def find() -> list[Endpoint]:
-            assert draft is not None
-            # To ask a deployment without replicas is to have Serve start one.
-            if not await asyncio.to_thread(_runs, draft):
-                raise LinkError("no draft replica is running")
-            return [await draft.endpoint.remote()]
-
-        host = ray.util.get_node_ip_address()
-        super().__init__(config, find if draft is not None else None, host=host)
+        drafts = Deployed(draft) if draft is not None else None
+        super().__init__(
+            config,
+            drafts.endpoints if drafts is not None else None,
+            drafts.wake if drafts is not None else None,
+            host=ray.util.get_node_ip_address(),
+        )
+        await self.endpoint()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve does not see texts that come over the link."""
@@ -197,11 +142,37 @@ class ServedTarget(TargetReplica):
 
 
 class Ingress:
-    """The HTTP deployment, with the routes of `serve_apps.http.ingress`. It takes the target's
-    handle so that Serve deploys the target with it."""
+    """The HTTP deployment, with the routes of `serve_apps.http.ingress`. It takes the targets'
+    handles so that Serve deploys the targets with it."""
 
-    def __init__(self, target: DeploymentHandle) -> None:
+    def __init__(self, *targets: DeploymentHandle) -> None:
         _be_quiet()
+
+
+class Deployed:
+    """The replicas of a deployment, by Serve's handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def endpoints(self) -> list[Endpoint]:
+        """Of all that run. One that ends in this moment is left out."""
+        try:
+            answers = self._handle.broadcast("endpoint")
+            found = await answers.results_async(timeout_s=ANSWER_S, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
+        except TimeoutError:  # one of them hangs; Serve knows one that does not
+            found = [await self._handle.endpoint.remote()]
+        return [one for one in found if isinstance(one, Endpoint)]
+
+    async def wake(self) -> None:
+        """A call that waits for a replica is what makes Serve start one where there is none."""
+        response = self._handle.endpoint.remote()
+        try:
+            await response
+        finally:
+            response.cancel()
 
 
 class Handle:
@@ -214,6 +185,9 @@ class Handle:
         self.description: Description | None = None
         self._ready = handle.ready
         self._complete = handle.options(stream=True).complete
+
+    async def close(self) -> None:
+        pass
 
     async def ready(self) -> Description:
         self.description = await self._ready.remote()
@@ -234,6 +208,9 @@ class Handle:
                     await asyncio.sleep(RETRY_S)
         return None
 
+    def leave(self, job: Generation) -> None:
+        pass  # Serve lets texts end before it ends a replica
+
     def others(self, link: "Handle", avoid: Collection["Handle"], /) -> bool:
         return False
 
@@ -251,141 +228,68 @@ class Handle:
                 events.cancel()
 
 
-def scale_by_texts(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """How many target replicas there should be: as many as their texts fill."""
-    config = context.config
-    assert config is not None
-    texts = sum((context.aggregated_metrics or {}).get(TEXTS, {}).values())
-    wanted = math.ceil(texts / config.get_target_ongoing_requests())
-    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-    return max(least, min(most, wanted)), {}
+def _complaint(error: Any) -> str:
+    said = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return said
+    name = ".".join(map(str, error["loc"]))
+    given = "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
+    return f"{name}: {said}{given}"
 
 
-def _asgi(config: IngressConfig, args: AppArgs) -> Any:
-    transport, heartbeat_s, patience_s = args.transport, args.heartbeat_s, args.patience_s
+def _asgi(args: AppArgs) -> Any:
+    """What Serve calls inside the ingress replica, where there are handles to be had."""
+    config = args.ingress_config()
+    folders = {name: place(folder) for name, folder in args.folders.items()}
+    single, transport = args.target is not None, args.transport
+    heartbeat_s, patience_s, wait_s = args.heartbeat_s, args.patience_s, args.request_s
 
     def app() -> FastAPI:
-        """Called by Serve inside the ingress replica, where there are handles to be had."""
-        name = serve.get_replica_context().app_name
-        handle = serve.get_deployment_handle("target", name)
-        if transport == "handle":
-            return http_app(Relay(Handle(handle), patience_s=patience_s), config)
-
-        async def find() -> list[Endpoint]:
-            return [await handle.endpoint.remote()]
-
-        targets = Targets(find, heartbeat_s=heartbeat_s)
-        return http_app(Relay(targets, patience_s=patience_s), config)
+        here = serve.get_replica_context().app_name
+        models = []
+        for name, folder in folders.items():
+            deployment = "target" if single else f"target-{name}"
+            handle = serve.get_deployment_handle(deployment, here)
+            target: Relay[Any]
+            if transport == "handle":
+                target = Relay(Handle(handle), patience_s=patience_s)
+            else:
+                links = Targets(Deployed(handle).endpoints, heartbeat_s=heartbeat_s)
+                target = Relay(links, patience_s=patience_s)
+            models.append(Model(name, folder, target, wait_s=wait_s))
+        return http_app(models, config)
 
     return app
 
 
-def _runs(handle: DeploymentHandle) -> bool:
-    """Is there a replica of this deployment?"""
-    app = serve.status().applications.get(handle.app_name)
-    deployment = app.deployments.get(handle.deployment_name) if app is not None else None
-    return deployment is not None and "RUNNING" in deployment.replica_states
-
-
 def _deployment(
-    cls: type, name: str, cpus: float, *, shutdown_s: float = 20.0, **options: Any
+    cls: type, name: str, *, cpus: float, gpus: float = 0, shutdown_s: float = 20.0, **options: Any
 ) -> serve.Deployment:
     deployment: serve.Deployment = serve.deployment(cls)  # type: ignore[assignment]
     return deployment.options(
         name=name,
-        ray_actor_options={"num_cpus": cpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         graceful_shutdown_timeout_s=shutdown_s,
         **options,
     )
 
 
-def _target_scale(args: AppArgs) -> dict[str, Any]:
-    # Our own queue refuses texts before Serve's would make them wait unseen.
-    options = {
-        "max_ongoing_requests": args.max_sessions + args.max_waiting + 64,
-        "shutdown_s": args.drain_s + 10,
-    }
-    if args.target_max_replicas is None:
-        return {"num_replicas": args.target_replicas, **options}
+def _scale(args: AppArgs, kind: str, texts: int, policy: Any) -> dict[str, Any]:
+    """A fixed number of replicas, or so many that each has about so many texts."""
+    least, most = getattr(args, f"{kind}_replicas"), getattr(args, f"{kind}_max_replicas")
+    if most is None:
+        return {"num_replicas": least}
     scale = AutoscalingConfig(
-        min_replicas=args.target_replicas,
-        max_replicas=args.target_max_replicas,
-        target_ongoing_requests=args.max_sessions,
-        policy=AutoscalingPolicy(policy_function=scale_by_texts),
+        min_replicas=least,
+        max_replicas=most,
+        target_ongoing_requests=texts,
+        upscale_delay_s=args.scale_up_s,
+        downscale_delay_s=args.scale_down_s,
+        look_back_period_s=min(max(args.scale_up_s, LOOK_BACK_S[0]), LOOK_BACK_S[1]),
+        policy=AutoscalingPolicy(policy_function=policy),
     )
-    return {"autoscaling_config": scale, **options}
-
-
-def _target_config(args: AppArgs) -> TargetConfig:
-    return TargetConfig(
-        path=_folder(args.target),
-        max_context=args.max_context,
-        max_sessions=args.max_sessions,
-        max_waiting=args.max_waiting,
-        depth=args.depth,
-        read_ms=args.read_ms,
-        prefix_bytes=args.prefix_mb * 2**20,
-        ports=_ports(args.link_ports),
-        heartbeat_s=args.heartbeat_s,
-        stuck_s=args.stuck_s,
-        pack=args.pack,
-        compile=args.compile,
-        threads=_threads(args.target_cpus),
-    )
-
-
-def _draft_config(args: AppArgs) -> DraftConfig:
-    assert args.draft is not None
-    return DraftConfig(
-        path=_folder(args.draft),
-        depth=args.depth,
-        width=args.width,
-        ports=_ports(args.link_ports),
-        heartbeat_s=args.heartbeat_s,
-        pack=args.pack,
-        compile=args.compile,
-        threads=_threads(args.draft_cpus),
-    )
-
-
-def _ingress_config(args: AppArgs) -> IngressConfig:
-    return IngressConfig(
-        model=args.model or args.target.name,
-        path=_folder(args.target),
-        max_body=args.max_body,
-        request_s=args.request_s,
-        keys=load_keys(args.keys),
-        rate=args.rate,
-        concurrency=args.concurrency,
-        cors=tuple(filter(None, args.cors.split(","))),
-    )
-
-
-def _folder(path: Path) -> str:
-    """Replicas have a working folder of their own; a name that is no folder here stays as it is."""
-    return str(path.absolute() if path.exists() else path)
-
-
-def _ports(text: str) -> tuple[int, int]:
-    """
-    Raises:
-        ValueError: it is no range of ports.
-    """
-    if text == "any":
-        return ANY_PORT
-    ends = text.split("-")
-    if not 1 <= len(ends) <= 2 or not all(end.isdecimal() for end in ends):
-        raise ValueError(f"link_ports must be a range such as 20000-20100, got {text!r}")
-    first, last = int(ends[0]), int(ends[-1])
-    if not 0 < first <= last < 2**16:
-        raise ValueError(f"link_ports must lie between 1 and 65535, got {text!r}")
-    return first, last
-
-
-def _threads(cpus: float) -> int:
-    """Never more than are reserved: torch is many times slower on cores that it has to share."""
-    return max(1, int(cpus))
+    return {"autoscaling_config": scale}
 
 
 def _be_quiet() -> None:

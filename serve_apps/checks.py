@@ -1,5 +1,5 @@
-"""What can be told of an app's folders before a replica starts. Knows configs and tokenizers; loads
-no weights.
+"""What can be told of an app before a replica starts: folders, devices, memory. Knows configs and
+tokenizers; loads no weights.
 
 A name that is no folder here may be one of the Hugging Face hub, or a folder of the cluster's
 machines: what a replica finds out about it comes later.
@@ -7,26 +7,97 @@ machines: what a replica finds out about it comes later.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from linearized.errors import ConfigError
+from serve_apps.draft.replica import DraftConfig
+from serve_apps.memory import Needs
+from serve_apps.settings import AppArgs
+from serve_apps.target.replica import TargetConfig
+
+DRAFT = "draft"
 
 
-def check_folders(target: Path, draft: Path | None) -> None:
+def check_app(args: AppArgs) -> None:
     """
+    Raises:
+        ConfigError: it would not start, or its draft would be of no use. ModelError: a folder
+            holds no model that can be served.
+    """
+    single = args.target is not None
+    named = {"target" if single else f"targets.{name}": at for name, at in args.folders.items()}
+    check_folders(named, args.draft)
+    for name, folder in named.items():
+        check_target(name, folder, args.target_config(folder))
+    if args.drafts_apart and args.draft is not None:
+        check_draft(args.draft, args.draft_config())
+
+
+def check_target(name: str, folder: Path, config: TargetConfig) -> None:
+    """
+    Raises:
+        ConfigError: this machine has no such device, or too little memory.
+    """
+    check_device(name, config.device)
+    if folder.exists():
+        remedy = "lower max_sessions, or set target_dtype=bfloat16"
+        rows, longest = config.max_sessions, config.max_context
+        needs = Needs.of(config.path, dtype=config.dtype, rows=rows, max_context=longest)
+        if config.draft is not None and Path(config.draft).exists():
+            needs += Needs.of(
+                config.draft, dtype=config.draft_dtype, rows=rows, max_context=longest
+            )
+        needs.check(f"{name}={folder}", device=config.device, remedy=remedy)
+
+
+def check_draft(folder: Path, config: DraftConfig) -> None:
+    """
+    Raises:
+        ConfigError: this machine has no such device, or too little memory.
+    """
+    check_device(DRAFT, config.device)
+    if folder.exists():
+        needs = Needs.of(config.path, dtype=config.dtype, rows=1, max_context=0)
+        needs.check(f"draft={folder}", device=config.device, remedy="set draft_dtype=bfloat16")
+
+
+def check_device(name: str, device: str) -> None:
+    """Of a cluster, Serve knows which machines have GPUs, and waits for one.
+
+    Raises:
+        ConfigError: this is the only machine, and it has no GPU.
+    """
+    alone = "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ
+    if device == "cuda" and alone and not torch.cuda.is_available():
+        kind = name.split(".")[0].rstrip("s")
+        raise ConfigError(
+            f"{kind}_device=cuda: torch finds no GPU on this machine; set {kind}_device=cpu, or "
+            "RAY_ADDRESS if a cluster with GPUs is to run it"
+        )
+
+
+def check_folders(targets: Mapping[str, Path], draft: Path | None) -> None:
+    """`targets`: by what they are called in messages.
+
     Raises:
         ConfigError: the app would not start with them, or its draft would be of no use.
     """
-    found = [_look(path, name) for path, name in ((target, "target"), (draft, "draft")) if path]
+    found = [_look(path, name) for name, path in targets.items()]
     folders = [folder for folder in found if folder is not None]
+    drafting = _look(draft, DRAFT) if draft is not None else None
+    for folder in (*folders, drafting):
+        if folder is not None:
+            _check(folder)
     for folder in folders:
-        _check(folder)
-    if len(folders) == 2:
-        _compare(*folders)
+        if drafting is not None:
+            _compare(folder, drafting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +133,7 @@ def _look(path: Path, name: str) -> _Folder | None:
 
 def _tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase | None:
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-        if name == "draft":
+        if name == DRAFT:
             return None  # it drafts token ids
         raise ConfigError(
             f"{name}={path} holds no tokenizer; save one there with its save_pretrained"
@@ -95,8 +166,9 @@ def _check(folder: _Folder) -> None:
 def _compare(target: _Folder, draft: _Folder) -> None:
     if target.vocab_size != draft.vocab_size:
         raise ConfigError(
-            f"draft={draft.path} has a vocabulary of {draft.vocab_size}, target={target.path} one "
-            f"of {target.vocab_size}; give both models as many rows (resize_token_embeddings)"
+            f"draft={draft.path} has a vocabulary of {draft.vocab_size}, "
+            f"{target.name}={target.path} one of {target.vocab_size}; give both models as many "
+            "rows (resize_token_embeddings)"
         )
     if target.tokenizer is None or draft.tokenizer is None:
         return
@@ -104,8 +176,8 @@ def _compare(target: _Folder, draft: _Folder) -> None:
     if ours != theirs:
         token, number = min(ours.items() ^ theirs.items(), key=lambda one: one[1])
         raise ConfigError(
-            f"draft={draft.path} has another tokenizer than target={target.path}: only one of them "
-            f"has {token!r} as id {number}; a draft must share the target's"
+            f"draft={draft.path} has another tokenizer than {target.name}={target.path}: only one "
+            f"of them has {token!r} as id {number}; a draft must share the target's"
         )
 
 

@@ -1,8 +1,8 @@
 """What crosses between the ingress and a target replica: one text asked for, and its events.
 
 Plain data: token ids go in, text and token ids come out. A target answers with Refused, or with
-Started, any number of Deltas and Finished. What the ingress keeps of these is enough to go on with
-the text on another replica.
+Started, any number of Deltas and Finished, or Left if it was asked to stop. What the ingress keeps
+of these is enough to go on with the text on another replica.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Generation:
     """One of SPECULATE. None means the first of them that the app has."""
     owner: str = ""
     """Whose prefixes it may go on from: those of texts with an equal owner."""
+    state: bytes = b""
+    """What another replica handed over: a state that has read some of prompt and text. Empty: they
+    are read from the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +90,14 @@ class Finished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Left:
+    """The replica was asked to stop here; another one may go on."""
+
+    state: bytes = b""
+    """For its Generation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
     """Says that nothing is generated, and why, in words for the user."""
 
@@ -99,7 +110,7 @@ class Refused:
     """Seconds after which the client may try again."""
 
 
-Event = Started | Delta | Finished | Refused
+Event = Started | Delta | Finished | Left | Refused
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from serve_apps.forward import Forward
 from serve_apps.link.connection import HEARTBEAT_S
 from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
+from serve_apps.scaling import LATENESS, SESSIONS, UTILISATION
 
 STUCK_S = 60.0
 MAX_NODES = 160
@@ -41,6 +42,10 @@ class DraftConfig:
     """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
     """Whether to compile the steps. See `linearized.compile`."""
+    dtype: str = "float32"
+    """Of weights and states: one of `weights.DTYPES`."""
+    device: str = "cpu"
+    """One of `weights.DEVICES`."""
     threads: int = 1
     ports: tuple[int, int] = ANY_PORT
     """First and last of the ports at which targets may be waited for; (0, 0): any."""
@@ -60,7 +65,13 @@ class DraftReplica:
         """`host` is the address at which targets reach this machine."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="draft")
-        self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
+        self._model = weights.load(
+            config.path,
+            pack=config.pack,
+            compile=config.compile,
+            dtype=config.dtype,
+            device=config.device,
+        )
         self._server = DraftServer(
             self._drafter,
             forward=self._forward,
@@ -74,8 +85,8 @@ class DraftReplica:
             heartbeat_s=config.heartbeat_s,
         )
         self._started: asyncio.Task[Endpoint] | None = None
-        self._asked, self._spent = time.perf_counter(), 0.0
-        """When Serve last asked for the load, and seconds of drafting until then."""
+        self._asked = time.perf_counter()
+        """When Serve last asked for the load."""
 
     async def endpoint(self) -> Endpoint:
         """The address to which targets connect and the secret that lets them in. The first call
@@ -95,12 +106,14 @@ class DraftReplica:
         self._forward.check(STUCK_S)  # only once it is warm
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks for it: texts that are drafted for, and the share of the time that drafting
-        took since it last asked."""
-        now, spent = time.perf_counter(), self._server.drafting_s
-        share = (spent - self._spent) / max(now - self._asked, 1e-3)
-        self._asked, self._spent = now, spent
-        return {"sessions": float(self._server.num_sessions), "utilisation": share}
+        """Serve asks for it: the load since it last asked, by the names of `scaling`."""
+        now, load = time.perf_counter(), self._server.load()
+        seconds, self._asked = max(now - self._asked, 1e-3), now
+        return {
+            SESSIONS: float(load.sessions),
+            UTILISATION: load.seconds / seconds,
+            LATENESS: load.late / load.asked if load.asked else 0.0,
+        }
 
     async def close(self) -> None:
         await self._server.close()

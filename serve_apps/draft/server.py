@@ -14,6 +14,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from linearized.errors import ConfigError
 from linearized.speculative import Drafter, Text
@@ -38,6 +39,20 @@ SENT = 64
 log = logging.getLogger(__name__)
 
 Key = tuple[Connection, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What targets asked for, within some time."""
+
+    sessions: int
+    """Texts."""
+    asked: int
+    """Trees …"""
+    late: int
+    """… and how many of those their targets went on without."""
+    seconds: float
+    """That were spent on them."""
 
 
 class DraftServer:
@@ -74,14 +89,24 @@ class DraftServer:
         """Texts that the drafter is to forget."""
         self._heard = False
         """A target has said something that the forward thread does not know of yet."""
-        self.drafting_s = 0.0
-        """Seconds spent on drafting so far."""
+        self._asking: set[Key] = set()
+        self._asked = self._late = 0
+        """As `load` will tell."""
+        self._seconds = self._told = 0.0
+        """Spent on trees that targets wait for, so far, and when `load` was called last."""
         self._wake = asyncio.Event()
         self._drafting: asyncio.Task[None] | None = None
 
     @property
     def num_sessions(self) -> int:
         return len(self._sessions)
+
+    def load(self) -> Load:
+        """Since it was asked for last."""
+        told, self._told = self._told, self._seconds
+        load = Load(len(self._asking), self._asked, self._late, self._told - told)
+        self._asking, self._asked, self._late = set(), 0, 0
+        return load
 
     async def start(self) -> Endpoint:
         """Listen.
@@ -172,10 +197,13 @@ class DraftServer:
             return  # said before
         if max(new) >= self._vocab_size:
             raise LinkError("a token is outside the vocabulary")
+        self._late += session.unanswered
         session.extend(new, message.depth)
         self._request(key)
 
     def _request(self, key: Key) -> None:
+        self._asking.add(key)
+        self._asked += 1
         self._sessions.move_to_end(key)
         self._heard = True
         self._wake.set()
@@ -220,16 +248,17 @@ class DraftServer:
             self._drafter = self._make()
         for text in ended:
             self._drafter.forget(text)
-        began = time.perf_counter()
         while not any(one.due or one.failed for one in sessions):
             waiting = [one for one in sessions if one.owed]
             group = waiting or [one for one in sessions if not one.done]
             if not group:
                 break
+            began = time.perf_counter()
             self._foresee(self._drafter, group)
+            if waiting:
+                self._seconds += time.perf_counter() - began
             if self._heard:  # after a look: targets who talk all the time do not keep it from any
                 break
-        self.drafting_s += time.perf_counter() - began
 
     def _foresee(self, drafter: Drafter, sessions: Sequence[Session]) -> None:
         try:

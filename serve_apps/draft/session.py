@@ -39,6 +39,11 @@ class Session:
         return len(self.text.tokens) + len(self._ahead)
 
     @property
+    def unanswered(self) -> bool:
+        """Was a tree asked for that the target was not told?"""
+        return self.owed or bool(self._ahead)
+
+    @property
     def waits(self) -> bool:
         """Is there anything to do for it?"""
         return bool(self._ahead) or self.owed or self.due or not self.done

@@ -6,11 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -21,14 +27,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from linearized.errors import ConfigError
-from serve_apps.generation import Description
 from serve_apps.http import bodies, requests, schema
 from serve_apps.http.answers import Answer, ChatAnswer, CompletionAnswer
 from serve_apps.http.errors import ApiError, quoted
-from serve_apps.http.fields import Limits
 from serve_apps.http.gate import KEY, Gate
 from serve_apps.http.guard import Guard, request_id
 from serve_apps.http.keys import Key, check_rate
+from serve_apps.http.models import Model
 from serve_apps.http.requests import (
     ChatRequest,
     CompletionRequest,
@@ -36,22 +41,22 @@ from serve_apps.http.requests import (
     Generating,
     TokenizeRequest,
 )
-from serve_apps.http.streams import Target, Texts
-from serve_apps.http.tokens import Tokenizer
+from serve_apps.http.streams import Texts
 from serve_apps.http.writing import Writing
 
 READY_S = 2.0
-"""Seconds that /health waits for the target before it answers 503."""
+"""Seconds that /health waits for the targets before it answers 503."""
+_DRAFTS = ("away", "none", "connected")
+"""States of a draft, the worst first."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IngressConfig:
-    model: str
-    """The name under which the target is served."""
-    path: str
-    """The target's Hugging Face folder, for its tokenizer."""
+    max_context: int = 0
+    """Largest number of tokens that one of the models takes."""
     max_body: int = 8 * 2**20
     """Largest number of bytes of a request."""
     body_s: float = 30.0
@@ -78,18 +83,14 @@ class IngressConfig:
             raise ConfigError(f"concurrency must be at least 1, got {self.concurrency}")
 
 
-def http_app(target: Target, config: IngressConfig) -> FastAPI:
-    """The HTTP app, for any ASGI server.
-
-    Raises:
-        ConfigError: the folder holds no tokenizer.
-    """
-    ingress = _Ingress(target, config)
+def http_app(models: Sequence[Model], config: IngressConfig) -> FastAPI:
+    """The HTTP app, for any ASGI server. The models are closed when it ends."""
+    ingress = _Ingress(models, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        ingress.close()
+        await ingress.close()
 
     app = FastAPI(title="linearized", docs_url=None, redoc_url=None, lifespan=lifespan)
     _get(app, "/health", ingress.health, schema.HEALTH)
@@ -103,7 +104,7 @@ def http_app(target: Target, config: IngressConfig) -> FastAPI:
         "/detokenize": (ingress.detokenize, DetokenizeRequest, schema.DETOKENIZED),
     }
     for path, (route, body, answers) in posts.items():
-        extra = {"requestBody": schema.body(body, path, config.model)}
+        extra = {"requestBody": schema.body(body, path, [model.name for model in models])}
         app.add_api_route(
             path,
             route,
@@ -135,24 +136,19 @@ def _get(
 
 
 class _Ingress:
-    def __init__(self, target: Target, config: IngressConfig) -> None:
-        self._target = target
+    def __init__(self, models: Sequence[Model], config: IngressConfig) -> None:
+        self._models = {model.name: model for model in models}
         self._config = config
-        self._tokenizer = Tokenizer(config.path)
-        self._created = int(time.time())
-        self._described: Description | None = None
 
-    def close(self) -> None:
-        self._tokenizer.close()
+    async def close(self) -> None:
+        await asyncio.gather(*(model.close() for model in self._models.values()))
 
     async def health(self) -> JSONResponse:
-        """Answers 200 once the target is warm. `draft` says whether its draft replica is linked."""
-        try:
-            async with asyncio.timeout(READY_S):
-                self._described = await self._target.ready()
-        except Exception:  # whatever Serve raises: there is no target
-            raise _not_ready() from None
-        return JSONResponse({"status": "ok", "draft": self._described.draft})
+        """Answers 200 once all targets are warm. `draft` says whether they have a draft: the worst
+        that one of them says."""
+        asked = (model.ready(READY_S) for model in self._models.values())
+        drafts = [described.draft for described in await asyncio.gather(*asked)]
+        return JSONResponse({"status": "ok", "draft": min(drafts, key=_DRAFTS.index)})
 
     async def live(self) -> JSONResponse:
         """Answers 200 as long as requests are answered at all."""
@@ -160,68 +156,71 @@ class _Ingress:
 
     async def models(self, request: Request) -> JSONResponse:
         key: Key | None = request.scope[KEY]
-        data = [self._model()] if _may_use(key, self._config.model) else []
+        data = [one.shown() for one in self._models.values() if _may_use(key, one.name)]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, name: str, request: Request) -> JSONResponse:
-        self._check_model(name, request)
-        return JSONResponse(self._model())
+        return JSONResponse(self._find(name, request).shown())
 
     async def completions(self, request: Request) -> Response:
-        async def prompts(asked: CompletionRequest) -> list[tuple[int, ...]]:
-            return [
-                one if isinstance(one, tuple) else await self._tokenizer.encode(one)
-                for one in asked.prompt
+        model, asked = await self._parse(CompletionRequest, request)
+        tokenizer = model.tokenizer
+        prompts = [
+            one if isinstance(one, tuple) else await tokenizer.encode(one) for one in asked.prompt
+        ]
+        echoes = [""] * len(asked.prompt)
+        if asked.echo:
+            echoes = [
+                one if isinstance(one, str) else await tokenizer.decode(one) for one in asked.prompt
             ]
-
-        async def echoes(asked: CompletionRequest) -> list[str]:
-            if not asked.echo:
-                return [""] * len(asked.prompt)
-            return [
-                one if isinstance(one, str) else await self._tokenizer.decode(one)
-                for one in asked.prompt
-            ]
-
-        asked = await self._parse(CompletionRequest, request)
-        found = await prompts(asked)
-        return await self._generate(request, asked, CompletionAnswer, found, await echoes(asked))
+        return await self._generate(request, model, asked, CompletionAnswer, prompts, echoes)
 
     async def chat(self, request: Request) -> Response:
-        asked = await self._parse(ChatRequest, request)
-        prompt = await self._tokenizer.encode_chat(asked.messages)
-        return await self._generate(request, asked, ChatAnswer, [prompt], [""])
+        model, asked = await self._parse(ChatRequest, request)
+        prompt = await model.tokenizer.encode_chat(asked.messages)
+        return await self._generate(request, model, asked, ChatAnswer, [prompt], [""])
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text, or of messages through the chat template."""
-        asked = await self._parse(TokenizeRequest, request)
+        model, asked = await self._parse(TokenizeRequest, request)
         if asked.messages is not None:
-            tokens = await self._tokenizer.encode_chat(asked.messages)
+            tokens = await model.tokenizer.encode_chat(asked.messages)
         else:
             text = asked.prompt or ""
-            tokens = await self._tokenizer.encode(text, special=asked.add_special_tokens)
-        longest = (await self._description()).max_context
+            tokens = await model.tokenizer.encode(text, special=asked.add_special_tokens)
+        longest = (await model.description()).max_context
         return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, with the names of special tokens."""
-        asked = await self._parse(DetokenizeRequest, request)
-        return JSONResponse({"prompt": await self._tokenizer.decode(asked.tokens, special=True)})
+        model, asked = await self._parse(DetokenizeRequest, request)
+        return JSONResponse({"prompt": await model.tokenizer.decode(asked.tokens, special=True)})
 
-    async def _parse(self, kind: type[requests.Request], request: Request) -> requests.Request:
+    async def _parse(
+        self, kind: type[requests.Request], request: Request
+    ) -> tuple[Model, requests.Request]:
+        """A request, and the model that it is for."""
         config = self._config
         body = await bodies.read(request, limit=config.max_body, seconds=config.body_s)
-        limits = await self._limits()
-        if len(body) < bodies.LARGE:
-            asked = requests.parse(kind, body, limits)
-        else:
-            asked = await self._tokenizer.run(requests.parse, kind, body, limits)
-        if asked.model is not None:
-            self._check_model(asked.model, request)
-        return asked
+        large = len(body) >= bodies.LARGE
+        # A prompt of ids may be as long as the context is.
+        most = max(bodies.MAX_VALUES, 2 * config.max_context)
+        values = await self._run(large, bodies.parse, body, max_values=most)
+        model = self._find(values.get("model"), request)
+        limits = await model.limits()
+        return model, await self._run(large, requests.validate, kind, values, limits)
+
+    async def _run(self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Here, or in a thread where it would hold up the others."""
+        if not large:
+            return work(*args, **kwargs)
+        tokenizer = next(iter(self._models.values())).tokenizer
+        return await tokenizer.run(work, *args, **kwargs)
 
     async def _generate(
         self,
         request: Request,
+        model: Model,
         asked: Generating,
         kind: type[Answer],
         prompts: list[tuple[int, ...]],
@@ -230,23 +229,23 @@ class _Ingress:
         key: Key | None = request.scope[KEY]
         owner = key.sha256 if key is not None else ""
         seed = asked.seed if asked.seed is not None else secrets.randbits(32)
-        limits = await self._limits()
+        limits = await model.limits()
         jobs = asked.generations(prompts, seed=seed, owner=owner, limits=limits)
         answer = kind(
-            asked.model,
-            (await self._description()).fingerprint,
+            model.name,
+            (await model.description()).fingerprint,
             seed,
-            tokenizer=self._tokenizer,
+            tokenizer=model.tokenizer,
             logprobs=asked.named is not None,
             with_usage=asked.with_usage,
         )
         deadline = asyncio.get_running_loop().time() + self._config.request_s
-        texts = Texts(self._target, jobs, deadline=deadline)
+        texts = Texts(model.target, jobs, deadline=deadline)
         writing = Writing(
             answer,
             texts,
             jobs,
-            tokenizer=self._tokenizer,
+            tokenizer=model.tokenizer,
             echoes=echoes,
             name=request_id(request.scope),
         )
@@ -261,39 +260,25 @@ class _Ingress:
         await texts.close()
         return JSONResponse(whole)
 
-    async def _description(self) -> Description:
-        if self._described is None:
-            try:
-                async with asyncio.timeout(self._config.request_s):
-                    self._described = await self._target.ready()
-            except TimeoutError:
-                raise _not_ready() from None
-        return self._described
+    def _find(self, name: Any, request: Request) -> Model:
+        """The model of this name; where a single one is served, it need not be named.
 
-    async def _limits(self) -> Limits:
-        described = await self._description()
-        return Limits(
-            max_context=described.max_context,
-            vocab_size=described.vocab_size,
-            max_characters=described.max_context * self._tokenizer.longest,
-        )
-
-    def _check_model(self, name: str, request: Request) -> None:
-        served = self._config.model
-        if name != served:
-            message = f"there is no model {quoted(name)}; the one served here is {quoted(served)}"
+        Raises:
+            ApiError: there is none, or the key may not use it.
+        """
+        served = ", ".join(map(quoted, self._models))
+        if name is None and len(self._models) > 1:
+            message = f"model is missing; choose from {served}"
+            raise ApiError(400, message, code="missing_parameter", param="model")
+        if name is None or type(name) is not str:  # what is wrong with it is said with the rest
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            message = f"there is no model {quoted(name)}; served here: {served}"
             raise ApiError(404, message, code="model_not_found", param="model")
-        if not _may_use(request.scope[KEY], served):
-            message = f"this API key may not use the model {quoted(served)}"
+        if not _may_use(request.scope[KEY], name):
+            message = f"this API key may not use the model {quoted(name)}"
             raise ApiError(403, message, code="model_not_allowed", param="model")
-
-    def _model(self) -> dict[str, Any]:
-        return {
-            "id": self._config.model,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "linearized",
-        }
+        return self._models[name]
 
 
 class _Stream(StreamingResponse):
@@ -312,12 +297,6 @@ class _Stream(StreamingResponse):
 
 def _may_use(key: Key | None, model: str) -> bool:
     return key is None or key.models is None or model in key.models
-
-
-def _not_ready() -> ApiError:
-    return ApiError(
-        503, "the model is not ready yet", code="not_ready", headers={"Retry-After": "1"}
-    )
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

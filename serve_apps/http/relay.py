@@ -25,6 +25,7 @@ from serve_apps.generation import (
     Event,
     Finished,
     Generation,
+    Left,
     Refused,
     Started,
 )
@@ -33,6 +34,8 @@ from serve_apps.link.connection import LinkError
 PATIENCE_S = 60.0
 MAX_FAILURES = 4
 """How often in a row a text may be lost without getting on."""
+HAND_OVER = 128
+"""Tokens that are read again rather than that a state is handed over."""
 PAUSE_S, LONGEST_S = 0.1, 2.0
 """Before a replica that could not go on with a text is asked again; doubles."""
 
@@ -53,6 +56,10 @@ class Replica(Protocol):
         """Raises LinkError where it does not go on; another replica may."""
         ...
 
+    def leave(self, job: Generation) -> None:
+        """Ask for the state of this text, which is being completed. Its last event is Left then."""
+        ...
+
 
 R = TypeVar("R", bound=Replica)
 
@@ -68,6 +75,8 @@ class Replicas(Protocol[R]):
 
     async def ready(self) -> Description: ...
 
+    async def close(self) -> None: ...
+
 
 class Relay(Generic[R]):
     """A `Target` that lives as long as one replica of the same model does."""
@@ -81,6 +90,9 @@ class Relay(Generic[R]):
 
     async def ready(self) -> Description:
         return await self._replicas.ready()
+
+    async def close(self) -> None:
+        await self._replicas.close()
 
     async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
         """Events of one text, up to Finished or Refused."""
@@ -97,9 +109,9 @@ class Relay(Generic[R]):
                 return
             if fingerprint is None and replica.description is not None:
                 fingerprint = replica.description.fingerprint
-            before = text.num_tokens
+            before, rest = text.num_tokens, text.rest()
             try:
-                async with aclosing(replica.complete(text.rest())) as events:
+                async with aclosing(replica.complete(rest)) as events:
                     async for event in events:
                         if self._is_full(event, text, replica, avoid):
                             break
@@ -108,10 +120,16 @@ class Relay(Generic[R]):
                         if text.ended:
                             return
                         if replica.leaving and self._replicas.others(replica, ()):
-                            raise LinkError("the replica is about to end")
+                            if text.num_read < HAND_OVER:
+                                raise LinkError("the replica is about to end")
+                            replica.leave(rest)
                     else:
                         raise LinkError("the replica ended without a word")
                 text.problem = "all replicas are full"
+            except _HandedOverError as left:
+                text.take_over(left.state)
+                self.moved += 1
+                log.warning("a text goes on elsewhere from its state of %d bytes", len(left.state))
             except LinkError as error:
                 text.lose(str(error), got_on=text.num_tokens > before)
                 self.moved += 1
@@ -138,6 +156,14 @@ class _DiffersError(LinearizedError):
     """A replica says something else than was sent already."""
 
 
+class _HandedOverError(LinearizedError):
+    """A replica ends, and has handed over the text's state."""
+
+    def __init__(self, state: bytes) -> None:
+        super().__init__("the replica has handed the text over")
+        self.state = state
+
+
 class _Text:
     """What was sent of one text."""
 
@@ -152,6 +178,8 @@ class _Text:
         """… and their text."""
         self._heard = ""
         """As much of that as has come."""
+        self._state = b""
+        """From which the next replica goes on."""
         self._before = _Count()
         """What replicas that are gone have done."""
         self._here = _Count()
@@ -167,16 +195,30 @@ class _Text:
     def num_tokens(self) -> int:
         return len(self._tokens)
 
+    @property
+    def num_read(self) -> int:
+        """Tokens that the replica has in its state, more or less."""
+        return len(self._job.prompt) + len(self._tokens)
+
     def rest(self) -> Generation:
         """What to ask a replica for."""
         sure, text = self._last
         self._replayed, self._repeated, self._heard = self._tokens[sure:], text, ""
-        return replace(self._job, text=(*self._job.text, *self._tokens[:sure]))
+        state, self._state = self._state, b""
+        return replace(self._job, text=(*self._job.text, *self._tokens[:sure]), state=state)
 
     def trust(self) -> None:
         """Go on from what was sent, without a look at it."""
         self._last = len(self._tokens), ""
         self._leave()
+
+    def take_over(self, state: bytes) -> None:
+        """Go on from this state; without one, from tokens that are read again."""
+        self._state = state
+        if state:
+            self.trust()
+        else:
+            self._leave()
 
     def lose(self, problem: str, *, got_on: bool) -> None:
         self.problem = problem
@@ -187,7 +229,8 @@ class _Text:
         """What of it is new.
 
         Raises:
-            _DiffersError: it is not what was sent before.
+            _DiffersError: it is not what was sent before. _HandedOverError: the replica is done
+                with it.
         """
         match event:
             case Started():
@@ -203,6 +246,8 @@ class _Text:
             case Refused():
                 self.ended = True
                 return [self.end(event.message) if self.started else event]
+            case Left():
+                raise _HandedOverError(event.state)
 
     def end(self, problem: str) -> Event:
         """Why it does not go on."""

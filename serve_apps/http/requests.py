@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearized.speculative import Sampling
 from serve_apps.generation import Generation, Guide
-from serve_apps.http import bodies
 from serve_apps.http.errors import ApiError, invalid, quoted, unsupported
 from serve_apps.http.fields import (
     Between,
@@ -281,14 +280,12 @@ class DetokenizeRequest(Body):
 Request = TypeVar("Request", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 
 
-def parse(kind: type[Request], body: bytes, limits: Limits) -> Request:
-    """
+def validate(kind: type[Request], values: dict[str, Any], limits: Limits) -> Request:
+    """A request of a body's values. `limits` are those of the model that it names.
+
     Raises:
         ApiError: with the first thing that is wrong.
     """
-    # A prompt of ids may be as long as the context is.
-    most = max(bodies.MAX_VALUES, 2 * limits.max_context)
-    values = bodies.parse(body, max_values=most)
     _refuse_unsupported(kind, values)
     try:
         request = kind.model_validate(values, context=limits)

@@ -71,11 +71,11 @@ COMPLETION = _answer(
 COMPLETION[200]["content"]["text/event-stream"] = {"schema": _TEXT}
 
 
-def body(kind: type[Body], path: str, model: str) -> dict[str, Any]:
-    """The schema of a body, with the one name that `model` may have."""
+def body(kind: type[Body], path: str, models: list[str]) -> dict[str, Any]:
+    """The schema of a body, with the names that `model` may have."""
     place = path.replace("~", "~0").replace("/", "~1")
     here = f"#/paths/{place}/post/requestBody/content/application~1json/schema/$defs/"
     text = json.dumps(kind.model_json_schema()).replace("#/$defs/", here)
     found = json.loads(text)
-    found["properties"]["model"] = {"type": "string", "enum": [model]}
+    found["properties"]["model"] = {"type": "string", "enum": models}
     return {"required": True, "content": {"application/json": {"schema": found}}}

@@ -32,6 +32,8 @@ class Target(Protocol):
 
     async def ready(self) -> Description: ...
 
+    async def close(self) -> None: ...
+
 
 class Texts:
     """The event streams of one request's texts, side by side."""

@@ -160,6 +160,18 @@ class Connection:
             self._received += [one for one in found if not isinstance(one, Heartbeat)]
         return self._received.popleft()
 
+    async def room(self) -> None:
+        """Wait until little is unsent.
+
+        Raises:
+            LinkError: the connection has ended.
+        """
+        self._flush()
+        try:
+            await self._writer.drain()
+        except ConnectionError as error:
+            raise LinkError("the peer closed the connection") from error
+
     def keep_alive(self, every_s: float) -> None:
         """Send heartbeats, and drop the connection when the peer's fail to come."""
         self._alive = asyncio.create_task(self._beat(every_s))

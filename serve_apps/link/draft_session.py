@@ -126,6 +126,7 @@ class DraftSession:
     def close(self) -> None:
         self._refused = True
         self._leave()
+        self._links.closed(self)
 
     def _leave(self) -> None:
         if self.peer is not None:

@@ -52,6 +52,9 @@ class _Nothing:
     async def check_health(self) -> None:
         pass
 
+    def leave(self, job: Generation) -> None:
+        pass
+
     async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
         yield Started()
         yield Finished(reason="length", rounds=0)

@@ -6,12 +6,37 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 from linearized.speculative import Alternatives
-from serve_apps.generation import Description, Event, Finished, Generation, Refused, Started
+from serve_apps.generation import (
+    Description,
+    Event,
+    Finished,
+    Generation,
+    Left,
+    Refused,
+    Started,
+)
 from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError, dial
 from serve_apps.link.protocol import Endpoint, GoAway, Message, ProtocolError
-from serve_apps.link.texts import WINDOW, Cancel, Failed, More, PromptPart, Said, Status, Submit
+from serve_apps.link.texts import (
+    MAX_STATE,
+    WINDOW,
+    Cancel,
+    Failed,
+    Leave,
+    More,
+    PromptPart,
+    Said,
+    StatePart,
+    Status,
+    Submit,
+    parts,
+)
+
+LEAVE_S = 10.0
+"""Seconds within which a state is handed over, or the text is read again."""
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +62,12 @@ class TextLink:
         self._connection: Connection | None = None
         self._texts: dict[int, _Events] = {}
         self._numbers = itertools.count()
+        self._handing = asyncio.Lock()
         self._task = asyncio.create_task(self._run())
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
 
     @property
     def gone(self) -> bool:
@@ -45,7 +75,7 @@ class TextLink:
 
     @property
     def usable(self) -> bool:
-        return self._connection is not None and self.description is not None and not self.leaving
+        return self.connected and self.description is not None and not self.leaving
 
     @property
     def load(self) -> float:
@@ -68,13 +98,13 @@ class TextLink:
         if connection is None:
             raise LinkError("the connection has ended")
         number = next(self._numbers)
-        self._texts[number] = events = _Events()
+        self._texts[number] = events = _Events(job)
         ended, taken = False, 0
         try:
-            connection.send(Submit(number, job))
+            await self._submit(connection, number, job)
             while not ended:
                 event = await events.queue.get()
-                ended = isinstance(event, Finished | Refused | LinkError)
+                ended = isinstance(event, Finished | Left | Refused | LinkError)
                 if isinstance(event, LinkError):
                     raise event
                 yield event
@@ -87,8 +117,28 @@ class TextLink:
             yield Refused(status=413, message=str(error), code="request_too_large")
         finally:
             del self._texts[number]
+            if events.impatient is not None:
+                events.impatient.cancel()
             if not ended:
                 connection.send(Cancel(number))
+
+    def leave(self, job: Generation) -> None:
+        """Ask for the state of this text, which is being completed: its last event is Left then. If
+        that does not come in time, LinkError is raised there."""
+        for number, events in self._texts.items():
+            if events.job is job and events.impatient is None and self._connection is not None:
+                self._connection.send(Leave(number))
+                late = LinkError("the replica does not hand the text over")
+                loop = asyncio.get_running_loop()
+                events.impatient = loop.call_later(LEAVE_S, events.queue.put_nowait, late)
+
+    async def _submit(self, connection: Connection, number: int, job: Generation) -> None:
+        if job.state:
+            async with self._handing:  # one state at a time, which is all that a target keeps
+                for part in parts(number, job.state):
+                    connection.send(part)
+                    await connection.room()
+        connection.send(Submit(number, replace(job, state=b"")))
 
     async def _run(self) -> None:
         reason = LinkError("the target's connection has ended")
@@ -117,6 +167,9 @@ class TextLink:
             case PromptPart(number, logprobs):
                 if number in self._texts:
                     self._texts[number].prompt += logprobs
+            case StatePart(number, state):
+                if number in self._texts:
+                    self._texts[number].add_state(state)
             case Failed(number, reason):
                 if number in self._texts:
                     self._texts[number].queue.put_nowait(LinkError(reason))
@@ -134,9 +187,18 @@ class TextLink:
 class _Events:
     """Of one text, as they come. The target stops at WINDOW of them that nobody has taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: Generation) -> None:
+        self.job = job
         self.queue: asyncio.Queue[Event | LinkError] = asyncio.Queue()
         self.prompt: list[Alternatives | None] = []
+        self.impatient: asyncio.TimerHandle | None = None
+        """Once the replica was asked to hand the text over."""
+        self._state = bytearray()
+
+    def add_state(self, part: bytes) -> None:
+        if self.impatient is None or len(self._state) + len(part) > MAX_STATE:
+            raise LinkError("a target does not send a state that nobody has asked for")
+        self._state += part
 
     def add(self, event: Event) -> None:
         if self.queue.qsize() > 2 * WINDOW:
@@ -144,4 +206,6 @@ class _Events:
         if isinstance(event, Started) and self.prompt:
             logprobs, self.prompt = tuple(self.prompt), []
             event = Started(cached_tokens=event.cached_tokens, prompt_logprobs=logprobs)
+        if isinstance(event, Left):
+            event = Left(state=bytes(self._state))
         self.queue.put_nowait(event)

@@ -9,15 +9,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Protocol
 
-from serve_apps.generation import Description, Event, Generation
+from serve_apps.generation import Description, Event, Generation, Left
 from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError
 from serve_apps.link.listener import ANY_PORT, Listener
 from serve_apps.link.protocol import Endpoint, GoAway, Message
-from serve_apps.link.texts import WINDOW, Cancel, Failed, More, Status, Submit, said
+from serve_apps.link.texts import (
+    MAX_STATE,
+    WINDOW,
+    Cancel,
+    Failed,
+    Leave,
+    More,
+    Said,
+    StatePart,
+    Status,
+    Submit,
+    parts,
+    said,
+)
 
 STATUS_S = 0.25
 """Seconds between two looks at what peers should know of the target."""
@@ -30,6 +45,10 @@ class Completes(Protocol):
     """A target replica."""
 
     def complete(self, job: Generation) -> AsyncGenerator[Event, None]: ...
+
+    def leave(self, job: Generation) -> None:
+        """Stop with this text, which is being completed: its last event is Left, with its state."""
+        ...
 
     async def ready(self) -> Description: ...
 
@@ -51,6 +70,7 @@ class TextServer:
         self._watching: asyncio.Task[None] | None = None
         self._status: Description | None = None
         self._leaving = False
+        self._handing = asyncio.Lock()
         self._num_texts = 0
 
     @property
@@ -113,42 +133,53 @@ class TextServer:
     async def _serve(self, connection: Connection) -> None:
         assert self._status is not None
         connection.send(GoAway() if self._leaving else Status(self._status))
-        texts: dict[int, _Text] = {}
+        peer = _Peer(connection)
         try:
             while True:
-                self._take(connection, texts, await connection.receive())
+                self._take(peer, await connection.receive())
         finally:
-            tasks = [text.task for text in texts.values()]
+            tasks = [text.task for text in peer.texts.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _take(self, connection: Connection, texts: dict[int, _Text], message: Message) -> None:
+    def _take(self, peer: _Peer, message: Message) -> None:
+        texts = peer.texts
         match message:
             case Submit(number, _) if number in texts:
                 raise LinkError(f"an ingress does not submit text {number} twice")
             case Submit(number, _) if self._leaving:
-                connection.send(Failed(number, "this target is about to end"))
+                peer.states.pop(number, None)
+                peer.connection.send(Failed(number, "this target is about to end"))
             case Submit(number, job):
-                texts[number] = text = _Text()
-                text.task = asyncio.create_task(self._say(connection, texts, number, job))
+                state = bytes(peer.states.pop(number, b""))
+                texts[number] = text = _Text(replace(job, state=state))
+                text.task = asyncio.create_task(self._say(peer, number, text))
+            case StatePart(number, part):
+                peer.keep(number, part)
             case Cancel(number):
+                peer.states.pop(number, None)
                 if number in texts:
                     texts[number].task.cancel()
+            case Leave(number):
+                if number in texts:
+                    self._target.leave(texts[number].job)
             case More(number, events):
                 if number in texts:
                     texts[number].allow(events)
             case _:
                 raise LinkError(f"an ingress does not send {type(message).__name__}")
 
-    async def _say(
-        self, connection: Connection, texts: dict[int, _Text], number: int, job: Generation
-    ) -> None:
+    async def _say(self, peer: _Peer, number: int, text: _Text) -> None:
+        connection = peer.connection
         self._num_texts += 1
         try:
-            async with aclosing(self._target.complete(job)) as events:
+            async with aclosing(self._target.complete(text.job)) as events:
                 async for event in events:
-                    await texts[number].turn()
+                    await text.turn()
+                    if isinstance(event, Left):
+                        await self._hand_over(connection, number, event)
+                        return
                     for message in said(number, event):
                         connection.send(message)
         except Exception as error:
@@ -157,13 +188,37 @@ class TextServer:
             connection.send(Failed(number, reason[:500]))
         finally:
             self._num_texts -= 1
-            del texts[number]
+            del peer.texts[number]
+
+    async def _hand_over(self, connection: Connection, number: int, left: Left) -> None:
+        """Text by text, or a peer would look as if it did not read."""
+        async with self._handing:
+            for part in parts(number, left.state if len(left.state) <= MAX_STATE else b""):
+                connection.send(part)
+                await connection.room()
+            connection.send(Said(number, Left()))
+
+
+class _Peer:
+    """An ingress."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.texts: dict[int, _Text] = {}
+        self.states: dict[int, bytearray] = defaultdict(bytearray)
+        """As far as they have come, of texts that will be submitted."""
+
+    def keep(self, number: int, part: bytes) -> None:
+        if sum(map(len, self.states.values())) + len(part) > MAX_STATE:
+            raise LinkError("an ingress does not hand over so many states at once")
+        self.states[number] += part
 
 
 class _Text:
     task: asyncio.Task[None]
 
-    def __init__(self) -> None:
+    def __init__(self, job: Generation) -> None:
+        self.job = job
         self._room = asyncio.Semaphore(WINDOW)
 
     async def turn(self) -> None:

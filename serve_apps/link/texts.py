@@ -1,7 +1,8 @@
 """What crosses the link between the ingress and a target replica. Knows no socket and no model.
 
-    ingress   Submit, Cancel, More ->          one text each; any number side by side
+    ingress   Submit, Cancel, More, Leave ->   one text each; any number side by side
     target    <- Said, PromptPart, Failed      the same
+    both      StatePart                        the same
     target    <- Status, GoAway                about itself
 
 A text's Said are numbered by nothing: a connection keeps their order, and a text ends with its
@@ -24,6 +25,7 @@ from serve_apps.generation import (
     Finished,
     Generation,
     Guide,
+    Left,
     Refused,
     Started,
 )
@@ -53,6 +55,10 @@ MAX_TAKEN = 1024
 """Tokens of one event."""
 MAX_LEVELS = 256
 """Of a drafted tree."""
+STATE_PART = 2**17
+"""Bytes of a state that one message has."""
+MAX_STATE = 2**26
+"""Bytes of a state that is handed over. A text with a larger one is read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,22 @@ class PromptPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Leave:
+    """Asks the target to stop with a text, and for its state."""
+
+    text: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """The next of a state's bytes. The Left or the Submit that they belong to comes after them,
+    without any."""
+
+    text: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """This target does not go on with the text; another one might."""
 
@@ -100,6 +122,10 @@ class Failed:
 @dataclass(frozen=True, slots=True)
 class Status:
     description: Description
+
+
+def parts(text: int, state: bytes) -> list[StatePart]:
+    return [StatePart(text, state[i : i + STATE_PART]) for i in range(0, len(state), STATE_PART)]
 
 
 def said(text: int, event: Event) -> list[Said | PromptPart]:
@@ -151,6 +177,7 @@ _EVENTS: dict[type[Any], Field] = {
             "error": string(MAX_STRING),
         },
     ),
+    Left: record(Left, {}),
     Refused: record(
         Refused,
         {
@@ -192,6 +219,8 @@ FIELDS: dict[type[Any], tuple[Field, ...]] = {
     More: (COUNT, wire.integer(1, WINDOW)),
     Said: (COUNT, Field(_event, _pack_event)),
     PromptPart: (COUNT, _PROMPT_LOGPROBS),
+    Leave: (COUNT,),
+    StatePart: (COUNT, wire.blob(STATE_PART)),
     Failed: (COUNT, TEXT),
     Status: (_DESCRIPTION,),
 }

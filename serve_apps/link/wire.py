@@ -47,6 +47,15 @@ def string(longest: int) -> Field:
     return Field(check)
 
 
+def blob(longest: int) -> Field:
+    def check(value: Any) -> bytes:
+        if type(value) is not bytes or len(value) > longest:
+            raise TypeError(f"expected at most {longest} bytes")
+        return value
+
+    return Field(check)
+
+
 def choice(*allowed: str) -> Field:
     def check(value: Any) -> str:
         if value not in allowed or type(value) is not str:
@@ -96,12 +105,6 @@ def array(value: Any, most: int) -> list[Any]:
     return value
 
 
-def _bytes(value: Any) -> bytes:
-    if type(value) is not bytes or len(value) > 64:
-        raise TypeError("expected at most 64 bytes")
-    return value
-
-
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise TypeError("expected a number")
@@ -138,7 +141,7 @@ COUNT = integer(0, 2**53)
 TOKEN = integer(0, MAX_TOKEN)
 TOKENS = Field(_tokens)
 NUMBER = Field(_number)
-BYTES = Field(_bytes)
+BYTES = blob(64)
 """A nonce or a proof."""
 TEXT = string(1000)
 ALTERNATIVES = Field(_alternatives, _pack_alternatives)

@@ -14,12 +14,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import partial
 
 import transformers
 
 import linearized
-from linearized.errors import ConfigError, LinearizedError, RequestError
+from linearized.errors import ConfigError, LinearizedError, RequestError, StateError
 from linearized.speculative import Engine, Guide, ModelDrafter, Piece, Prefixes, Text
 from linearized.speculative.generate import decoding, end_of_text
 from linearized.state import DecodeState
@@ -31,11 +32,13 @@ from serve_apps.generation import (
     Event,
     Finished,
     Generation,
+    Left,
     Refused,
     Started,
 )
 from serve_apps.link.connection import HEARTBEAT_S
-from serve_apps.link.drafts import DraftLinks, FindDrafts
+from serve_apps.link.discovery import Find
+from serve_apps.link.drafts import DraftLinks, Wake
 from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 from serve_apps.link.text_server import TextServer
@@ -74,6 +77,8 @@ class TargetConfig:
     draft: str | None = None
     """Hugging Face folder of a draft model that drafts here, beside the target, and not in replicas
     of its own; it shares the target's tokenizer."""
+    expects_draft: bool = True
+    """Whether draft replicas run from the start. Then this one is ready with a link to one."""
     depth: int = 8
     """Largest number of levels of a drafted tree."""
     width: int = 4
@@ -82,6 +87,13 @@ class TargetConfig:
     """Whether to lay out the weights a second time for the CPU. See `linearized.pack`."""
     compile: bool = False
     """Whether to compile the steps. See `linearized.compile`."""
+    dtype: str = "float32"
+    """Of weights and states: one of `weights.DTYPES`."""
+    device: str = "cpu"
+    """One of `weights.DEVICES`."""
+    draft_dtype: str = "float32"
+    """Of a draft model here."""
+    draft_device: str = "cpu"
     threads: int = 1
     ports: tuple[int, int] = ANY_PORT
     """First and last of the ports at which ingresses may be waited for; (0, 0): any."""
@@ -109,12 +121,14 @@ class TargetReplica:
     def __init__(
         self,
         config: TargetConfig,
-        find_drafts: FindDrafts | None = None,
+        find_drafts: Find | None = None,
+        wake_draft: Wake | None = None,
         *,
         host: str = "127.0.0.1",
     ) -> None:
-        """`find_drafts` names draft replicas. None means that there are none. `host` is the address
-        at which ingresses reach this machine.
+        """`find_drafts` names draft replicas; None means that there are none. `wake_draft` has one
+        started while there is none and a text is to be drafted for. `host` is the address at which
+        ingresses reach this machine.
 
         Raises:
             ConfigError: the draft model here has another vocabulary, or a token that ends a text is
@@ -122,7 +136,13 @@ class TargetReplica:
         """
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
-        self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
+        self._model = weights.load(
+            config.path,
+            pack=config.pack,
+            compile=config.compile,
+            dtype=config.dtype,
+            device=config.device,
+        )
         linearized.models.check_decoder(self._model)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
         self._vocab_size = self._model.config.vocab_size
@@ -131,7 +151,10 @@ class TargetReplica:
         self._links: DraftLinks | None = None
         if find_drafts is not None:
             self._links = DraftLinks(
-                find_drafts, vocab_size=self._vocab_size, heartbeat_s=config.heartbeat_s
+                find_drafts,
+                wake_draft,
+                vocab_size=self._vocab_size,
+                heartbeat_s=config.heartbeat_s,
             )
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
@@ -151,6 +174,8 @@ class TargetReplica:
         """Of the texts in the engine."""
         self._paused: dict[Text, asyncio.Task[DecodeState | None]] = {}
         """Texts that nobody reads, with what they need to go on."""
+        self._running: dict[Text, tuple[Generation, _Pieces]] = {}
+        """Texts that are being completed."""
         self._wake = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
         self._num_texts = 0
@@ -240,20 +265,41 @@ class TargetReplica:
         finally:
             self._num_texts -= 1
 
+    def leave(self, job: Generation) -> None:
+        """Stop with this text, which is being completed: its last event is Left, with its state.
+        Nothing happens if it has not begun, or has ended."""
+        for own, pieces in self._running.values():
+            if own is job:
+                pieces.mark(_Mark.LEAVE)
+
     async def _generate(self, job: Generation, guide: Guide | None) -> AsyncGenerator[Event, None]:
         text = self._text(job, guide)
         pieces = _Pieces(partial(self._pause, text))
+        started = leaving = False
+        state: DecodeState | None = None
         try:
             if text.finished is None:
                 self._pieces[text] = pieces
                 self._speculator.open(text, job.speculate)
-                await self._enter(text, None)
+                await self._enter(text, await self._state(job))
+                self._running[text] = job, pieces
             done = text.finished is not None
-            started = False
             while not done:
-                if text in self._paused and pieces.qsize() < READ_AHEAD // 2:
+                if text in self._paused and not leaving and pieces.qsize() < READ_AHEAD // 2:
                     await self._unpause(text, pieces)
                 piece = await pieces.get()
+                if piece is _Mark.LEAVE:
+                    leaving = True
+                    self._pause(text)
+                    if text in self._paused:
+                        state = await self._paused[text]
+                    pieces.mark(_Mark.LEFT)  # behind what a round that was going on has given
+                    continue
+                if piece is _Mark.LEFT:
+                    if text.finished is None:
+                        yield Left(state=b"" if state is None else await _bytes(state))
+                        return
+                    continue
                 if isinstance(piece, Exception) and text.error is piece:
                     log.warning("a text ends with an error: %s", piece)
                     break
@@ -270,6 +316,7 @@ class TargetReplica:
                     logprobs=piece.logprobs,
                 )
         finally:
+            self._running.pop(text, None)
             self._paused.pop(text, None)
             if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
@@ -277,6 +324,24 @@ class TargetReplica:
         if not started:
             yield _started(text)
         yield _finished(text)
+
+    async def _state(self, job: Generation) -> DecodeState | None:
+        """What another replica handed over, if it is of use here."""
+        if not job.state:
+            return None
+        try:
+            state = await asyncio.to_thread(
+                DecodeState.from_bytes, job.state, device=self._model.device
+            )
+            linearized.models.check_state(self._model, state)
+            if state.layers.keys.dtype != self._model.dtype or state.batch_size != 1:
+                raise StateError(f"a state of {state.batch_size} rows in {state.layers.keys.dtype}")
+            if int(state.length[0]) >= len(job.prompt) + len(job.text):
+                raise StateError("a state that has read more than there is of the text")
+        except StateError as error:
+            log.warning("a text is read again, as its state is of no use here: %s", error)
+            return None
+        return state
 
     async def _enter(self, text: Text, state: DecodeState | None) -> None:
         """The engine goes on with it."""
@@ -404,11 +469,21 @@ class TargetReplica:
         await self._guiding.start()
         await self._forward.run(self._plan)
         self._rounds = asyncio.create_task(self._go_on())
-        if self._links is not None and not await self._links.wait_connected(LINK_S):
+        waits = self._config.expects_draft
+        if waits and self._links is not None and not await self._links.wait_connected(LINK_S):
             log.warning("no draft replica within %.0f s; going on without", LINK_S)
 
 
-class _Pieces(asyncio.Queue[Piece | Exception]):
+class _Mark(Enum):
+    """Between the pieces of a text that is to go on elsewhere."""
+
+    LEAVE = auto()
+    """It was asked to."""
+    LEFT = auto()
+    """No piece comes any more, unless one ends the text."""
+
+
+class _Pieces(asyncio.Queue[Piece | Exception | _Mark]):
     """Of one text, on the way to who reads it."""
 
     def __init__(self, pause: Callable[[], None]) -> None:
@@ -416,10 +491,17 @@ class _Pieces(asyncio.Queue[Piece | Exception]):
         super().__init__()
         self._pause = pause
 
-    def put_nowait(self, item: Piece | Exception) -> None:
+    def put_nowait(self, item: Piece | Exception | _Mark) -> None:
         super().put_nowait(item)
         if self.qsize() >= READ_AHEAD:
             self._pause()
+
+    def mark(self, mark: _Mark) -> None:
+        super().put_nowait(mark)
+
+
+async def _bytes(state: DecodeState) -> bytes:
+    return await asyncio.to_thread(state.to_bytes)
 
 
 def _started(text: Text) -> Started:
@@ -442,7 +524,13 @@ def _finished(text: Text) -> Finished:
 def _local_draft(config: TargetConfig) -> ModelDrafter | None:
     if config.draft is None:
         return None
-    model = weights.load(config.draft, pack=config.pack, compile=config.compile)
+    model = weights.load(
+        config.draft,
+        pack=config.pack,
+        compile=config.compile,
+        dtype=config.draft_dtype,
+        device=config.draft_device,
+    )
     return ModelDrafter(model, depth=config.depth, width=config.width)
 
 

@@ -2,82 +2,168 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import httpx
 import psutil
 import pytest
-from pydantic import ValidationError
+import yaml
+from click import ClickException
+from ray import serve
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.schema import ServeDeploySchema
 
 from cluster.local import LocalCluster
-from serve_apps.app import AppArgs, build, scale_by_texts
+from serve_apps.app import Deployed, Given, build
+from serve_apps.link.protocol import Endpoint
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the quick brown fox"
 
 
-def test_arguments_come_as_text_and_are_checked():
-    args = AppArgs.model_validate({"target": "t", "depth": "3", "target_cpus": "0.5"})
-    assert (args.depth, args.target_cpus, args.draft) == (3, 0.5, None)
-    for wrong in ({"depth": "0"}, {"typo": "1"}, {"target_replicas": 3, "target_max_replicas": 2}):
-        with pytest.raises(ValidationError):
-            AppArgs.model_validate({"target": "t", **wrong})
-
-
-@pytest.mark.parametrize("wrong", ["many", "1-2-3", "0", "9-8", "70000", "-1"])
-def test_ports_that_are_no_range(wrong):
-    with pytest.raises(ValidationError, match="link_ports must"):
-        AppArgs.model_validate({"target": "t", "link_ports": wrong})
-
-
-def test_targets_are_as_many_as_their_texts_fill():
-    config = SimpleNamespace(get_target_ongoing_requests=lambda: 8)
-    for texts, replicas in (({}, 1), ({"a": 8.0}, 1), ({"a": 8.0, "b": 1.0}, 2), ({"a": 99.0}, 4)):
-        context = SimpleNamespace(
-            config=config,
-            aggregated_metrics={"texts": texts},
-            capacity_adjusted_min_replicas=1,
-            capacity_adjusted_max_replicas=4,
-        )
-        assert scale_by_texts(context) == (replicas, {})
-
-
 def test_the_app_fits_two_cpus():
-    args = AppArgs.model_validate({"target": "t", "draft": "d"})
+    args = Given.model_validate({"target": "t", "draft": "d"})
     assert args.ingress_cpus + args.target_cpus + args.draft_cpus <= 2
-    assert build(args)
+    assert set(deployments(args)) == {"ingress", "target", "draft"}
+
+
+def test_a_draft_in_the_targets_process_is_no_deployment():
+    args = Given.model_validate({"target": "t", "draft": "d", "draft_replicas": "0"})
+    found = deployments(args)
+    assert set(found) == {"ingress", "target"}
+    config, draft, _ = found["target"].init_args
+    assert draft is None and config.draft == "d"
+    args = Given.model_validate({"target": "t", "draft": "d"})
+    config, draft, _ = deployments(args)["target"].init_args
+    assert draft is not None and config.draft is None
+
+
+def test_several_targets_share_the_draft():
+    args = Given.model_validate({"targets": '{"a": "t", "b.2": "u"}', "draft": "d"})
+    found = deployments(args)
+    assert set(found) == {"ingress", "target-a", "target-b.2", "draft"}
+    assert [found[f"target-{name}"].init_args[0].path for name in ("a", "b.2")] == ["t", "u"]
+    assert len({found[f"target-{name}"].init_args[1] for name in ("a", "b.2")}) == 1
+
+
+def test_what_is_wrong_is_said_in_one_line():
+    for given, says in {
+        "depth": ("0", "depth: Input should be greater than or equal to 1, got '0'"),
+        "typo": ("1", "typo: Extra inputs are not permitted, got '1'"),
+        "link_ports": ("9-8", "link_ports must lie between 1 and 65535, got '9-8'"),
+        "targets": ("a", "targets: they must be names with folders, such as"),
+    }.items():
+        with pytest.raises(ClickException) as refused:
+            Given.model_validate({"target": "t", given: says[0]})
+        assert refused.value.message.startswith(says[1]) and "\n" not in refused.value.message
+
+
+def test_the_config_file_is_one_that_serve_and_the_app_take():
+    text = (ROOT / "serve_apps" / "config.yaml").read_text()
+    config = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (one,) = config.applications
+    args = Given.model_validate(one.args)
+    assert one.import_path == "serve_apps.app:build" and list(args.folders) == ["small", "large"]
+    assert config.http_options.request_timeout_s > args.request_s
+
+
+async def test_where_replicas_are(monkeypatch):
+    """Through Serve's handle, in its mode without a cluster."""
+    here = Endpoint(host="h", port=1, secret=b"s", fingerprint="f", vocab_size=2)
+    asked = []
+
+    class Served:
+        async def endpoint(self):
+            asked.append(1)
+            if len(asked) == 2:
+                await asyncio.sleep(60)
+            return here
+
+    handle = serve.run(serve.deployment(Served).bind(), _local_testing_mode=True)
+    deployed = Deployed(handle)
+    assert await deployed.endpoints() == [here]
+    monkeypatch.setattr("serve_apps.app.ANSWER_S", 0.2)
+    assert await deployed.endpoints() == [here]  # one that hangs keeps nobody from finding others
+    assert len(asked) == 3
+    await deployed.wake()
+    assert len(asked) == 4
+
+    def nobody(_):
+        raise DeploymentUnavailableError(DeploymentID(name="draft"))
+
+    monkeypatch.setattr(handle, "broadcast", nobody)
+    assert await deployed.endpoints() == []
+
+
+def deployments(args):
+    """By name, of the app that is built."""
+    found = {}
+
+    def visit(application):
+        deployment = application._bound_deployment
+        found[deployment.name] = deployment
+        for one in deployment.init_args:
+            if isinstance(one, type(application)):
+                visit(one)
+
+    visit(build(args))
+    return found
 
 
 @pytest.fixture(scope="module")
 def app(folders):
     """The app as users start it; its URL, and the cluster's folder."""
-    with LocalCluster(num_cpus=2) as cluster:
-        env = {**os.environ, **cluster.env}
-        serve = [sys.executable, "-m", "ray.serve.scripts"]
-        start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
-        args = [f"target={folders['target']}", f"draft={folders['draft']}", "max_context=200000"]
-        args += ["max_body=100000", "target_replicas=2", "target_cpus=0.5"]
-        run = ["run", "--non-blocking", "serve_apps.app:build", *args]
-        for command in (start, run):
-            done = subprocess.run(
-                [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=150
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+    every_second = {
+        f"RAY_SERVE_{kind}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"
+        for kind in ("REPLICA", "HANDLE")
+    }
+    with LocalCluster(num_cpus=2, env=every_second) as cluster:
+        command(cluster, "start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port))
+        run(cluster, folders, "target_replicas=2", "target_cpus=0.5")
         url = f"http://127.0.0.1:{cluster.http_port}"
         until(lambda: httpx.get(f"{url}/health").status_code == 200, 240)
-        yield url, cluster.temp
+        yield App(url, cluster.temp, lambda *args: run(cluster, folders, *args))
+
+
+class App(NamedTuple):
+    url: str
+    folder: Path
+    """The cluster's."""
+    run: Callable[..., None]
+    """Deploys it anew, with these settings."""
+
+
+def run(cluster, folders, *args):
+    both = [f"{name}={folders[name]}" for name in ("target", "draft")]
+    args = (*both, "max_context=200000", "max_body=100000", *args)
+    command(cluster, "run", "--non-blocking", "serve_apps.app:build", *args)
+
+
+def command(cluster, *words):
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.serve.scripts", *words],
+        env={**os.environ, **cluster.env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,  # until all replicas are warm
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
 def client(app):
-    with httpx.Client(base_url=app[0], timeout=60) as client:
+    with httpx.Client(base_url=app.url, timeout=60) as client:
         yield client
 
 
@@ -174,7 +260,7 @@ def test_errors(client):
 
 @pytest.mark.ray
 def test_a_client_that_leaves_ends_its_text(app, client):
-    targets = replicas(app[1], "target")
+    targets = replicas(app.folder, "target")
     body = {"model": "target", "prompt": PROMPT, "max_tokens": 100_000, "temperature": 0}
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json=body, timeout=0.5)
@@ -189,14 +275,14 @@ def test_a_client_that_leaves_ends_its_text(app, client):
 @pytest.mark.ray
 def test_killing_the_draft_in_the_middle_changes_nothing(app, client):
     expected, _, _ = stream(client, max_tokens=300, speculate="none")
-    (draft,) = replicas(app[1], "draft")
+    (draft,) = replicas(app.folder, "draft")
     texts, counts = [], [0, 0]
 
     def read(reader=0):
         def count():
             counts[reader] += 1
 
-        with httpx.Client(base_url=app[0], timeout=60) as own:
+        with httpx.Client(base_url=app.url, timeout=60) as own:
             texts.append(stream(own, on_chunk=count, max_tokens=300, speculate="model")[0])
 
     readers = [threading.Thread(target=read, args=(i,)) for i in range(2)]
@@ -204,7 +290,7 @@ def test_killing_the_draft_in_the_middle_changes_nothing(app, client):
         reader.start()
     until(lambda: min(counts) > 3, 90)
     draft.kill()
-    assert max(counts) < 150  # of 300 tokens
+    assert min(counts) < 150  # of 300 tokens
     for reader in readers:
         reader.join()
     read()  # while there is none
@@ -224,7 +310,7 @@ def test_killing_a_target_in_the_middle_changes_nothing(app, client):
         {"max_tokens": 300, "temperature": 0.9, "seed": 8, "n": 2, "presence_penalty": 0.5},
         {"max_tokens": 300, "stop": ["never to be seen"], "logprobs": 2},
     ]
-    until(lambda: len(replicas(app[1], "target")) == 2, 240)
+    until(lambda: len(replicas(app.folder, "target")) == 2, 240)
     calm = [events(client, **one) for one in settings]
     found: list = [None] * len(settings)
     counts = [0] * len(settings)
@@ -233,20 +319,115 @@ def test_killing_a_target_in_the_middle_changes_nothing(app, client):
         def count():
             counts[reader] += 1
 
-        with httpx.Client(base_url=app[0], timeout=120) as own:
+        with httpx.Client(base_url=app.url, timeout=120) as own:
             found[reader] = events(own, on_chunk=count, **settings[reader])
 
     readers = [threading.Thread(target=read, args=(i,)) for i in range(len(settings))]
     for reader in readers:
         reader.start()
     until(lambda: min(counts) > 3, 90)
-    killed = replicas(app[1], "target")[0]
+    killed = replicas(app.folder, "target")[0]
     killed.kill()
-    assert max(counts) < 250  # of 300 rounds
+    assert min(counts) < 250  # of 300 rounds
     for reader in readers:
         reader.join()
     assert found == calm
-    until(lambda: len(replicas(app[1], "target")) == 2, 240)
+    until(lambda: len(replicas(app.folder, "target")) == 2, 240)
+
+
+SETTINGS = [
+    {"max_tokens": 600, "speculate": "model"},
+    {"max_tokens": 600, "temperature": 0.9, "seed": 7},
+    {"max_tokens": 400, "temperature": 0.9, "seed": 8, "n": 2},
+    {"max_tokens": 400, "logprobs": 1, "speculate": "none"},
+]
+
+
+class Readers:
+    """Read the same few texts again and again, side by side, for as long as it lasts."""
+
+    def __init__(self, url, calm, each=1):
+        self._url, self._ended, self.read, self.wrong = url, threading.Event(), 0, []
+        self._threads = [
+            threading.Thread(target=self._go_on, args=(*one,))
+            for one in zip(SETTINGS * each, calm * each, strict=True)
+        ]
+
+    def _go_on(self, settings, expected):
+        with httpx.Client(base_url=self._url, timeout=240) as own:
+            while not self._ended.is_set():
+                try:
+                    found = events(own, **settings)
+                except Exception as error:
+                    found = error
+                if found != expected:
+                    self.wrong.append((settings, found))
+                self.read += 1
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_new_version_in_mid_stream_changes_nothing(app, client):
+    """All replicas are replaced, the ingress' too."""
+    calm = [events(client, **one) for one in SETTINGS]
+    former = {kind: set(replicas(app.folder, kind)) for kind in ("target", "ingress")}
+    moved = said(app.folder, "a text goes on elsewhere")
+    with Readers(app.url, calm) as readers:
+        app.run("target_replicas=2", "target_cpus=0.5", "read_ms=150")
+        until(lambda: not any(p.is_running() for ps in former.values() for p in ps), 240)
+        read = readers.read
+        until(lambda: readers.read > read + len(calm), 120)
+    assert not readers.wrong
+    assert len(replicas(app.folder, "target")) == 2
+    assert said(app.folder, "a text goes on elsewhere") > moved
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_replicas_follow_the_load_and_texts_stay_the_same(app, client):
+    calm = [events(client, **one) for one in SETTINGS]
+    scaled = ["target_max_replicas=2", "draft_replicas=0", "draft_max_replicas=2", "max_sessions=4"]
+    scaled += ["draft_sessions=4", "scale_up_s=1", "scale_down_s=5", "target_cpus=0.5"]
+    app.run(*scaled, "draft_cpus=0.3")
+
+    def running():
+        return tuple(len(replicas(app.folder, kind)) for kind in ("target", "draft"))
+
+    until(lambda: running() == (1, 0), 240)
+    time.sleep(5)
+    assert running() == (1, 0)  # to look for drafts starts none
+    assert client.get("/health").json() == {"status": "ok", "draft": "away"}
+    with Readers(app.url, calm, each=3) as readers:
+        until(lambda: running() == (2, 2), 240)
+        read = readers.read
+        until(lambda: readers.read > read + 3 * len(calm), 240)
+    assert not readers.wrong
+    quiet = {"max_tokens": 200, "speculate": "none"}
+    expected = events(client, **quiet)
+    while running() != (1, 0):
+        assert events(client, **quiet) == expected
+    assert events(client, **SETTINGS[0]) == calm[0]  # asks for a draft, does not wait for it
+    with Readers(app.url, calm) as readers:
+        until(lambda: client.get("/health").json()["draft"] == "connected", 240)
+    assert not readers.wrong
+
+
+def said(folder, words):
+    """How often, in the logs of all processes."""
+    logs = (folder / "session_latest" / "logs").glob("worker-*.err")
+    return sum(log.read_text(errors="replace").count(words) for log in logs)
 
 
 def events(client, on_chunk=lambda: None, **values):

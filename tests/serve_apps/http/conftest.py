@@ -14,6 +14,7 @@ import uvicorn
 from linearized.speculative import Alternatives
 from serve_apps.generation import Delta, Description, Finished, Refused, Started
 from serve_apps.http.ingress import IngressConfig, http_app
+from serve_apps.http.models import Model
 from serve_apps.target.replica import TargetConfig, TargetReplica
 
 TEMPLATE = (
@@ -32,6 +33,7 @@ class Echoing:
         self._tokenizer = tokenizer
         self.jobs = []
         self.ended = 0
+        self.closed = False
         self.fails: Exception | None = None
         self.refuses: Refused | None = None
         self.breaks = ""
@@ -45,6 +47,9 @@ class Echoing:
         return Description(
             fingerprint="fp", vocab_size=len(self._tokenizer), max_context=2000, draft="none"
         )
+
+    async def close(self):
+        self.closed = True
 
     async def complete(self, job):
         self.jobs.append(job)
@@ -85,8 +90,13 @@ class Echoing:
 
 
 @pytest.fixture
-def target(tokenizer):
-    return Echoing(tokenizer)
+def echoing(tokenizer):
+    return lambda: Echoing(tokenizer)
+
+
+@pytest.fixture
+def target(echoing):
+    return echoing()
 
 
 @pytest.fixture(scope="session")
@@ -114,8 +124,8 @@ def asking(target, chat_folder):
     """A client of the app before the target that is made up."""
 
     @contextlib.asynccontextmanager
-    async def asking(**settings):
-        app = http_app(target, IngressConfig(**{"model": "m", "path": chat_folder, **settings}))
+    async def asking(*, path=chat_folder, **settings):
+        app = http_app([Model("m", path, target)], IngressConfig(**settings))
         transport = httpx.ASGITransport(app=app)
         async with (
             httpx.AsyncClient(transport=transport, base_url="http://test") as client,
@@ -161,7 +171,7 @@ def serving(folder, path, *, max_context):
         target = TargetReplica(TargetConfig(path=str(folder), max_context=max_context, pack=False))
         try:
             await target.ready()
-            app = http_app(target, IngressConfig(model="tiny", path=path))
+            app = http_app([Model("tiny", path, target)], IngressConfig())
             options = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "ws": "none"}
             server = uvicorn.Server(uvicorn.Config(app, **options))
             serving = asyncio.create_task(server.serve())

@@ -351,15 +351,22 @@ async def test_whoever_names_requests_names_answers(client, caplog):
 async def test_large_bodies_are_parsed_in_a_thread(asking, monkeypatch):
     """vllm#49239: others wait while a large body is looked at."""
     threads = []
-    parse = requests.parse
-    monkeypatch.setattr(
-        requests, "parse", lambda *given: threads.append(threading.get_ident()) or parse(*given)
-    )
+
+    def watch(work):
+        def watched(*given, **options):
+            threads.append(threading.get_ident())
+            return work(*given, **options)
+
+        return watched
+
+    monkeypatch.setattr(bodies, "parse", watch(bodies.parse))
+    monkeypatch.setattr(requests, "validate", watch(requests.validate))
     async with asking() as client:
         for size in (10, bodies.LARGE):
             response = await post(client, user="x" * size)
             assert response.status_code == 200
-    assert threads[0] == threading.get_ident() != threads[1]
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [True, True, False, False]
 
 
 async def test_a_prompt_that_cannot_fit_is_not_tokenized(asking, monkeypatch):

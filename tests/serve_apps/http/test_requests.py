@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from linearized.speculative import Sampling
 from serve_apps.generation import Guide
-from serve_apps.http import requests
+from serve_apps.http import bodies, requests
 from serve_apps.http.errors import ApiError
 from serve_apps.http.fields import Limits
 from serve_apps.http.requests import ChatRequest, CompletionRequest, DetokenizeRequest
@@ -22,7 +22,7 @@ LIMITS = Limits(max_context=100, vocab_size=300, max_characters=1000)
 
 def parse(kind, values):
     body = values if isinstance(values, bytes) else json.dumps(values).encode()
-    return requests.parse(kind, body, LIMITS)
+    return requests.validate(kind, bodies.parse(body), LIMITS)
 
 
 def request(**values):

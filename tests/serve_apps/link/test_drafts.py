@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 
 from linearized.speculative import Drafter, Sampling, Text, TokenTree
-from serve_apps.draft.server import DraftServer
+from serve_apps.draft.server import DraftServer, Load
 from serve_apps.draft.session import Session
 from serve_apps.forward import Forward
-from serve_apps.link import breaker, draft_peer, draft_session, drafts, protocol
+from serve_apps.link import breaker, discovery, draft_peer, draft_session, protocol
 from serve_apps.link.connection import LinkError, dial
 from serve_apps.link.drafts import DraftLinks
 from serve_apps.link.protocol import Close, Commit, Draft, Error, GoAway, Open
@@ -97,6 +97,10 @@ def finder(*endpoints):
     return find
 
 
+def peer_at(links, endpoint):
+    return next(peer for peer in links._peers if peer.endpoint == endpoint)
+
+
 def text(*tokens):
     return Text(tokens, sampling=GREEDY, max_new_tokens=1000, num_prompt=1)
 
@@ -113,7 +117,7 @@ async def answer(session, depth=2):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(drafts, "EVERY_S", (0.01, 0.1))
+    monkeypatch.setattr(discovery, "EVERY_S", (0.01, 0.1))
     monkeypatch.setattr(draft_peer, "RECONNECT_S", 0.01)
     monkeypatch.setattr(breaker, "PAUSE_S", (0.02, 0.1))
     monkeypatch.setattr(draft_session, "LATE_S", 30.0)
@@ -259,6 +263,91 @@ async def test_no_link_no_waiting():
             assert not await it.wait_connected(0.05)
 
 
+class Asleep:
+    """A replica that runs once somebody has asked for it."""
+
+    def __init__(self, endpoint):
+        self.endpoint, self.found, self.asked, self.waiting = endpoint, [], 0, 0
+        self.starts = asyncio.Event()
+
+    async def find(self):
+        return self.found
+
+    async def wake(self):
+        self.asked += 1
+        self.waiting += 1
+        try:
+            await self.starts.wait()
+            self.found = [self.endpoint]
+        finally:
+            self.waiting -= 1
+
+
+async def test_a_draft_is_woken_for_a_text_and_for_nothing_else():
+    async with serving() as (_, endpoint):
+        asleep = Asleep(endpoint)
+        async with linked(asleep.find, wake=asleep.wake) as it:
+            assert not await it.wait_connected(0.1)
+            assert asleep.asked == 0
+            one, two = it.session(text(5)), it.session(text(6))
+            await until(lambda: asleep.waiting == 1)
+            one.close()
+            await asyncio.sleep(0.1)
+            assert (asleep.asked, asleep.waiting) == (1, 1)
+            two.close()
+            await until(lambda: asleep.waiting == 0)  # nobody wants it any more
+            session = it.session(text(7))
+            await until(lambda: asleep.waiting == 1)
+            asleep.starts.set()
+            assert await it.wait_connected(20)
+            session.order(2)
+            assert await answer(session) == chain(7, 2)
+            assert (asleep.asked, asleep.waiting) == (2, 0)
+            it.session(text(8))
+        async with linked(Asleep(endpoint).find) as it:  # nobody can be woken
+            it.session(text(5))
+            assert not await it.wait_connected(0.05)
+
+
+async def test_a_draft_that_cannot_be_woken_is_tried_again(caplog):
+    tries = []
+
+    async def wake():
+        tries.append(1)
+        raise RuntimeError("no room")
+
+    async with linked(finder(), wake=wake) as it:
+        it.session(text(5))
+        await until(lambda: len(tries) > 2)
+    assert "no draft replica could be started: no room" in caplog.text
+
+
+async def test_a_draft_knows_its_load():
+    may = threading.Event()
+    may.set()
+    async with serving(lambda: Held(may)) as (server, endpoint), linked(finder(endpoint)) as it:
+        await it.wait_connected(20)
+        one, two = text(5), text(50)
+        sessions = [it.session(one), it.session(two)]
+        for _ in range(3):
+            for mine, session in zip((one, two), sessions, strict=True):
+                session.order(2)
+                await answer(session)
+                mine.tokens.append(9)
+        load = server.load()
+        assert (load.sessions, load.asked, load.late) == (2, 6, 0) and load.seconds > 0
+        assert server.load() == Load(0, 0, 0, 0.0)
+        may.clear()
+        sessions[0].order(2)
+        await until(lambda: server.load().asked)
+        one.tokens.append(10)
+        sessions[0].order(2)  # without its answer
+        loads = []
+        await until(lambda: loads.append(server.load()) or loads[-1].asked)
+        assert (loads[-1].sessions, loads[-1].asked, loads[-1].late) == (1, 1, 1)
+        may.set()
+
+
 async def test_a_draft_that_dies_is_not_waited_for_and_is_replaced():
     endpoints, may = [], threading.Event()
 
@@ -311,7 +400,7 @@ async def test_sessions_are_spread_and_move_with_one_open():
             servers.append(server)
             endpoints.append(await server.start())
         it = await stack.enter_async_context(linked(finder(*endpoints)))
-        await until(lambda: sum(peer.connected for peer in it._peers.values()) == 3)
+        await until(lambda: sum(peer.connected for peer in it._peers) == 3)
         texts = [text(10 * number) for number in range(12)]
         sessions = [it.session(one) for one in texts]
         for session in sessions:
@@ -320,7 +409,7 @@ async def test_sessions_are_spread_and_move_with_one_open():
         assert all(2 <= server.num_sessions <= 6 for server in servers)
         opened.clear()
         lost, kept = servers[0].num_sessions, [session.peer for session in sessions]
-        gone = it._peers[endpoints[0]]
+        gone = peer_at(it, endpoints[0])
         await servers[0].close()
         await until(lambda: not gone.connected)
         for one, session in zip(texts, sessions, strict=True):
@@ -359,8 +448,8 @@ async def test_a_replica_that_does_not_answer_is_left_alone_and_tried_again(monk
         assert session.peer.endpoint == good
         await until(lambda: session.tree == chain(2, 2))
         monkeypatch.setattr(breaker, "PAUSE_S", (0.02, 0.1))
-        it._peers[stuck].breaker._until = 0.0  # the pause is over
-        it._peers[good].breaker.failed(at_once=True)
+        peer_at(it, stuck).breaker._until = 0.0  # the pause is over
+        peer_at(it, good).breaker.failed(at_once=True)
         may.set()
         mine.tokens.append(8)
         session.order(2)

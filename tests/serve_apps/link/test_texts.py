@@ -13,7 +13,7 @@ import pytest
 
 from linearized.speculative import Alternatives, Sampling
 from serve_apps.generation import Delta, Description, Finished, Generation, Refused, Started
-from serve_apps.link import listener, targets, text_server
+from serve_apps.link import discovery, listener, text_server
 from serve_apps.link.connection import LinkError, dial
 from serve_apps.link.listener import Listener
 from serve_apps.link.protocol import Close
@@ -80,12 +80,8 @@ async def served(target, **settings):
 
 @contextlib.asynccontextmanager
 async def linked(*servers):
-    turns = 0
-
     async def find():
-        nonlocal turns
-        turns += 1
-        return [await servers[turns % len(servers)].endpoint()]
+        return [await server.endpoint() for server in servers]
 
     them = Targets(find, heartbeat_s=0.1)
     try:
@@ -96,8 +92,7 @@ async def linked(*servers):
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch):
-    monkeypatch.setattr(targets, "PAUSE_S", 0.01)
-    monkeypatch.setattr(targets, "EVERY_S", 0.05)
+    monkeypatch.setattr(discovery, "EVERY_S", (0.01, 0.05))
     monkeypatch.setattr(text_server, "STATUS_S", 0.02)
 
 
@@ -207,7 +202,8 @@ async def test_a_peer_that_is_gone_leaves_nothing_behind():
         await until(lambda: server.num_texts == 8)
         connection.drop()
         await until(lambda: server.num_texts == 0)
-        assert target.ended == 8 and not server._listener.connections
+        assert target.ended == 8
+        await until(lambda: not server._listener.connections)
 
 
 async def test_a_connection_that_breaks_ends_its_texts_with_an_error_and_comes_back():

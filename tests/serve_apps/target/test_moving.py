@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import logging
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
+import torch
 
+import linearized
 from linearized.speculative import Sampling
-from serve_apps.generation import Delta, Finished, Generation
+from serve_apps.generation import Delta, Finished, Generation, Guide, Left
 from serve_apps.http import relay
 from serve_apps.http.relay import Relay
 from serve_apps.link.connection import LinkError
@@ -157,24 +160,118 @@ async def test_a_target_that_is_closed_hands_its_texts_to_another(folders):
             job(max_tokens=120, sampling=Sampling(temperature=1, seed=2)),
         ]
         whole = [await said(calm, one) for one in wanted]
-    async with replica(folders) as first, replica(folders) as second:
-        both = [first, second]
-
-        async def find():
-            return [await one.endpoint() for one in both]
-
-        them = Targets(find)
-        it = Relay(them)
-        await it.ready()
-        async with asyncio.timeout(60):
-            while sum(link.usable for link in them.links) < 2:
-                await asyncio.sleep(0.01)
+    async with replica(folders) as first, replica(folders) as second, behind(first, second) as it:
         reading = [asyncio.create_task(said(it, one)) for one in wanted * 2]
         async with asyncio.timeout(60):
             while not (first.num_texts and second.num_texts):
                 await asyncio.sleep(0.001)
-        both.remove(first)
         await first.close(drain_s=30)
         assert await asyncio.gather(*reading) == whole * 2
         assert it.moved and first.num_texts == second.num_texts == 0
-        await them.close()
+
+
+@contextlib.asynccontextmanager
+async def behind(*targets):
+    """A relay that is linked to all of them."""
+
+    async def find():
+        return [await one.endpoint() for one in targets]
+
+    them = Targets(find)
+    it = Relay(them)
+    await it.ready()
+    async with asyncio.timeout(60):
+        while sum(link.usable for link in them.links) < len(targets):
+            await asyncio.sleep(0.01)
+    try:
+        yield it
+    finally:
+        await it.close()
+
+
+def moving(calm):
+    """Texts in the middle of which replicas end, of every kind."""
+    hot = Sampling(temperature=1.2, seed=5, presence_penalty=0.5)
+    yield "greedy", {"logprobs": 2}
+    yield "hot, bytes of characters", {"sampling": hot}
+    yield "a stop string that is held back for long", {"stop": (calm[:90] + "never", calm[70:73])}
+    yield "a rule", {"guide": Guide("regex", "[a-z ]{140,200}"), "sampling": hot}
+    yield "plain rounds", {"speculate": "none"}
+
+
+@pytest.mark.parametrize("hand_over", [0, 10**9], ids=["its state", "its tokens"])
+async def test_a_text_goes_on_from_its_state_as_from_its_tokens(
+    folders, monkeypatch, caplog, hand_over
+):
+    monkeypatch.setattr(relay, "HAND_OVER", hand_over)
+    caplog.set_level(logging.INFO)
+    prompt = PROMPT * 10
+    async with replica(folders) as calm:
+        text, *_ = await said(calm, job(prompt=prompt, max_tokens=120))
+        for name, values in moving(text):
+            wanted = job(prompt=prompt, max_tokens=120, **values)
+            whole = await said(calm, wanted)
+            caplog.clear()
+            async with replica(folders) as first, replica(folders) as second:
+                targets = {first: second, second: first}
+                async with behind(first, second) as it:
+                    reading = asyncio.create_task(said(it, wanted))
+                    async with asyncio.timeout(60):
+                        while not (found := [one for one in targets if one._running]):
+                            await asyncio.sleep(0.001)
+                        (old,) = found
+                        (running,) = old._running
+                        while len(running.tokens) < len(prompt) + 30:
+                            await asyncio.sleep(0.001)
+                    await old.close(drain_s=30)
+                    assert await reading == whole, name
+                    assert it.moved == 1
+                    handed = "goes on elsewhere from its state" in caplog.text
+                    assert handed == (hand_over == 0) and "disagrees" not in caplog.text
+                    assert not targets[old]._running
+
+
+async def test_a_text_that_ends_as_it_is_to_leave_ends(folders):
+    """Whether its last piece is on its way, or there, or was read."""
+    async with replica(folders) as target:
+        whole = await said(target, job(max_tokens=30))
+        for tokens in range(26, 31):
+            wanted = job(max_tokens=30)
+            events = []
+            async with aclosing(target.complete(wanted)) as stream:
+                async for event in stream:
+                    events.append(event)
+                    if isinstance(event, Delta) and count(events) >= tokens:
+                        target.leave(wanted)
+                        target.leave(wanted)
+            if isinstance(events[-1], Left):
+                ids = tuple(id for e in events if isinstance(e, Delta) for id in e.tokens)
+                rest = replace(wanted, text=ids, state=events[-1].state)
+                events += [event async for event in target.complete(rest)]
+            assert count(events) == 30 and isinstance(events[-1], Finished)
+            text = "".join(event.text for event in events if isinstance(event, Delta))
+            assert text == whole[0]
+        assert not target._running and not target._paused and not target._engine.busy
+
+
+def count(events):
+    return sum(len(event.tokens) for event in events if isinstance(event, Delta))
+
+
+async def test_a_state_of_no_use_is_not_used(folders, caplog):
+    async with replica(folders) as target:
+        whole = await said(target, job())
+        ids = tuple(whole[1])
+        state = linearized.new_state(target._model)
+        linearized.extend(target._model, torch.tensor([PROMPT + ids[:10]]), state)
+        blob = state.to_bytes()
+        longer = linearized.new_state(target._model)
+        linearized.extend(target._model, torch.tensor([PROMPT + ids[:21]]), longer)
+        for wrong in (b"nonsense", blob[:-5], longer.to_bytes()):
+            caplog.clear()
+            rest = await said(target, job(text=ids[:20], state=wrong))
+            assert rest[1] == whole[1][20:]
+            assert "is of no use here" in caplog.text
+        caplog.clear()
+        assert (await said(target, job(text=ids[:20], state=blob)))[1] == whole[1][20:]
+        assert caplog.text == ""

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
 import linearized
 from linearized import packing
@@ -21,7 +22,7 @@ from linearized.products import Choice
 from linearized.speculative import Engine, Sampling
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Guide, Refused, Started
-from serve_apps.link import breaker, draft_peer, draft_session, drafts
+from serve_apps.link import breaker, discovery, draft_peer, draft_session
 from serve_apps.target.replica import TargetConfig, TargetReplica
 from serve_apps.target.speculator import Speculator
 
@@ -31,7 +32,7 @@ PROMPT = (260, 311, 278, 258, 290, 78, 307, 88)
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(drafts, "EVERY_S", (0.01, 0.1))
+    monkeypatch.setattr(discovery, "EVERY_S", (0.01, 0.1))
     monkeypatch.setattr(draft_peer, "RECONNECT_S", 0.01)
     monkeypatch.setattr(breaker, "PAUSE_S", (0.02, 0.1))
     monkeypatch.setattr("serve_apps.target.replica.LINK_S", 2.0)
@@ -414,7 +415,7 @@ async def test_drafts_come_from_several_replicas_and_from_one_that_is_left(folde
             await read(target, job(prompt=PROMPT[: 5 + i], speculate="none")) for i in range(6)
         ]
         async with asyncio.timeout(60):
-            while not all(peer.connected for peer in target._links._peers.values()):
+            while not all(peer.connected for peer in target._links._peers):
                 await asyncio.sleep(0.01)
         jobs = [job(prompt=PROMPT[: 5 + i]) for i in range(6)]
         running = [asyncio.create_task(read(target, wanted)) for wanted in jobs]
@@ -448,6 +449,32 @@ async def test_a_draft_model_beside_the_target(folders, always):
         assert not drafter._pool.keys  # nothing is left of texts that have ended
     with pytest.raises(ConfigError, match="they must share one tokenizer"):
         TargetReplica(TargetConfig(path=str(folders["target"]), draft=str(folders["other"])))
+
+
+async def test_weights_and_states_of_another_type(folders):
+    settings = {"dtype": "bfloat16", "draft_dtype": "bfloat16", "draft": str(folders["draft"])}
+    async with replica(folders, **settings) as target:
+        assert target._model.dtype == target._engine.pool.first(1).layers.keys.dtype
+        assert target._model.dtype == torch.bfloat16
+        for speculate in ("none", "model"):
+            _, end = await read(target, job(speculate=speculate, max_tokens=20))
+            assert end.completion_tokens == 20
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"dtype": "float16"}, "unknown dtype 'float16'; choose from float32, bfloat16"),
+        ({"device": "tpu"}, "unknown device 'tpu'; choose from cpu, cuda"),
+        ({"device": "cuda"}, "torch finds no GPU"),
+    ],
+)
+def test_no_such_type_or_device(folders, monkeypatch, settings, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=says):
+        TargetReplica(TargetConfig(path=str(folders["target"]), **settings))
+    with pytest.raises(ConfigError, match=says):
+        DraftReplica(DraftConfig(path=str(folders["draft"]), **settings))
 
 
 async def test_a_replica_that_no_longer_goes_on_is_not_healthy(folders, monkeypatch):
