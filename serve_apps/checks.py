@@ -7,6 +7,8 @@ machines: what a replica finds out about it comes later.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +95,13 @@ def _check(folder: _Folder) -> None:
 
 
 def _compare(target: _Folder, draft: _Folder) -> None:
-    if target.vocab_size != draft.vocab_size:
-        raise ConfigError(
-            f"draft={draft.path} has a vocabulary of {draft.vocab_size}, target={target.path} one "
-            f"of {target.vocab_size}; give both models as many rows (resize_token_embeddings)"
-        )
     if target.tokenizer is None or draft.tokenizer is None:
+        if target.vocab_size != draft.vocab_size:
+            raise ConfigError(
+                f"draft={draft.path} has a vocabulary of {draft.vocab_size}, target={target.path} "
+                f"one of {target.vocab_size}; save the tokenizer beside the draft, too, to show "
+                "that they share it"
+            )
         return
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
@@ -107,6 +110,18 @@ def _compare(target: _Folder, draft: _Folder) -> None:
             f"draft={draft.path} has another tokenizer than target={target.path}: only one of them "
             f"has {token!r} as id {number}; a draft must share the target's"
         )
+
+
+def hash_in(path: Path) -> str:
+    """The hash of the tokenizer in a folder; empty if there is none in it."""
+    found = _tokenizer(path, "draft") if path.is_dir() else None
+    return "" if found is None else tokenizer_hash(found)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers with the same ids for the same tokens."""
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.blake2b(tokens.encode(), digest_size=16).hexdigest()
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

@@ -1,6 +1,7 @@
 """A draft replica: loads the draft model once and drafts for the targets that link to it.
 
-A plain class; `serve_apps.app` makes a deployment of it. Knows no text and no tokenizer.
+A plain class; `serve_apps.app` makes a deployment of it. Knows no text, and of a tokenizer only
+whether it is the target's.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError
 from linearized.speculative import Foresight, ModelDrafter, Sampling, Text
 from serve_apps import weights
+from serve_apps.checks import hash_in
 from serve_apps.draft.server import DraftServer
 from serve_apps.forward import Forward
 from serve_apps.link.connection import HEARTBEAT_S
@@ -66,6 +69,7 @@ class DraftReplica:
             forward=self._forward,
             fingerprint=linearized.fingerprint(self._model),
             vocab_size=self._model.config.vocab_size,
+            tokenizer=hash_in(Path(config.path)),
             max_depth=config.depth,
             max_nodes=MAX_NODES,
             max_sessions=config.max_sessions,

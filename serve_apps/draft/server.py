@@ -35,6 +35,8 @@ from serve_apps.link.protocol import (
 SENT = 64
 """Guesses that a target is told, at most."""
 
+OUTSIDE = "a token is outside the draft's vocabulary"
+
 log = logging.getLogger(__name__)
 
 Key = tuple[Connection, int]
@@ -48,6 +50,7 @@ class DraftServer:
         forward: Forward,
         fingerprint: str,
         vocab_size: int,
+        tokenizer: str = "",
         max_depth: int = 8,
         max_nodes: int = 64,
         max_sessions: int = 64,
@@ -58,7 +61,7 @@ class DraftServer:
         """`make` makes the drafter, in the forward thread. It answers with trees of up to
         `max_depth` levels, however many are asked for. Of each text up to `max_nodes` guesses
         are kept. Beyond `max_sessions` the longest unused one is forgotten; its target opens it
-        anew if it goes on."""
+        anew if it goes on. `fingerprint`, `vocab_size`, `tokenizer`: see Endpoint."""
         self._make = make
         self._drafter: Drafter | None = None
         self._max_depth = max_depth
@@ -66,6 +69,7 @@ class DraftServer:
         self._forward = forward
         self._fingerprint = fingerprint
         self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
         self._max_sessions = max_sessions
         self._listener = Listener(self._listen, host=host, ports=ports, heartbeat_s=heartbeat_s)
         self._sessions: OrderedDict[Key, Session] = OrderedDict()
@@ -90,7 +94,9 @@ class DraftServer:
             ConfigError: none of the ports is free.
         """
         endpoint = await self._listener.start(
-            fingerprint=self._fingerprint, vocab_size=self._vocab_size
+            fingerprint=self._fingerprint,
+            vocab_size=self._vocab_size,
+            tokenizer=self._tokenizer,
         )
         self._drafting = asyncio.create_task(self._draft())
         return endpoint
@@ -144,12 +150,10 @@ class DraftServer:
             self._forget(next(iter(self._sessions)))
 
     def _problem(self, message: Open) -> str | None:
-        if message.vocab_size != self._vocab_size:
-            return f"the target's vocabulary is {message.vocab_size}, mine {self._vocab_size}"
         if not message.tokens:
             return "there are no tokens to go on from"
         if max(message.tokens) >= self._vocab_size:
-            return "a token is outside the vocabulary"
+            return OUTSIDE
         try:
             message.sampling.check(self._vocab_size)
         except ConfigError as error:
@@ -171,7 +175,10 @@ class DraftServer:
         if not new:
             return  # said before
         if max(new) >= self._vocab_size:
-            raise LinkError("a token is outside the vocabulary")
+            self._forget(key)
+            refused = Error(message.session, message.epoch, protocol.REFUSED, OUTSIDE)
+            connection.send(refused)
+            return
         session.extend(new, message.depth)
         self._request(key)
 

@@ -38,12 +38,19 @@ class DraftLinks:
     """Start it, take a `session` for each text, and close it, all on one event loop."""
 
     def __init__(
-        self, find: FindDrafts, *, vocab_size: int, heartbeat_s: float = HEARTBEAT_S
+        self,
+        find: FindDrafts,
+        *,
+        vocab_size: int,
+        tokenizer: str = "",
+        heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
+        """`vocab_size`, `tokenizer`: the target's, as its drafts have them in their Endpoints."""
         self.arrived = threading.Condition()
         """Told whenever a draft has said something, or will not."""
         self._find = find
         self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
         self._heartbeat_s = heartbeat_s
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
@@ -87,7 +94,7 @@ class DraftLinks:
 
     def session(self, text: Text) -> DraftSession:
         """For this text. Nothing is sent before `order`."""
-        return DraftSession(self, next(self._numbers), text, self._vocab_size)
+        return DraftSession(self, next(self._numbers), text)
 
     def choose(self, session: DraftSession) -> DraftPeer | None:
         """A replica for a session that has none, if there is one to be asked."""
@@ -128,11 +135,8 @@ class DraftLinks:
                 await peer.close()
         reason = "" if found else "there is none"
         for endpoint in found:
-            if endpoint.vocab_size != self._vocab_size:
-                reason = (
-                    f"the draft's vocabulary has {endpoint.vocab_size} tokens, the target's "
-                    f"{self._vocab_size}; they must share one tokenizer, so it is not used"
-                )
+            if problem := self._problem(endpoint):
+                reason = problem
             elif endpoint not in self._peers:
                 self._peers[endpoint] = DraftPeer(
                     endpoint,
@@ -141,6 +145,20 @@ class DraftLinks:
                     turned=self._turned,
                 )
         return reason
+
+    def _problem(self, endpoint: Endpoint) -> str:
+        """Why this draft is of no use. One with the same tokenizer may have rows for more or fewer
+        tokens, as vocabularies are padded."""
+        if self._tokenizer and endpoint.tokenizer:
+            if self._tokenizer == endpoint.tokenizer:
+                return ""
+            return f"{endpoint!r} has another tokenizer than the target, so it is not used"
+        if self._vocab_size == endpoint.vocab_size:
+            return ""
+        return (
+            f"the draft's vocabulary has {endpoint.vocab_size} tokens, the target's "
+            f"{self._vocab_size}; they must share one tokenizer, so it is not used"
+        )
 
     def _heard(self) -> None:
         with self.arrived:

@@ -40,7 +40,7 @@ from linearized.speculative import Sampling, TokenTree
 from serve_apps.link import texts
 from serve_apps.link.wire import BYTES, COUNT, NUMBER, SAMPLING, TEXT, TOKENS, Field, integer
 
-VERSION = 3
+VERSION = 4
 HEADER = 4
 MAX_FRAME = 8 * 2**20
 """Bytes after the header; an Open with 1.6 million tokens."""
@@ -73,6 +73,8 @@ class Endpoint:
     fingerprint: str
     """Of its model."""
     vocab_size: int
+    tokenizer: str = ""
+    """A hash of it; empty: it has none, or does not say."""
     path: str = ""
     """The same as a Unix socket, for who is on its machine; empty: there is none."""
 
@@ -106,8 +108,6 @@ class Open:
     num_prompt: int
     """How many of the tokens are the prompt."""
     sampling: Sampling
-    vocab_size: int
-    """The target's; a draft with another one has another tokenizer."""
     depth: int
     """Levels of the tree that is asked for."""
 
@@ -275,7 +275,7 @@ _FIELDS: dict[type[Any], tuple[Field, ...]] = {
     Challenge: (COUNT, BYTES),
     Hello: (COUNT, BYTES, BYTES),
     Welcome: (BYTES,),
-    Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, COUNT, _DEPTH),
+    Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, _DEPTH),
     Commit: (COUNT, COUNT, COUNT, TOKENS, _DEPTH),
     Draft: (COUNT, COUNT, COUNT, _TREE),
     Close: (COUNT,),

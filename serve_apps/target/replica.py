@@ -24,6 +24,7 @@ from linearized.speculative import Engine, Guide, ModelDrafter, Piece, Prefixes,
 from linearized.speculative.generate import decoding, end_of_text
 from linearized.state import DecodeState
 from serve_apps import weights
+from serve_apps.checks import tokenizer_hash
 from serve_apps.forward import Forward
 from serve_apps.generation import (
     Delta,
@@ -131,12 +132,17 @@ class TargetReplica:
         self._links: DraftLinks | None = None
         if find_drafts is not None:
             self._links = DraftLinks(
-                find_drafts, vocab_size=self._vocab_size, heartbeat_s=config.heartbeat_s
+                find_drafts,
+                vocab_size=self._vocab_size,
+                tokenizer=tokenizer_hash(self._tokenizer),
+                heartbeat_s=config.heartbeat_s,
             )
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
         self._speculator = Speculator(
-            links=self._links, model=_local_draft(config), depth=config.depth
+            links=self._links,
+            model=_local_draft(config, self._vocab_size, self._tokenizer),
+            depth=config.depth,
         )
         self._engine = Engine(
             self._model,
@@ -165,6 +171,11 @@ class TargetReplica:
     def num_texts(self) -> int:
         """In progress or waiting."""
         return self._num_texts
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the engine has spent so far, by what; see `Engine.seconds`."""
+        return dict(self._engine.seconds)
 
     async def endpoint(self) -> Endpoint:
         """Where ingresses connect to. The first call waits until the replica is ready."""
@@ -226,17 +237,13 @@ class TargetReplica:
             if refused is not None:
                 yield refused
                 return
-            try:
-                guide = None if job.guide is None else await self._guiding.compile(job.guide)
-            except RequestError as error:
-                yield Refused(
-                    status=400, message=str(error), param=error.param, code="invalid_value"
-                )
-                return
+            guide = None if job.guide is None else await self._guiding.compile(job.guide)
             async with aclosing(self._generate(job, guide)) as events:
                 async for event in events:
                     yield event
             self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - began)
+        except RequestError as error:  # no other replica would say anything else
+            yield Refused(status=400, message=str(error), param=error.param, code="invalid_value")
         finally:
             self._num_texts -= 1
 
@@ -439,11 +446,20 @@ def _finished(text: Text) -> Finished:
     )
 
 
-def _local_draft(config: TargetConfig) -> ModelDrafter | None:
+def _local_draft(
+    config: TargetConfig, vocab_size: int, tokenizer: transformers.PreTrainedTokenizerBase
+) -> ModelDrafter | None:
+    """
+    Raises:
+        ConfigError: it has fewer rows than the tokenizer has tokens.
+    """
     if config.draft is None:
         return None
     model = weights.load(config.draft, pack=config.pack, compile=config.compile)
-    return ModelDrafter(model, depth=config.depth, width=config.width)
+    shared = None
+    if model.config.vocab_size != vocab_size:  # one of them is padded
+        shared = 1 + max(tokenizer.get_vocab().values())
+    return ModelDrafter(model, depth=config.depth, width=config.width, num_tokens=shared)
 
 
 def _stop_ids(

@@ -135,7 +135,7 @@ class RemoteDrafter(Drafter):
             while (left := self._worth(known) - (self._now() - began)) > 0:
                 self._links.arrived.wait(min(left, LOOK_S))
         return [
-            session.tree.top(ask.depth).best(ask.nodes) if session is not None else TokenTree.empty
+            session.tree.top(ask.depth) if session is not None else TokenTree.empty
             for ask, session in mine
         ]
 

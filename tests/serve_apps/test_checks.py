@@ -11,7 +11,7 @@ from click import ClickException
 
 from linearized.errors import ConfigError
 from serve_apps.app import AppArgs, build
-from serve_apps.checks import check_folders
+from serve_apps.checks import check_folders, hash_in, tokenizer_hash
 
 
 @pytest.fixture
@@ -74,8 +74,26 @@ def test_folders_that_hold_no_model_or_tokenizer(pair):
 def test_a_draft_with_another_vocabulary(pair):
     size = json.loads((pair / "target" / "config.json").read_text())["vocab_size"]
     edit(pair / "draft" / "config.json", vocab_size=size + 20)  # padded, the tokenizer is the same
-    with pytest.raises(ConfigError, match=f"vocabulary of {size + 20}, .* one of {size}; give"):
+    check_folders(pair / "target", pair / "draft")
+    for file in (pair / "draft").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=f"vocabulary of {size + 20}, .* one of {size}; save"):
         check_folders(pair / "target", pair / "draft")
+
+
+def test_a_tokenizer_is_told_from_another_by_its_hash(pair, tokenizer, tmp_path):
+    known = tokenizer_hash(tokenizer)
+    assert hash_in(pair / "draft") == known
+    edit(pair / "draft" / "tokenizer_config.json", padding_side="left")  # it is the same
+    assert hash_in(pair / "draft") == known
+    file = pair / "draft" / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())
+    vocabulary["added_tokens"].append({**vocabulary["added_tokens"][0], "id": 999, "content": "x"})
+    file.write_text(json.dumps(vocabulary))
+    assert hash_in(pair / "draft") != known
+    for one in (pair / "draft").glob("tokenizer*"):
+        one.unlink()
+    assert hash_in(pair / "draft") == hash_in(tmp_path / "a name of the hub") == ""
 
 
 def test_a_draft_with_another_tokenizer(pair):

@@ -10,7 +10,7 @@ from contextlib import aclosing
 import pytest
 
 from linearized.speculative import Sampling
-from serve_apps.generation import Delta, Finished, Generation
+from serve_apps.generation import Delta, Finished, Generation, Guide
 from serve_apps.http import relay
 from serve_apps.http.relay import Relay
 from serve_apps.link.connection import LinkError
@@ -116,6 +116,35 @@ async def test_cut_again_and_again_it_reads_the_same(folders, caplog):
                     assert await said(Relay(Dying(target, events)), one) == whole, name
                 assert "disagrees" not in caplog.text
                 assert ("elsewhere" in caplog.text) == (len(whole[1]) > 16) or len(whole[1]) <= 16
+
+
+async def test_a_guided_text_whose_new_replica_has_another_guide_ends_with_an_error(folders):
+    """As where replicas of two versions compile a grammar to different rules. Nobody tries again,
+    and nobody waits."""
+    guide = Guide("regex", "[ab]{30}")
+    async with replica(folders) as target, replica(folders) as other:
+        compile_ = other._guiding.compile
+        other._guiding.compile = lambda _: compile_(Guide("regex", "[0-9]{30}"))
+        asked = []
+
+        class Second(Dying):
+            async def complete(self, wanted):
+                first = not asked
+                asked.append(wanted)
+                if not first:
+                    self._target, self._events = other, 1000
+                async with aclosing(super().complete(wanted)) as events:
+                    async for event in events:
+                        yield event
+
+        async with asyncio.timeout(60):
+            wanted = job(guide=guide, speculate="none")
+            events = [one async for one in Relay(Second(target, 9)).complete(wanted)]
+        said_ = "".join(one.text for one in events if isinstance(one, Delta))
+        assert len(said_) == 8 and set(said_) <= {*"ab"}
+        assert isinstance(events[-1], Finished) and events[-1].reason == "error"
+        assert "does not obey its guide, a regular expression" in events[-1].error
+        assert len(asked) == 2 and other.num_texts == target.num_texts == 0
 
 
 async def test_a_text_that_nobody_reads_gives_up_its_place_and_goes_on_later(folders, monkeypatch):
