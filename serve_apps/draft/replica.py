@@ -24,7 +24,7 @@ from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 
 STUCK_S = 60.0
-MAX_NODES = 160
+MAX_NODES = 256
 """Guesses that are kept of each text."""
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from linearized.errors import ConfigError
 from linearized.speculative import Drafter, Text
+from linearized.speculative.record import Record
 from serve_apps.draft.session import Session
 from serve_apps.forward import Forward
 from serve_apps.link import protocol
@@ -32,7 +33,7 @@ from serve_apps.link.protocol import (
     Open,
 )
 
-SENT = 64
+SENT = 96
 """Guesses that a target is told, at most."""
 
 OUTSIDE = "a token is outside the draft's vocabulary"
@@ -76,6 +77,8 @@ class DraftServer:
         """The longest unused one first."""
         self._ended: list[Text] = []
         """Texts that the drafter is to forget."""
+        self._record = Record()
+        """How often guesses turn out right here."""
         self._heard = False
         """A target has said something that the forward thread does not know of yet."""
         self.drafting_s = 0.0
@@ -144,7 +147,9 @@ class DraftServer:
             connection.send(Error(message.session, message.epoch, protocol.REFUSED, problem))
             return
         self._forget(key)
-        self._sessions[key] = Session(message, most=self._max_nodes, deepest=self._max_depth)
+        self._sessions[key] = Session(
+            message, most=self._max_nodes, deepest=self._max_depth, record=self._record
+        )
         self._request(key)
         while len(self._sessions) > self._max_sessions:
             self._forget(next(iter(self._sessions)))
@@ -233,19 +238,19 @@ class DraftServer:
             group = waiting or [one for one in sessions if not one.done]
             if not group:
                 break
-            self._foresee(self._drafter, group)
+            self._foresee(self._drafter, group, wide=not waiting)
             if self._heard:  # after a look: targets who talk all the time do not keep it from any
                 break
         self.drafting_s += time.perf_counter() - began
 
-    def _foresee(self, drafter: Drafter, sessions: Sequence[Session]) -> None:
+    def _foresee(self, drafter: Drafter, sessions: Sequence[Session], *, wide: bool) -> None:
         try:
             foresights = [session.foresight for session in sessions]
-            drafter.foresee(foresights, [session.depth for session in sessions])
+            drafter.foresee(foresights, [session.depth for session in sessions], wide=wide)
         except Exception:
             if len(sessions) > 1:  # let the others have theirs
                 for session in sessions:
-                    self._foresee(drafter, [session])
+                    self._foresee(drafter, [session], wide=wide)
                 return
             log.exception("drafting failed; the session goes on without")
             sessions[0].failed = True

@@ -28,6 +28,8 @@ CHUNK = 512
 """Tokens read at once."""
 GLANCE = 128
 """Tokens of a text that are read in one step of looking ahead: others need not wait long."""
+WIDE = 2
+"""Times as many guesses are looked behind where nobody waits."""
 TAIL = 16
 """Tokens that a text may have gone on by without being read before its tree is drafted."""
 
@@ -60,7 +62,9 @@ class ModelDrafter(Drafter):
         self.floor = floor
         """Guesses whose whole path is less likely right are left out."""
         self._num_tokens = num_tokens
-        self._target_rows = self._limit = self.model.config.vocab_size if num_tokens is None else num_tokens
+        self._target_rows = self._limit = (
+            self.model.config.vocab_size if num_tokens is None else num_tokens
+        )
         self._legible: WeakKeyDictionary[Text, int] = WeakKeyDictionary()
         """How much of each text consists of tokens that it has."""
         self._longest = context_limit(self.model)
@@ -124,7 +128,9 @@ class ModelDrafter(Drafter):
         return [trees.get(ask.text, TokenTree.empty) for ask in asks]
 
     @torch.no_grad()
-    def foresee(self, foresights: Sequence[Foresight], depths: Sequence[int]) -> None:
+    def foresee(
+        self, foresights: Sequence[Foresight], depths: Sequence[int], *, wide: bool = False
+    ) -> None:
         """One forward, behind the best guesses of each text. A text of which much has not been read
         is read a little further instead."""
         self._commit()
@@ -132,7 +138,7 @@ class ModelDrafter(Drafter):
         for known, depth in zip(foresights, depths, strict=True):
             if self._longest is not None:
                 depth = min(depth, self._longest - len(known.text.tokens))
-            front = known.frontier(depth, self.width)
+            front = known.frontier(depth, WIDE * self.width if wide else self.width)
             if not front:
                 known.close()
             elif self._catch_up(known.text, GLANCE):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 
 from linearized.speculative import Foresight, Sampling, Text, TokenTree
+from linearized.speculative.record import Record
 
 
 def text(*tokens: int) -> Text:
     return Text(tokens, sampling=Sampling(), max_new_tokens=100, num_prompt=1)
 
 
-def grown() -> Foresight:
+def grown(**settings) -> Foresight:
     """[5] 10 .5 (20 .8 (30 .5), 21 .1), 11 .2"""
-    it = Foresight(text(5), 99)
-    it.add([-1], [([0.5, 0.2, 0.01], [10, 11, 12])])  # the last one is not worth keeping
-    it.add([0], [([0.8, 0.1], [20, 21])])
-    it.add([2], [([0.5], [30])])
+    it = Foresight(text(5), 99, **settings)
+    it.add([-1], [([0.25, 0.2, 0.001], [10, 11, 12])])  # the last one is not worth keeping
+    it.add([0], [([0.64, 0.1], [20, 21])])  # a first one is right more often than it is probable
+    it.add([2], [([0.25], [30])])
     return it
 
 
@@ -36,12 +37,31 @@ def test_the_most_probable_come_first_and_none_twice():
     assert it.above([4]) == [0, 2, 4] and it.above([3, 1]) == [0, 1, 3] and it.above([-1]) == []
 
 
+def test_how_much_the_drafter_s_word_is_worth_is_learnt_from_what_became_of_it():
+    shared = Record()
+    for _ in range(40):
+        it = grown(shared=shared)
+        it.text.tokens += [11, 20]  # its second guess is always right
+        it.go_on()
+    later = grown(shared=shared)
+    first, second = later.tree().scores[:2]
+    assert first < 0.2 and second > 0.8
+    assert grown().tree().scores[:2] == pytest.approx((0.5, 0.2))
+    other = grown(shared=shared)  # a text in which it is the first one
+    for _ in range(40):
+        other.text.tokens += [10, 99]
+        other.go_on()
+        other.add([-1], [([0.25, 0.2], [10, 11])])
+    first, second = other.tree().scores[:2]
+    assert first > 0.8 and second < 0.3
+
+
 def test_what_stands_behind_the_new_tokens_is_kept():
     it = grown()
     it.text.tokens += [10, 20]
     assert it.go_on() and it.length == 3
     assert (it.tree().tokens, it.tree().parents) == ((30,), (-1,))
-    assert it.tree().scores == pytest.approx((0.5,))
+    assert it.tree().scores == pytest.approx((0.5,), abs=0.01)
     assert it.seen(1) and not it.seen(2)
     it.add(it.frontier(9, 1), [([0.9], [40])])
     it.text.tokens += [30, 40]

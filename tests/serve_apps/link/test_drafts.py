@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from linearized.speculative import Drafter, Sampling, Text, TokenTree
+from linearized.speculative.record import Record
 from serve_apps.draft.server import DraftServer
 from serve_apps.draft.session import Session
 from serve_apps.forward import Forward
@@ -52,7 +53,7 @@ class Ahead(Counting):
     def __init__(self, may, looks):
         self.may, self.looks = may, looks
 
-    def foresee(self, foresights, depths):
+    def foresee(self, foresights, depths, *, wide=False):
         assert self.may.acquire(timeout=30)
         for one, depth in zip(foresights, depths, strict=True):
             self.looks.append((tuple(one.text.tokens), one.path(*one.frontier(depth, 1))))
@@ -239,7 +240,7 @@ async def test_drafting_goes_on_while_the_target_verifies():
 def test_targets_who_talk_all_the_time_do_not_keep_a_draft_from_drafting():
     forward = Forward()
     server = DraftServer(Counting, forward=forward, fingerprint="f", vocab_size=VOCAB)
-    mine = Session(Open(1, 1, (5,), 1, GREEDY, 2), most=9, deepest=9)
+    mine = Session(Open(1, 1, (5,), 1, GREEDY, 2), most=9, deepest=9, record=Record())
     server._heard = True
     server._look([mine], [])
     assert mine.due and mine.foresight.tree() == chain(5, 2)
