@@ -13,9 +13,9 @@ def text(*tokens: int) -> Text:
 
 
 def grown(**settings) -> Foresight:
-    """[5] 10 .5 (20 .8 (30 .5), 21 .1), 11 .2"""
+    """[5] 10 .5 (20 .8 (30 .5), 21 .1), 11 .15"""
     it = Foresight(text(5), 99, **settings)
-    it.add([-1], [([0.25, 0.2, 0.001], [10, 11, 12])])  # the last one is not worth keeping
+    it.add([-1], [([0.25, 0.15, 0.001], [10, 11, 12])])  # the last one is not worth keeping
     it.add([0], [([0.64, 0.1], [20, 21])])  # a first one is right more often than it is probable
     it.add([2], [([0.25], [30])])
     return it
@@ -25,7 +25,7 @@ def test_guesses_and_their_scores():
     tree = grown().tree()
     assert tree.tokens == (10, 11, 20, 21, 30)
     assert tree.parents == (-1, -1, 0, 0, 2)
-    assert tree.scores == pytest.approx((0.5, 0.2, 0.4, 0.05, 0.2))
+    assert tree.scores == pytest.approx((0.5, 0.15, 0.4, 0.05, 0.2))
 
 
 def test_the_most_probable_come_first_and_none_twice():
@@ -38,22 +38,28 @@ def test_the_most_probable_come_first_and_none_twice():
 
 
 def test_how_much_the_drafter_s_word_is_worth_is_learnt_from_what_became_of_it():
+    def scores(it: Foresight) -> dict[int, float]:
+        return dict(zip(it.tree().tokens, it.tree().scores, strict=True))
+
+    def look(it: Foresight) -> None:
+        it.add([-1], [([0.25, 0.15], [10, 11])])
+
     shared = Record()
     for _ in range(40):
-        it = grown(shared=shared)
+        it = Foresight(text(5), 99, shared=shared)
+        look(it)
         it.text.tokens += [11, 20]  # its second guess is always right
         it.go_on()
-    later = grown(shared=shared)
-    first, second = later.tree().scores[:2]
-    assert first < 0.2 and second > 0.8
-    assert grown().tree().scores[:2] == pytest.approx((0.5, 0.2))
-    other = grown(shared=shared)  # a text in which it is the first one
-    for _ in range(40):
-        other.text.tokens += [10, 99]
-        other.go_on()
-        other.add([-1], [([0.25, 0.2], [10, 11])])
-    first, second = other.tree().scores[:2]
-    assert first > 0.8 and second < 0.3
+    later, alone = Foresight(text(5), 99, shared=shared), Foresight(text(5), 99)
+    for it in (later, alone):
+        look(it)
+    assert scores(later)[10] < 0.2 and scores(later)[11] > 0.8
+    assert scores(alone) == pytest.approx({10: 0.5, 11: 0.15})
+    for _ in range(40):  # a text in which it is the first one
+        alone.text.tokens += [10, 99]
+        alone.go_on()
+        look(alone)
+    assert scores(alone)[10] > 0.8 and scores(alone)[11] < 0.1
 
 
 def test_what_stands_behind_the_new_tokens_is_kept():
