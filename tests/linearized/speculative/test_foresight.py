@@ -59,7 +59,7 @@ def test_how_much_the_drafter_s_word_is_worth_is_learnt_from_what_became_of_it()
         alone.text.tokens += [10, 99]
         alone.go_on()
         look(alone)
-    assert scores(alone)[10] > 0.8 and scores(alone)[11] < 0.1
+    assert scores(alone)[10] > 0.8 and scores(alone).get(11, 0.0) < 0.1
 
 
 def test_what_stands_behind_the_new_tokens_is_kept():
