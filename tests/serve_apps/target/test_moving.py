@@ -122,7 +122,8 @@ async def test_a_guided_text_whose_new_replica_has_another_guide_ends_with_an_er
     """As where replicas of two versions compile a grammar to different rules. Nobody tries again,
     and nobody waits."""
     guide = Guide("regex", "[ab]{30}")
-    async with replica(folders) as target, replica(folders) as other:
+    one = {"max_sessions": 1, "prefix_bytes": 0}
+    async with replica(folders, **one) as target, replica(folders, **one) as other:
         compile_ = other._guiding.compile
         other._guiding.compile = lambda _: compile_(Guide("regex", "[0-9]{30}"))
         asked = []
@@ -137,10 +138,9 @@ async def test_a_guided_text_whose_new_replica_has_another_guide_ends_with_an_er
                     async for event in events:
                         yield event
 
-        async with asyncio.timeout(60):
-            wanted = job(guide=guide, speculate="none")
-            events = [one async for one in Relay(Second(target, 9)).complete(wanted)]
-        said_ = "".join(one.text for one in events if isinstance(one, Delta))
+        wanted = job(guide=guide, speculate="none")
+        events = [event async for event in Relay(Second(target, 9)).complete(wanted)]
+        said_ = "".join(event.text for event in events if isinstance(event, Delta))
         assert len(said_) == 8 and set(said_) <= {*"ab"}
         assert isinstance(events[-1], Finished) and events[-1].reason == "error"
         assert "does not obey its guide, a regular expression" in events[-1].error
