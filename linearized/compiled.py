@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class CompiledStep:
         rows, num_nodes = tree.shape
         kind = (rows == 1, num_nodes == 1, inputs.lie_whole, hidden)
         run = self._program(state.layers.near, *kind)
-        found: Step = run(*inputs.tensors, hidden)
+        found: Step = run(*inputs, hidden)
         return found
 
     def _program(self, near: Near, *kind: bool) -> Any:
@@ -93,35 +93,47 @@ class CompiledStep:
         return self._programs[kind]
 
 
-class _Inputs:
+class _Inputs(NamedTuple):
     """A tree and a state as tensors one after the other, which is what a program takes."""
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self.tensors = tensors
+    tokens: Tensor
+    visible: Tensor
+    memory: Tensor
+    keys: Tensor
+    values: Tensor
+    tail: Tensor
+    length: Tensor
+    shift: Tensor | None
+    past_keys: Tensor | None
+    past_values: Tensor | None
 
     @classmethod
     def of(cls, tree: Tree, state: DecodeState) -> _Inputs:
         layers, history = state.layers, state.history
         past = (None, None) if history is None else (history.view().keys, history.view().values)
-        return cls(
-            (_in_order(tree.tokens), _in_order(tree.visible), layers.memory, layers.keys,
-             layers.values, layers.tail, layers.length, state.shift, *past)
-        )  # fmt: skip
+        tree_ = _in_order(tree.tokens), _in_order(tree.visible)
+        group = layers.memory, layers.keys, layers.values, layers.tail, layers.length
+        return cls(*tree_, *group, state.shift, *past)
 
     @property
     def lie_whole(self) -> bool:
         """Are the rows of the state all that there are in memory? Not if they are some of a
         pool's. A program is for one of the two, as layers lie further apart than their sizes say
         in the other."""
-        tensors = [x for x in (self.tensors[2], self.tensors[8]) if x is not None and x.numel()]
+        tensors = [x for x in (self.memory, self.past_keys) if x is not None and x.numel()]
         return all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
 
     def mark(self) -> None:
-        """Sizes that vary from call to call."""
-        dims = ((0, 1), (0, 1, 2), (1,), (1,), (1,), (1,), (0,), (1,), (1, 3), (1, 3))
-        for tensor, varying in zip(self.tensors, dims, strict=True):
+        for name, tensor in self._asdict().items():
             if tensor is not None:
-                _mark(tensor, varying)
+                _mark(tensor, _VARYING[name])
+
+
+_VARYING = {
+    "tokens": (0, 1), "visible": (0, 1, 2), "memory": (1,), "keys": (1,), "values": (1,),
+    "tail": (1,), "length": (0,), "shift": (1,), "past_keys": (1, 3), "past_values": (1, 3),
+}  # fmt: skip
+"""Dimensions whose sizes vary from call to call."""
 
 
 def _in_order(tensor: Tensor) -> Tensor:

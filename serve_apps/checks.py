@@ -21,6 +21,7 @@ from serve_apps.draft.replica import DraftConfig
 from serve_apps.memory import Needs
 from serve_apps.settings import AppArgs
 from serve_apps.target.replica import TargetConfig
+from serve_apps.tokenizers import tokenizer_in
 
 DRAFT = "draft"
 
@@ -125,24 +126,14 @@ def _look(path: Path, name: str) -> _Folder | None:
     if (path / "generation_config.json").is_file():
         own = GenerationConfig.from_pretrained(path)
         ends["generation_config.json"] = _ids(own.eos_token_id)
-    tokenizer = _tokenizer(path, name)
-    if tokenizer is not None:
-        ends["the tokenizer"] = _ids(tokenizer.eos_token_id)
-    return _Folder(name, path, config.get_text_config().vocab_size, ends, tokenizer)
-
-
-def _tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase | None:
-    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-        if name == DRAFT:
-            return None  # it drafts token ids
+    tokenizer = tokenizer_in(path, name)
+    if tokenizer is None and name != DRAFT:  # a draft drafts token ids
         raise ConfigError(
             f"{name}={path} holds no tokenizer; save one there with its save_pretrained"
         )
-    try:
-        found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # whatever transformers raises
-        raise ConfigError(f"{name}={path}: its tokenizer cannot be read: {_line(error)}") from error
-    return found
+    if tokenizer is not None:
+        ends["the tokenizer"] = _ids(tokenizer.eos_token_id)
+    return _Folder(name, path, config.get_text_config().vocab_size, ends, tokenizer)
 
 
 def _check(folder: _Folder) -> None:
@@ -164,13 +155,13 @@ def _check(folder: _Folder) -> None:
 
 
 def _compare(target: _Folder, draft: _Folder) -> None:
-    if target.vocab_size != draft.vocab_size:
-        raise ConfigError(
-            f"draft={draft.path} has a vocabulary of {draft.vocab_size}, "
-            f"{target.name}={target.path} one of {target.vocab_size}; give both models as many "
-            "rows (resize_token_embeddings)"
-        )
     if target.tokenizer is None or draft.tokenizer is None:
+        if target.vocab_size != draft.vocab_size:
+            raise ConfigError(
+                f"draft={draft.path} has a vocabulary of {draft.vocab_size}, "
+                f"{target.name}={target.path} one of {target.vocab_size}; save the tokenizer "
+                "beside the draft, too, to show that they share it"
+            )
         return
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:

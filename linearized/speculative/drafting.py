@@ -25,7 +25,7 @@ class Draft:
     tree: TokenTree = TokenTree.empty
     """What is to be verified."""
     whole: TokenTree = TokenTree.empty
-    """What it was cut out of."""
+    """What it was cut out of: all that may come true."""
     depth: int = 0
     """How deep it was asked for; 0: it was not."""
 
@@ -34,13 +34,22 @@ class Drafting:
     """A drafter, and what is known of it. One that raises is not asked again: texts go on without
     it."""
 
-    def __init__(self, drafter: Drafter, max_nodes: int, *, now: Now = time.perf_counter) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        max_nodes: int,
+        *,
+        vocab_size: int,
+        now: Now = time.perf_counter,
+    ) -> None:
+        """`vocab_size`: the target's; a drafter may have more tokens, of which none is verified."""
         self.drafter = drafter
         self.planner: Planner | None = None
         """Says what pays; None: all that is drafted."""
         self.rehearses = False
         """All is drafted, only times are learnt."""
         self._max_nodes = max_nodes
+        self._vocab_size = vocab_size
         self._now = now
         self._works = True
         self._drafted, self._right = 0, 0
@@ -106,7 +115,10 @@ class Drafting:
     def _ask(self, asks: Sequence[Ask], batch: int) -> dict[Text, Draft]:
         planner, depth = self.planner, max(ask.depth for ask in asks)
         began = self._now() if planner is not None else 0.0
-        wholes = trees = self.drafter.propose(asks)
+        wholes = trees = [
+            ask.text.possible(tree, self._vocab_size, ask.nodes)
+            for ask, tree in zip(asks, self.drafter.propose(asks), strict=True)
+        ]
         if planner is not None:
             seconds = self._now() - began
             levels = max(max(tree.depths, default=1) for tree in trees)
@@ -117,7 +129,7 @@ class Drafting:
                 nodes = sum(map(len, trees)) / len(trees)
                 planner.took(len(asks), depth, seconds, levels=levels, nodes=nodes)
         return {
-            ask.text: Draft(tree.best(ask.nodes), whole, ask.depth)
+            ask.text: Draft(tree, whole, ask.depth)
             for ask, tree, whole in zip(asks, trees, wholes, strict=True)
         }
 

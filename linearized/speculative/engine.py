@@ -106,7 +106,10 @@ class Engine:
         self._clock: Clock | None = None
         self._now = clock_of(model.device)
         self._longest = context_limit(model) or sys.maxsize
-        self._drafting = [Drafting(drafter, max_nodes, now=self._now) for drafter in drafters]
+        self._drafting = [
+            Drafting(drafter, max_nodes, vocab_size=model.config.vocab_size, now=self._now)
+            for drafter in drafters
+        ]
         self._chunk = chunk
         self._patience = patience
         self._waiting: dict[Text, DecodeState | None] = {}
@@ -404,14 +407,12 @@ class Engine:
     def _draft(self, texts: list[Text]) -> dict[Text, list[Draft]]:
         """What the drafters had for each text, one after the other, up to the first who had
         something."""
-        vocabulary = range(self.model.config.vocab_size)
         drafts: dict[Text, list[Draft]] = {text: [] for text in texts}
         for drafting in self._drafting:
             free = [text for text, known in drafts.items() if not (known and known[-1].tree)]
             found = drafting.draft(free, len(texts))
             for text, draft in zip(free, found, strict=True):
-                known = all(token in vocabulary for token in draft.tree.tokens)
-                drafts[text].append(draft if known else Draft())
+                drafts[text].append(draft)
         return {text: known or [Draft()] for text, known in drafts.items()}
 
     def _verify(self, texts: list[Text], trees: list[TokenTree], state: DecodeState) -> _Verified:

@@ -228,6 +228,18 @@ class Follower:
         bits = np.stack([every if one is None else one for one in words])
         return torch.minimum(logits, _caps(bits, logits))
 
+    def allows(self, text: Sequence[int], path: tuple[int, ...], token: int) -> bool:
+        """May it follow `text` and then `path`? It costs little of what `mask` costs there, which
+        need not be worked out again.
+
+        Raises:
+            RequestError: the guide takes too long.
+        """
+        with self._spending(1):
+            self._catch_up(text)
+            words = self._allowed(path)
+        return words is not None and bool(words[token // 32] >> token % 32 & 1)
+
     def forget(self) -> None:
         """Let go of what can be worked out again."""
         self._matcher = None

@@ -133,15 +133,12 @@ class Planner:
             yield chance
 
     def trust(self, text: Text) -> Callable[[float, int], float]:
-        """How often a guess for this text is right that the drafter finds so probable, and its
-        first, second, … choice, given that all before it are. As long as nothing is known, as it
-        says itself; only its first choice is right more often than it is probable, since the
-        target, too, takes one that it likes best."""
+        """How often a guess for this text is right; see `Record.chance`."""
         shared, own = self._all, self._texts.get(text)
 
         def chance(step: float, rank: int) -> float:
-            known = shared.guess(step, rank).mean(step if rank else step**0.5)
-            return known if own is None else own.guess(step, rank).mean(known)
+            known = shared.chance(step, rank)
+            return known if own is None else own.chance(step, rank, known)
 
         return chance
 

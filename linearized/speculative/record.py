@@ -67,19 +67,38 @@ class Record:
         accepted = len(new) - 1
         for level in range(1, min(depth, accepted + 1) + 1):
             self.steps[level].add(float(accepted >= level))
-        path = tree.follow(new)
+        self.learn(tree.parents, tree.steps, tree.ranks, tree.follow(new), len(new))
+
+    def learn(
+        self,
+        parents: Sequence[int],
+        steps: Sequence[float],
+        ranks: Sequence[int],
+        path: Sequence[int],
+        num_new: int,
+    ) -> None:
+        """Of the nodes of a tree, those on `path` were right, and it is known what followed the
+        first of them: the text went on by so many tokens."""
         for average in itertools.chain(*self.guesses):
             average.fade(LONG_MEMORY)
-        known = {-1, *path[: len(new) - 1]}  # nodes after which it is known what came
-        nodes = zip(tree.parents, tree.steps, tree.ranks, strict=True)
-        for node, (parent, step, rank) in enumerate(nodes):
+        known, right = {-1, *path[: num_new - 1]}, {*path}
+        for node, parent in enumerate(parents):
             if parent in known:
-                self.guess(step, rank).add(float(node in path))
+                self.guess(steps[node], ranks[node]).add(float(node in right))
 
     def doubt(self) -> None:
         """What is known is old: new observations are to count for more."""
         for average in self.steps.values():
             average.shrink(DOUBTED)
+
+    def chance(self, step: float, rank: int, prior: float | None = None) -> float:
+        """How often a guess is right, where its parent is, that the drafter finds so probable, and
+        its first, second, … choice. `prior`: as others have seen it. As long as nobody has, as the
+        drafter says itself; only its first choice is right more often than it is probable, since
+        the target, too, takes one that it likes best."""
+        if prior is None:
+            prior = step if rank else step**0.5
+        return self.guess(step, rank).mean(prior)
 
     def guess(self, step: float, rank: int) -> Average:
         """Guesses of this kind: were they right, where their parents were?"""

@@ -188,6 +188,25 @@ class Text:
                 f"{vocab_size}; make Guides with the model's vocab_size"
             )
 
+    def possible(self, tree: TokenTree, vocab_size: int, most: int) -> TokenTree:
+        """Of guesses for this text the `most` most probable ones that may come true: tokens that
+        the vocabulary has, and that its guide allows where they stand."""
+        guide = self.sampler.guide
+        if guide is None and all(0 <= token < vocab_size for token in tree.tokens):
+            return tree.best(most)
+        new, paths = self.new_tokens, tree.paths()
+
+        def may(node: int) -> bool:
+            *above, token = paths[node]
+            if not 0 <= token < vocab_size:
+                return False
+            return guide is None or guide.allows(new, tuple(above), token)
+
+        try:
+            return tree.that(may, most)
+        except RequestError:  # it is raised again where the next token is chosen
+            return TokenTree.empty
+
     def choose(self, logits: Tensor, tree: TokenTree) -> tuple[list[int], list[int]]:
         """Walk down the tree: logits [1 + N, V] behind the last token and behind each node, to the
         accepted nodes and the tokens that follow: theirs, then one more, which is NO_TOKEN where

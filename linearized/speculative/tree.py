@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,6 +107,17 @@ class TokenTree:
         if by:  # a tie is for the earlier node, so a parent never loses to its child
             kept.sort(key=lambda node: -by[node])
         return self._pick(kept[:num_nodes])
+
+    def that(self, may: Callable[[int], bool], most: int) -> TokenTree:
+        """Of the nodes that may stand behind their parents, the `most` most probable ones, each
+        behind its parent. `may` is asked for no more of them than that takes."""
+        kept: set[int] = set()
+        for node in sorted(range(len(self)), key=lambda n: -self.scores[n] if self.scores else 0):
+            if len(kept) == most:
+                break
+            if (self.parents[node] < 0 or self.parents[node] in kept) and may(node):
+                kept.add(node)
+        return self if len(kept) == len(self) else self._pick(sorted(kept))
 
     def walk(self, chosen: Sequence[int]) -> tuple[list[int], list[int]]:
         """Follow the model down the tree. `chosen[0]` is the token it wants after the sequence's

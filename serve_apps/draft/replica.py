@@ -1,6 +1,7 @@
 """A draft replica: loads the draft model once and drafts for the targets that link to it.
 
-A plain class; `serve_apps.app` makes a deployment of it. Knows no text and no tokenizer.
+A plain class; `serve_apps.app` makes a deployment of it. Knows no text, and of a tokenizer only
+whether it is the target's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError
@@ -20,9 +22,10 @@ from serve_apps.link.connection import HEARTBEAT_S
 from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 from serve_apps.scaling import LATENESS, SESSIONS, UTILISATION
+from serve_apps.tokenizers import hash_in
 
 STUCK_S = 60.0
-MAX_NODES = 160
+MAX_NODES = 256
 """Guesses that are kept of each text."""
 
 log = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ class DraftReplica:
             forward=self._forward,
             fingerprint=linearized.fingerprint(self._model),
             vocab_size=self._model.config.vocab_size,
+            tokenizer=hash_in(Path(config.path)),
             max_depth=config.depth,
             max_nodes=MAX_NODES,
             max_sessions=config.max_sessions,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from linearized.errors import ConfigError
 from linearized.speculative import Drafter, Text
+from linearized.speculative.record import Record
 from serve_apps.draft.session import Session
 from serve_apps.forward import Forward
 from serve_apps.link import protocol
@@ -33,8 +34,10 @@ from serve_apps.link.protocol import (
     Open,
 )
 
-SENT = 64
+SENT = 96
 """Guesses that a target is told, at most."""
+
+OUTSIDE = "a token is outside the draft's vocabulary"
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class DraftServer:
         forward: Forward,
         fingerprint: str,
         vocab_size: int,
+        tokenizer: str = "",
         max_depth: int = 8,
         max_nodes: int = 64,
         max_sessions: int = 64,
@@ -73,7 +77,7 @@ class DraftServer:
         """`make` makes the drafter, in the forward thread. It answers with trees of up to
         `max_depth` levels, however many are asked for. Of each text up to `max_nodes` guesses
         are kept. Beyond `max_sessions` the longest unused one is forgotten; its target opens it
-        anew if it goes on."""
+        anew if it goes on. `fingerprint`, `vocab_size`, `tokenizer`: see Endpoint."""
         self._make = make
         self._drafter: Drafter | None = None
         self._max_depth = max_depth
@@ -81,12 +85,15 @@ class DraftServer:
         self._forward = forward
         self._fingerprint = fingerprint
         self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
         self._max_sessions = max_sessions
         self._listener = Listener(self._listen, host=host, ports=ports, heartbeat_s=heartbeat_s)
         self._sessions: OrderedDict[Key, Session] = OrderedDict()
         """The longest unused one first."""
         self._ended: list[Text] = []
         """Texts that the drafter is to forget."""
+        self._record = Record()
+        """How often guesses turn out right here."""
         self._heard = False
         """A target has said something that the forward thread does not know of yet."""
         self._asking: set[Key] = set()
@@ -115,7 +122,9 @@ class DraftServer:
             ConfigError: none of the ports is free.
         """
         endpoint = await self._listener.start(
-            fingerprint=self._fingerprint, vocab_size=self._vocab_size
+            fingerprint=self._fingerprint,
+            vocab_size=self._vocab_size,
+            tokenizer=self._tokenizer,
         )
         self._drafting = asyncio.create_task(self._draft())
         return endpoint
@@ -163,18 +172,18 @@ class DraftServer:
             connection.send(Error(message.session, message.epoch, protocol.REFUSED, problem))
             return
         self._forget(key)
-        self._sessions[key] = Session(message, most=self._max_nodes, deepest=self._max_depth)
+        self._sessions[key] = Session(
+            message, most=self._max_nodes, deepest=self._max_depth, record=self._record
+        )
         self._request(key)
         while len(self._sessions) > self._max_sessions:
             self._forget(next(iter(self._sessions)))
 
     def _problem(self, message: Open) -> str | None:
-        if message.vocab_size != self._vocab_size:
-            return f"the target's vocabulary is {message.vocab_size}, mine {self._vocab_size}"
         if not message.tokens:
             return "there are no tokens to go on from"
         if max(message.tokens) >= self._vocab_size:
-            return "a token is outside the vocabulary"
+            return OUTSIDE
         try:
             message.sampling.check(self._vocab_size)
         except ConfigError as error:
@@ -196,7 +205,10 @@ class DraftServer:
         if not new:
             return  # said before
         if max(new) >= self._vocab_size:
-            raise LinkError("a token is outside the vocabulary")
+            self._forget(key)
+            refused = Error(message.session, message.epoch, protocol.REFUSED, OUTSIDE)
+            connection.send(refused)
+            return
         self._late += session.unanswered
         session.extend(new, message.depth)
         self._request(key)
@@ -254,20 +266,20 @@ class DraftServer:
             if not group:
                 break
             began = time.perf_counter()
-            self._foresee(self._drafter, group)
+            self._foresee(self._drafter, group, wide=not waiting)
             if waiting:
                 self._seconds += time.perf_counter() - began
             if self._heard:  # after a look: targets who talk all the time do not keep it from any
                 break
 
-    def _foresee(self, drafter: Drafter, sessions: Sequence[Session]) -> None:
+    def _foresee(self, drafter: Drafter, sessions: Sequence[Session], *, wide: bool) -> None:
         try:
             foresights = [session.foresight for session in sessions]
-            drafter.foresee(foresights, [session.depth for session in sessions])
+            drafter.foresee(foresights, [session.depth for session in sessions], wide=wide)
         except Exception:
             if len(sessions) > 1:  # let the others have theirs
                 for session in sessions:
-                    self._foresee(drafter, [session])
+                    self._foresee(drafter, [session], wide=wide)
                 return
             log.exception("drafting failed; the session goes on without")
             sessions[0].failed = True

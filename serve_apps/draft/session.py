@@ -5,15 +5,17 @@ and what the target was told of that. Knows no socket and no model.
 from __future__ import annotations
 
 from linearized.speculative import Foresight, Text
+from linearized.speculative.record import Record
 from serve_apps.link.protocol import Open
 
-PUSH = 6
+PUSH = 4
 """Looks ahead after which a target is told what came of them."""
 
 
 class Session:
-    def __init__(self, message: Open, *, most: int, deepest: int) -> None:
-        """`most`: guesses that are kept; `deepest`: levels that are answered with."""
+    def __init__(self, message: Open, *, most: int, deepest: int, record: Record) -> None:
+        """`most`: guesses that are kept; `deepest`: levels that are answered with; `record`: how
+        often guesses turn out right, also for other texts."""
         self.epoch = message.epoch
         self.text = Text(
             message.tokens,
@@ -22,7 +24,7 @@ class Session:
             num_prompt=message.num_prompt,
         )
         """As far as it is drafted for; the forward thread reads it."""
-        self.foresight = Foresight(self.text, most)
+        self.foresight = Foresight(self.text, most, shared=record)
         self.owed = True
         """The target waits for a tree on top of the text as it is."""
         self.failed = False

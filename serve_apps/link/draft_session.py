@@ -32,13 +32,12 @@ log = logging.getLogger(__name__)
 
 
 class DraftSession:
-    def __init__(self, links: DraftLinks, number: int, text: Text, vocab_size: int) -> None:
+    def __init__(self, links: DraftLinks, number: int, text: Text) -> None:
         self.number = number
         self.peer: DraftPeer | None = None
         """Where it is open."""
         self._links = links
         self._text = text
-        self._vocab_size = vocab_size
         self._epoch = 0
         self._known = 0
         """Tokens that the draft was told."""
@@ -161,9 +160,7 @@ class DraftSession:
         self._ask(len(tokens), depth, reads=True)
         prompt, sampling = self._text.num_prompt, self._text.sampling
         try:
-            peer.send(
-                Open(self.number, self._epoch, tokens, prompt, sampling, self._vocab_size, depth)
-            )
+            peer.send(Open(self.number, self._epoch, tokens, prompt, sampling, depth))
         except protocol.ProtocolError:  # too long for a frame
             self._refused = True
             self.lose()

@@ -37,15 +37,18 @@ class DraftLinks:
         wake: Wake | None = None,
         *,
         vocab_size: int,
+        tokenizer: str = "",
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
-        """`wake` is called while there are sessions and no replica."""
+        """`wake` is called while there are sessions and no replica. `vocab_size`, `tokenizer`: the
+        target's, as its drafts have them in their Endpoints."""
         self.arrived = threading.Condition()
         """Told whenever a draft has said something, or will not."""
         self._find = find
         self._wake = wake
         self._waking: asyncio.Task[None] | None = None
         self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
         self._heartbeat_s = heartbeat_s
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
@@ -85,7 +88,7 @@ class DraftLinks:
         """For this text. Nothing is sent before `order`."""
         number = next(self._numbers)
         self._wanted.add(number)
-        return DraftSession(self, number, text, self._vocab_size)
+        return DraftSession(self, number, text)
 
     def closed(self, session: DraftSession) -> None:
         """Nothing more will be asked for it."""
@@ -119,13 +122,24 @@ class DraftLinks:
             await asyncio.gather(waking, return_exceptions=True)
 
     def _link(self, endpoint: Endpoint) -> DraftPeer:
-        if endpoint.vocab_size != self._vocab_size:
-            raise LinkError(
-                f"the draft's vocabulary has {endpoint.vocab_size} tokens, the target's "
-                f"{self._vocab_size}; they must share one tokenizer, so it is not used"
-            )
+        if problem := self._problem(endpoint):
+            raise LinkError(problem)
         return DraftPeer(
             endpoint, heartbeat_s=self._heartbeat_s, heard=self._heard, turned=self._turned
+        )
+
+    def _problem(self, endpoint: Endpoint) -> str:
+        """Why this draft is of no use. One with the same tokenizer may have rows for more or fewer
+        tokens, as vocabularies are padded."""
+        if self._tokenizer and endpoint.tokenizer:
+            if self._tokenizer == endpoint.tokenizer:
+                return ""
+            return f"{endpoint!r} has another tokenizer than the target, so it is not used"
+        if self._vocab_size == endpoint.vocab_size:
+            return ""
+        return (
+            f"the draft's vocabulary has {endpoint.vocab_size} tokens, the target's "
+            f"{self._vocab_size}; they must share one tokenizer, so it is not used"
         )
 
     def _heard(self) -> None:

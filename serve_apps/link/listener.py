@@ -54,7 +54,7 @@ class Listener:
         """To the peers that are let in."""
         return list(self._peers.values())
 
-    async def start(self, *, fingerprint: str, vocab_size: int) -> Endpoint:
+    async def start(self, *, fingerprint: str, vocab_size: int, tokenizer: str = "") -> Endpoint:
         """Listen; where, and with what secret.
 
         Raises:
@@ -68,6 +68,7 @@ class Listener:
             secret=self._secret,
             fingerprint=fingerprint,
             vocab_size=vocab_size,
+            tokenizer=tokenizer,
             path=await self._listen_nearby(),
         )
 

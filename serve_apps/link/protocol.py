@@ -73,6 +73,8 @@ class Endpoint:
     fingerprint: str
     """Of its model."""
     vocab_size: int
+    tokenizer: str = ""
+    """A hash of it; empty: it has none, or does not say."""
     path: str = ""
     """The same as a Unix socket, for who is on its machine; empty: there is none."""
 
@@ -106,8 +108,6 @@ class Open:
     num_prompt: int
     """How many of the tokens are the prompt."""
     sampling: Sampling
-    vocab_size: int
-    """The target's; a draft with another one has another tokenizer."""
     depth: int
     """Levels of the tree that is asked for."""
 
@@ -277,7 +277,7 @@ _FIELDS: dict[type[Any], tuple[Field, ...]] = {
     Challenge: (COUNT, BYTES),
     Hello: (COUNT, BYTES, BYTES),
     Welcome: (BYTES,),
-    Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, COUNT, _DEPTH),
+    Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, _DEPTH),
     Commit: (COUNT, COUNT, COUNT, TOKENS, _DEPTH),
     Draft: (COUNT, COUNT, COUNT, _TREE),
     Close: (COUNT,),

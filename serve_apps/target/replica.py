@@ -44,6 +44,7 @@ from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 from serve_apps.link.text_server import TextServer
 from serve_apps.target.guiding import Guiding
 from serve_apps.target.speculator import Speculator
+from serve_apps.tokenizers import tokenizer_hash
 
 START_S = 900.0
 """Seconds that a forward pass may take at the start, when steps may have to be compiled."""
@@ -154,12 +155,15 @@ class TargetReplica:
                 find_drafts,
                 wake_draft,
                 vocab_size=self._vocab_size,
+                tokenizer=tokenizer_hash(self._tokenizer),
                 heartbeat_s=config.heartbeat_s,
             )
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
         self._speculator = Speculator(
-            links=self._links, model=_local_draft(config), depth=config.depth
+            links=self._links,
+            model=_local_draft(config, self._vocab_size, self._tokenizer),
+            depth=config.depth,
         )
         self._engine = Engine(
             self._model,
@@ -190,6 +194,11 @@ class TargetReplica:
     def num_texts(self) -> int:
         """In progress or waiting."""
         return self._num_texts
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the engine has spent so far, by what; see `Engine.seconds`."""
+        return dict(self._engine.seconds)
 
     async def endpoint(self) -> Endpoint:
         """Where ingresses connect to. The first call waits until the replica is ready."""
@@ -251,17 +260,13 @@ class TargetReplica:
             if refused is not None:
                 yield refused
                 return
-            try:
-                guide = None if job.guide is None else await self._guiding.compile(job.guide)
-            except RequestError as error:
-                yield Refused(
-                    status=400, message=str(error), param=error.param, code="invalid_value"
-                )
-                return
+            guide = None if job.guide is None else await self._guiding.compile(job.guide)
             async with aclosing(self._generate(job, guide)) as events:
                 async for event in events:
                     yield event
             self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - began)
+        except RequestError as error:  # no other replica would say anything else
+            yield Refused(status=400, message=str(error), param=error.param, code="invalid_value")
         finally:
             self._num_texts -= 1
 
@@ -521,7 +526,13 @@ def _finished(text: Text) -> Finished:
     )
 
 
-def _local_draft(config: TargetConfig) -> ModelDrafter | None:
+def _local_draft(
+    config: TargetConfig, vocab_size: int, tokenizer: transformers.PreTrainedTokenizerBase
+) -> ModelDrafter | None:
+    """
+    Raises:
+        ConfigError: it has fewer rows than the tokenizer has tokens.
+    """
     if config.draft is None:
         return None
     model = weights.load(
@@ -531,7 +542,10 @@ def _local_draft(config: TargetConfig) -> ModelDrafter | None:
         dtype=config.draft_dtype,
         device=config.draft_device,
     )
-    return ModelDrafter(model, depth=config.depth, width=config.width)
+    shared = None
+    if model.config.vocab_size != vocab_size:  # one of them is padded
+        shared = 1 + max(tokenizer.get_vocab().values())
+    return ModelDrafter(model, depth=config.depth, width=config.width, num_tokens=shared)
 
 
 def _stop_ids(

@@ -135,7 +135,7 @@ class RemoteDrafter(Drafter):
                 self._links.arrived.wait(min(left, LOOK_S))
                 self._order(known)  # again where a replica has gone in the meantime
         return [
-            session.tree.top(ask.depth).best(ask.nodes) if session is not None else TokenTree.empty
+            session.tree.top(ask.depth) if session is not None else TokenTree.empty
             for ask, session in mine
         ]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import linearized
 from linearized.models import new_parameters
@@ -37,13 +40,28 @@ def save_tiny(folder: Path, *, vocab: int, seed: int = 0, layers: int = 2) -> No
     model.save_pretrained(folder)
 
 
+def save_padded(folder: Path, to: Path, *, more: int) -> None:
+    """The same model and tokenizer, with more rows in its vocabulary. It likes them best."""
+    shutil.copytree(folder, to)
+    (weights,) = to.glob("*.safetensors")
+    tensors = load_file(weights)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = torch.cat([tensors[name], 2 * tensors[name][1 : 1 + more]])
+    save_file(tensors, weights, {"format": "pt"})
+    config = json.loads((to / "config.json").read_text())
+    config["vocab_size"] += more
+    (to / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
-    """`target`; `draft`, the same model, so that its guesses are right; `wrong`, another one."""
+    """`target`; `draft`, the same model, so that its guesses are right; `padded`, the draft with a
+    larger vocabulary; `wrong`, another one; `other`, one with another vocabulary."""
     root = tmp_path_factory.mktemp("models")
     seeds = {"target": 0, "draft": 0, "wrong": 1}
     for name, seed in seeds.items():
         save_tiny(root / name, vocab=len(tokenizer), seed=seed)
         tokenizer.save_pretrained(root / name)
     save_tiny(root / "other", vocab=100)
-    return {name: root / name for name in [*seeds, "other"]}
+    save_padded(root / "draft", root / "padded", more=20)
+    return {name: root / name for name in [*seeds, "other", "padded"]}

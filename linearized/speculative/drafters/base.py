@@ -68,10 +68,13 @@ class Drafter(ABC):
         """A tree each, maybe an empty one. A text has grown since the last time it was asked for,
         maybe by more than what was guessed."""
 
-    def foresee(self, foresights: Sequence[Foresight], depths: Sequence[int]) -> None:
+    def foresee(
+        self, foresights: Sequence[Foresight], depths: Sequence[int], *, wide: bool = False
+    ) -> None:
         """Look one step further ahead for each text, so many levels at most. Whoever asks does so
         again until `Foresight.seen` says that there is nothing more to see, and texts may go on in
-        between."""
+        between. `wide`: nobody waits for it, so look behind as many guesses as is cheapest for
+        each."""
         new = [(known, depth) for known, depth in zip(foresights, depths, strict=True) if depth]
         asks = [Ask(known.text, depth, known.most) for known, depth in new]
         for (known, _), tree in zip(new, self.propose(asks) if asks else [], strict=True):

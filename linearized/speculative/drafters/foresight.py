@@ -6,24 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from linearized.speculative.record import Record
 from linearized.speculative.text import Text
 from linearized.speculative.tree import TokenTree
 
-FLOOR = 0.02
+FLOOR = 0.004
 """Guesses whose whole path is less likely right are left out."""
-KEPT = 8
+KEPT = 12
 """Guesses that a look adds, at most: breadth would leave no room for depth."""
-FIRST = 0.5
-"""The power to which a first guess's probability is raised: it is right more often than it is
-probable, since the target, too, takes what it likes best."""
 
 
 class Foresight:
     """A tree on top of a text. `frontier` names the guesses to look behind, `add` takes what was
-    seen there, and after the text has gone on, `go_on` keeps what was right."""
+    seen there, and after the text has gone on, `go_on` keeps what was right, and learns of it how
+    much the drafter's word is worth."""
 
-    def __init__(self, text: Text, most: int) -> None:
-        """`most`: guesses that it has room for."""
+    def __init__(self, text: Text, most: int, *, shared: Record | None = None) -> None:
+        """`most`: guesses that it has room for. `shared`: what is known, and is to be known, of
+        other texts' guesses as well."""
         self.text = text
         self.most = most
         self.length = len(text.tokens)
@@ -31,9 +31,11 @@ class Foresight:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.scores: list[float] = []
-        """How probable the paths are, as the drafter sees it."""
-        self._chances: list[float] = []
-        """That the paths are right."""
+        """How likely the paths are right: what the drafter says of them, as experience has it."""
+        self._steps: list[float] = []
+        """How probable the drafter finds each, given that its parent is right, …"""
+        self._ranks: list[int] = []
+        """… and whether it is the first that it would think of there."""
         self._depths: list[int] = []
         self._open: set[int] = {-1}
         """Nodes that nobody has looked behind."""
@@ -41,12 +43,17 @@ class Foresight:
         """Since the text's last token became the last."""
         self._final = False
         """It was made in one go, and is to be made anew when the text goes on."""
+        self._shared = Record() if shared is None else shared
+        self._own = Record()
 
     def go_on(self) -> bool:
         """Follow the text to where it is now. Says whether what it took up was foreseen."""
         new = self.text.tokens[self.length :]
         self.length = len(self.text.tokens)
         path = TokenTree(tuple(self.tokens), tuple(self.parents)).follow(new)
+        if new and not self._final:
+            for record in (self._shared, self._own):
+                record.learn(self.parents, self._steps, self._ranks, path, len(new))
         if len(path) < len(new) or (new and self._final):
             self._clear()
             return False
@@ -60,7 +67,7 @@ class Foresight:
         if len(self.tokens) >= self.most:
             return []
         known = [node for node in self._open if self._depth(node) < depth]
-        return sorted(sorted(known), key=lambda node: -self._chance(node))[:width]
+        return sorted(sorted(known), key=lambda node: -self._score(node))[:width]
 
     def seen(self, depth: int) -> bool:
         """Has it looked that far ahead, or as far as there was anything probable to see?"""
@@ -91,20 +98,22 @@ class Foresight:
         self._looks += 1
         found = []
         for parent, (steps, tokens) in zip(frontier, guesses, strict=True):
-            above = self._chance(parent)
+            above = self._score(parent)
             for rank, (step, token) in enumerate(zip(steps, tokens, strict=True)):
-                chance = above * (step if rank else step**FIRST)
-                if not chance >= FLOOR:
+                if not 0 < step <= 1:
                     break
-                found.append((chance, parent, step, token))
+                score = above * self._own.chance(step, rank, self._shared.chance(step, rank))
+                if score >= FLOOR:
+                    found.append((score, parent, step, rank, token))
         found.sort(key=lambda guess: -guess[0])
-        for chance, parent, step, token in found[: min(KEPT, self.most - len(self.tokens))]:
+        for score, parent, step, rank, token in found[: min(KEPT, self.most - len(self.tokens))]:
             self._open.add(len(self.tokens))
             self.tokens.append(token)
-            self.scores.append(self._score(parent) * step)
-            self._chances.append(chance)
-            self._depths.append(self._depth(parent) + 1)
             self.parents.append(parent)
+            self.scores.append(score)
+            self._steps.append(step)
+            self._ranks.append(rank)
+            self._depths.append(self._depth(parent) + 1)
 
     def replace(self, tree: TokenTree) -> None:
         """This is all that can be foreseen of the text as it is now."""
@@ -113,8 +122,7 @@ class Foresight:
         self._open = set()
         self.tokens, self.parents = list(tree.tokens), list(tree.parents)
         self.scores = list(tree.scores) or [1.0] * len(tree)
-        self._chances = list(self.scores)
-        self._depths = tree.depths
+        self._steps, self._ranks, self._depths = tree.steps, tree.ranks, tree.depths
 
     def close(self) -> None:
         """Nothing can be foreseen beyond this."""
@@ -125,7 +133,7 @@ class Foresight:
 
     def _clear(self) -> None:
         self.tokens, self.parents, self.scores = [], [], []
-        self._chances, self._depths = [], []
+        self._steps, self._ranks, self._depths = [], [], []
         self._open, self._looks, self._final = {-1}, 0, False
 
     def _root(self, root: int) -> None:
@@ -136,20 +144,18 @@ class Foresight:
             if self.parents[node] in place:
                 place[node] = len(kept)
                 kept.append(node)
-        score, chance, depth = self._score(root), self._chance(root), self._depth(root)
+        score, depth = self._score(root), self._depth(root)
         self._open = {place[node] for node in self._open if node in place}
         self.parents = [place[self.parents[node]] for node in kept]
         self.tokens = [self.tokens[node] for node in kept]
-        self.scores = [self.scores[node] / score for node in kept]
-        self._chances = [self._chances[node] / chance for node in kept]
+        self.scores = [min(self.scores[node] / score, 1.0) for node in kept]
+        self._steps = [self._steps[node] for node in kept]
+        self._ranks = [self._ranks[node] for node in kept]
         self._depths = [self._depths[node] - depth for node in kept]
         self._looks = max(self._depths, default=0)
 
     def _score(self, node: int) -> float:
         return self.scores[node] if node >= 0 else 1.0
-
-    def _chance(self, node: int) -> float:
-        return self._chances[node] if node >= 0 else 1.0
 
     def _depth(self, node: int) -> int:
         return self._depths[node] if node >= 0 else 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError
@@ -27,6 +28,8 @@ CHUNK = 512
 """Tokens read at once."""
 GLANCE = 128
 """Tokens of a text that are read in one step of looking ahead: others need not wait long."""
+WIDE = 2
+"""Times as many guesses are looked behind where nobody waits."""
 TAIL = 16
 """Tokens that a text may have gone on by without being read before its tree is drafted."""
 
@@ -41,15 +44,29 @@ class ModelDrafter(Drafter):
     time, from the keys and values that are there already."""
 
     def __init__(
-        self, model: PreTrainedModel, *, depth: int = 8, width: int = 4, floor: float = 0.02
+        self,
+        model: PreTrainedModel,
+        *,
+        depth: int = 8,
+        width: int = 4,
+        floor: float = 0.02,
+        num_tokens: int | None = None,
     ) -> None:
-        """`model`, linearized or not. `width`: guesses that are followed on each level."""
+        """`model`, linearized or not. `width`: guesses that are followed on each level.
+        `num_tokens`: of the tokenizer that it shares with the target, where one of them has rows
+        beyond those, to pad its vocabulary; None: both have as many rows."""
         check_sizes(depth=depth, width=width)
         self.model = decoder(model)
         self.depth = depth
         self.width = width
         self.floor = floor
         """Guesses whose whole path is less likely right are left out."""
+        self._num_tokens = num_tokens
+        self._target_rows = self._limit = (
+            self.model.config.vocab_size if num_tokens is None else num_tokens
+        )
+        self._legible: WeakKeyDictionary[Text, int] = WeakKeyDictionary()
+        """How much of each text consists of tokens that it has."""
         self._longest = context_limit(self.model)
         self._pool: Pool[Text] = Pool(self.model)
         self._read: dict[Text, int] = {}
@@ -60,7 +77,7 @@ class ModelDrafter(Drafter):
 
     @property
     def identity(self) -> Hashable:
-        return type(self), ref(self._given), self.depth, self.width, self.floor
+        return type(self), ref(self._given), self.depth, self.width, self.floor, self._num_tokens
 
     def join(self, model: PreTrainedModel, pool: Pool[Text]) -> None:
         """
@@ -68,13 +85,32 @@ class ModelDrafter(Drafter):
             ConfigError: the target has another vocabulary.
         """
         mine, theirs = self.model.config.vocab_size, model.config.vocab_size
-        if mine != theirs:
+        if self._num_tokens is None and mine != theirs:
             raise ConfigError(
                 f"the draft's vocabulary has {mine} tokens, the target's {theirs}; they must share "
-                "one tokenizer"
+                "one tokenizer. If they do, and one is padded, give ModelDrafter its num_tokens"
             )
+        if self._num_tokens is not None and self._num_tokens > min(mine, theirs):
+            raise ConfigError(
+                f"num_tokens is {self._num_tokens}, more than the draft's vocabulary of {mine} or "
+                f"the target's of {theirs} has"
+            )
+        self._target_rows = theirs
         # As many as the target's at once: programs are compiled for rows of a pool of one size.
         self._pool.grow(pool.num_rows)
+
+    def serves(self, text: Text) -> bool:
+        """Not one that has, or whose sampling names, a token that they do not share."""
+        known = self._legible.get(text, 0)
+        if not known:
+            sampling = text.sampling
+            named = [*sampling.stop_ids, *(token for token, _ in sampling.logit_bias)]
+            if max(named, default=0) >= self._limit:
+                return False
+        if max(text.tokens[known:], default=0) >= self._limit:
+            return False
+        self._legible[text] = len(text.tokens)
+        return True
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[TokenTree]:
@@ -92,7 +128,9 @@ class ModelDrafter(Drafter):
         return [trees.get(ask.text, TokenTree.empty) for ask in asks]
 
     @torch.no_grad()
-    def foresee(self, foresights: Sequence[Foresight], depths: Sequence[int]) -> None:
+    def foresee(
+        self, foresights: Sequence[Foresight], depths: Sequence[int], *, wide: bool = False
+    ) -> None:
         """One forward, behind the best guesses of each text. A text of which much has not been read
         is read a little further instead."""
         self._commit()
@@ -100,7 +138,7 @@ class ModelDrafter(Drafter):
         for known, depth in zip(foresights, depths, strict=True):
             if self._longest is not None:
                 depth = min(depth, self._longest - len(known.text.tokens))
-            front = known.frontier(depth, self.width)
+            front = known.frontier(depth, WIDE * self.width if wide else self.width)
             if not front:
                 known.close()
             elif self._catch_up(known.text, GLANCE):
@@ -131,7 +169,7 @@ class ModelDrafter(Drafter):
                 (one.ask.text, tuple(one.tokens), tuple(one.parents)) for one in growths
             ]
             self._last = looked, found.fresh
-            return found.logits
+            return self._of_target(found.logits)
 
         grow(growths, forward, width=self.width, floor=self.floor, device=self.model.device)
 
@@ -155,9 +193,16 @@ class ModelDrafter(Drafter):
         self._last = looked, found.fresh
         width = found.logits.shape[1]
         flat = [number * width + row for number, own in enumerate(rows) for row in own]
-        guesses = iter(likeliest(found.logits, flat, places, self.width))
+        guesses = iter(likeliest(self._of_target(found.logits), flat, places, self.width))
         for known, front in fronts:
             known.add(front, [next(guesses) for _ in front])
+
+    def _of_target(self, logits: Tensor) -> Tensor:
+        """Logits [B, N, V] as the target has them: -inf where there is no token."""
+        if self._num_tokens is None:
+            return logits
+        missing = self._target_rows - self._num_tokens
+        return nn.functional.pad(logits[..., : self._num_tokens], (0, missing), value=-math.inf)
 
     def _commit(self) -> None:
         """Of what was verified last, all that the texts have taken up."""

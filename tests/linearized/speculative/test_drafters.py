@@ -36,9 +36,11 @@ def texts(sampling: Sampling) -> list[Text]:
     return [Text((PROMPT * 3)[:n], sampling=sampling, max_new_tokens=30) for n in (1, 7, 8, 20)]
 
 
-def said(model, sampling, drafters=(), rows=3) -> list[list[int]]:
+def said(model, sampling, drafters=(), rows=3, asked: list[Text] | None = None) -> list[list[int]]:
     engine = Engine(model, drafters=drafters, rows=rows)
     mine = texts(sampling)
+    if asked is not None:
+        asked += mine
     for text in mine:
         engine.add(text)
     while engine.busy:
@@ -79,6 +81,39 @@ def test_a_draft_has_rows_for_all_texts_of_its_target(linear):
     for rows in (5, 2):
         drafter.join(linear(), Pool(linear(), rows))
         assert drafter._pool.num_rows == 5
+
+
+def padded(linear, model, more: int):
+    """The same, with more rows in its vocabulary. It likes them best."""
+    rows = model.config.vocab_size
+    wider = linear(group=8, taps=5, vocab=rows + more)
+    weights = {
+        name: torch.cat([x, 9 * x[:more]]) if len(x) == rows else x
+        for name, x in model.state_dict().items()
+    }
+    wider.load_state_dict(weights)
+    return wider
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+def test_a_padded_vocabulary_of_the_draft_or_of_the_target(linear, sampling):
+    model = linear(group=8, taps=5)
+    shared = model.config.vocab_size
+    wide, wider = (padded(linear, model, more) for more in (20, 30))
+    for target, draft in ((model, wide), (wide, model), (wide, wider), (wider, wide)):
+        plain = said(target, sampling)
+        asked: list[Text] = []
+        drafter = ModelDrafter(draft, num_tokens=shared, depth=3, floor=0.0)
+        assert said(target, sampling, [drafter], asked=asked) == plain
+        if target is model:  # its guesses are those of tokens that both have
+            assert sum(sum(text.accepted.values()) for text in asked) > 2 / 3 * 30 * len(plain)
+    unknown = Text([*PROMPT, shared + 3], sampling=sampling, max_new_tokens=40)
+    assert not ModelDrafter(model, num_tokens=shared).serves(unknown)
+    biased = Sampling(logit_bias={shared + 1: -9.0})
+    named = Text(PROMPT, sampling=biased, max_new_tokens=40)
+    assert not ModelDrafter(model, num_tokens=shared).serves(named)
+    with pytest.raises(ConfigError, match="num_tokens is 99, more than the draft's vocabulary"):
+        Engine(model, drafters=[ModelDrafter(wider, num_tokens=99)])
 
 
 def test_hybrids_skip_layers_of_both_kinds(llama):

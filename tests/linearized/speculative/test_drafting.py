@@ -88,7 +88,7 @@ class World:
         self.seconds += seconds
 
     def drafting(self, drafter: FakeDrafter) -> Drafting:
-        found = Drafting(drafter, 16, now=self.now)
+        found = Drafting(drafter, 16, vocab_size=3, now=self.now)
         found.planner = Planner(self.clock, max_depth=drafter.depth, max_nodes=16)
         found.rehearses = True
         for _ in range(3):
@@ -99,7 +99,7 @@ class World:
 
     def fixed(self, drafter: FakeDrafter) -> Drafting:
         """Always as deep as the drafter."""
-        return Drafting(drafter, 16, now=self.now)
+        return Drafting(drafter, 16, vocab_size=3, now=self.now)
 
     def text(self, tokens: int) -> Text:
         return Text([1], sampling=Sampling(), max_new_tokens=tokens)

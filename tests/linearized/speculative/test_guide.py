@@ -269,6 +269,52 @@ def test_json_fits_its_schema_whatever_is_drafted(vocab, model, linear, sampling
     assert all(text.finished == "stop" for text in texts(want))
 
 
+class Wide(Drafter):
+    """Says what it was told, behind more probable guesses that no guide allows, and more of them
+    than are verified."""
+
+    depth = 4
+
+    def __init__(self, tokens: list[int], wrong: list[int]) -> None:
+        self.tokens, self.wrong = tokens, wrong
+
+    def propose(self, asks):
+        return [self._tree(self.tokens[ask.text.num_new :][: self.depth]) for ask in asks]
+
+    def _tree(self, rest: list[int]) -> TokenTree:
+        tokens: list[int] = []
+        parents: list[int] = []
+        scores: list[float] = []
+        last, above = -1, 1.0
+        for token in rest:
+            wrong = [one for one in self.wrong if one != token]
+            tokens += [*wrong, token]
+            parents += [last] * (len(wrong) + 1)
+            scores += [0.5 * above] * len(wrong) + [0.1 * above]
+            last, above = len(tokens) - 1, 0.1 * above
+        return TokenTree(tuple(tokens), tuple(parents), tuple(scores))
+
+
+def test_forbidden_guesses_are_not_verified_and_make_room_for_others(vocab, model):
+    guide = vocab.compile("regex", r"[0-9]{24}")
+    sampling = Sampling(stop_ids=frozenset({END}))
+
+    def text() -> Text:
+        return Text([5, 6], sampling=sampling, max_new_tokens=40, guide=guide)
+
+    (plain,) = run(model, text())
+    letters = vocab.ids("a", "b", "c", "d", "e", "f")
+    unknown = [vocab.size, vocab.size + 99, -3]
+    wide = Wide(plain.new_tokens, [*letters, *unknown, vocab.size - 1])
+    (drafted,) = run(model, text(), drafters=[wide])
+    assert (drafted.new_tokens, drafted.finished) == (plain.new_tokens, "stop")
+    assert drafted.rounds <= -(-plain.num_new // (wide.depth + 1)) + 1
+    assert drafted.drafted == drafted.accepted and drafted.drafted[wide.depth] > 2
+    (ended,) = run(model, text(), drafters=[Wide([*plain.new_tokens, 3, 4, 5], letters)])
+    assert ended.new_tokens == plain.new_tokens
+    assert sum(ended.drafted.values()) == sum(ended.accepted.values())  # nothing beyond the end
+
+
 @pytest.mark.parametrize("kind", ["json", "json_schema"])
 def test_json_is_an_object_and_never_endless_white_space(either, kind):
     """As the complaint vllm#55313 has it; a logit bias for spaces stands for a model that likes

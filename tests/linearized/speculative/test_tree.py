@@ -99,6 +99,25 @@ def test_the_best_nodes_are_the_most_probable_ones(tree, size):
     assert bare.best(size) == TokenTree(tree.tokens[:size], tree.parents[:size])
 
 
+@given(trees(), st.integers(0, 11), st.data())
+def test_the_best_of_those_that_may_be(tree, size, data):
+    may = [data.draw(st.booleans()) for _ in range(len(tree))]
+    asked = []
+
+    def ask(node):
+        asked.append(node)
+        return may[node]
+
+    found = tree.that(ask, size)
+    able = [n for n in range(len(tree)) if all(may[one] for one in lineage(tree, n))]
+    scores = sorted((tree.scores[node] for node in able), reverse=True)[:size]
+    assert sorted(found.scores, reverse=True) == scores
+    assert set(found.tokens) <= {*able} and set(found.paths()) <= set(tree.paths())
+    assert len(set(asked)) == len(asked)  # and of none behind one that may not be
+    assert all(may[above] for node in asked for above in lineage(tree, node)[:-1])
+    assert tree.that(lambda node: True, len(tree)) is tree
+
+
 @given(trees(), st.data())
 def test_the_deepest_path_is_accepted_all_along(tree, data):
     accepted = [data.draw(st.booleans()) for _ in range(len(tree))]

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from linearized.speculative import Drafter, Sampling, Text, TokenTree
+from linearized.speculative.record import Record
 from serve_apps.draft.server import DraftServer, Load
 from serve_apps.draft.session import Session
 from serve_apps.forward import Forward
@@ -52,7 +53,7 @@ class Ahead(Counting):
     def __init__(self, may, looks):
         self.may, self.looks = may, looks
 
-    def foresee(self, foresights, depths):
+    def foresee(self, foresights, depths, *, wide=False):
         assert self.may.acquire(timeout=30)
         for one, depth in zip(foresights, depths, strict=True):
             self.looks.append((tuple(one.text.tokens), one.path(*one.frontier(depth, 1))))
@@ -235,7 +236,7 @@ async def test_drafting_goes_on_while_the_target_verifies():
         mine.tokens += [9, 99]  # not as foreseen
         session.order(2)
         may.release(2)
-        assert await answer(session) == chain(99, 2)
+        assert (await answer(session)).tokens == (100, 101)
         assert looks[-2:] == [((5, 6, 7, 8, 9, 99), ()), ((5, 6, 7, 8, 9, 99), (100,))]
         may.release(100)
 
@@ -243,7 +244,7 @@ async def test_drafting_goes_on_while_the_target_verifies():
 def test_targets_who_talk_all_the_time_do_not_keep_a_draft_from_drafting():
     forward = Forward()
     server = DraftServer(Counting, forward=forward, fingerprint="f", vocab_size=VOCAB)
-    mine = Session(Open(1, 1, (5,), 1, GREEDY, VOCAB, 2), most=9, deepest=9)
+    mine = Session(Open(1, 1, (5,), 1, GREEDY, 2), most=9, deepest=9, record=Record())
     server._heard = True
     server._look([mine], [])
     assert mine.due and mine.foresight.tree() == chain(5, 2)
@@ -485,15 +486,37 @@ async def test_a_wrong_secret_is_refused_on_both_sides():
         await (await dial(endpoint)).abort()  # it still serves those who know
 
 
-async def test_another_vocabulary_is_not_used():
-    async with serving() as (_, endpoint):
-        async with linked(finder(endpoint), vocab_size=VOCAB + 1) as it:
-            assert not await it.wait_connected(0.2)
-        async with open_connection(endpoint) as connection:
-            connection.send(Open(1, 1, (5,), 1, GREEDY, VOCAB + 1, 2))
-            assert (await connection.receive()).code == protocol.REFUSED
-            connection.send(Open(2, 1, (VOCAB,), 1, GREEDY, VOCAB, 2))
-            assert (await connection.receive()).code == protocol.REFUSED
+@pytest.mark.parametrize(
+    "vocab_size, theirs, ours, used",
+    [
+        (VOCAB, "", "", True),
+        (VOCAB + 1, "", "", False),
+        (VOCAB + 1, "t", "", False),
+        (VOCAB + 1, "t", "t", True),  # padded
+        (VOCAB, "t", "other", False),
+        (VOCAB, "", "t", True),
+    ],
+)
+async def test_another_tokenizer_is_not_used(vocab_size, theirs, ours, used):
+    async with serving(tokenizer=theirs) as (_, endpoint):
+        settings = {"vocab_size": vocab_size, "tokenizer": ours}
+        async with linked(finder(endpoint), **settings) as it:
+            assert await it.wait_connected(20.0 if used else 0.1) == used
+
+
+async def test_a_token_that_a_draft_does_not_have_ends_its_session_and_no_other():
+    """A target's vocabulary may be padded beyond it."""
+    async with serving() as (server, endpoint), open_connection(endpoint) as it:
+        it.send(Open(1, 1, (VOCAB,), 1, GREEDY, 2))
+        assert (await it.receive()).code == protocol.REFUSED
+        for session in (2, 3):
+            it.send(Open(session, 1, (5,), 1, GREEDY, 2))
+            assert (await it.receive()).tree == chain(5, 2)
+        it.send(Commit(2, 1, 1, (6, VOCAB), 2))
+        assert (await it.receive()).code == protocol.REFUSED
+        it.send(Commit(3, 1, 1, (8,), 2))
+        assert await it.receive() == Draft(3, 1, 2, chain(8, 2))
+        assert server.num_sessions == 1
 
 
 @pytest.mark.parametrize(
@@ -512,7 +535,7 @@ async def test_nonsense_ends_the_connection_and_nothing_else(sent):
                 bad._writer.write(sent)
                 with pytest.raises(LinkError):
                     await bad.receive()
-            good.send(Open(1, 1, (5,), 1, GREEDY, VOCAB, 2))
+            good.send(Open(1, 1, (5,), 1, GREEDY, 2))
             assert (await good.receive()).tree.tokens == (6, 7)
         assert server.running
 
@@ -534,16 +557,16 @@ async def test_repeated_stale_and_unplaceable_commits():
         it.send(Commit(7, 1, 3, (4,), 2))
         unknown = await it.receive()
         assert isinstance(unknown, Error) and unknown.code == protocol.UNKNOWN_SESSION
-        it.send(Open(7, 1, (1, 2, 3), 1, GREEDY, VOCAB, 2))
+        it.send(Open(7, 1, (1, 2, 3), 1, GREEDY, 2))
         assert await it.receive() == Draft(7, 1, 3, chain(3, 2))
-        it.send(Open(7, 1, (9, 9), 1, GREEDY, VOCAB, 2))  # repeated: ignored
+        it.send(Open(7, 1, (9, 9), 1, GREEDY, 2))  # repeated: ignored
         it.send(Commit(7, 0, 3, (9,), 2))  # of a former epoch: ignored
         it.send(Commit(7, 1, 1, (2, 3), 2))  # known already: ignored
         it.send(Commit(7, 1, 2, (3, 10), 2))  # overlaps: the rest is taken
         assert await it.receive() == Draft(7, 1, 4, chain(10, 2))
         it.send(Commit(7, 1, 9, (4,), 2))  # a gap
         assert (await it.receive()).code == protocol.UNKNOWN_SESSION
-        it.send(Open(7, 2, (20,), 1, GREEDY, VOCAB, 2))
+        it.send(Open(7, 2, (20,), 1, GREEDY, 2))
         assert await it.receive() == Draft(7, 2, 1, chain(20, 2))
         it.send(Close(7))
         it.send(Close(8))  # there is none: ignored

@@ -121,6 +121,35 @@ async def test_cut_again_and_again_it_reads_the_same(folders, caplog):
                 assert ("elsewhere" in caplog.text) == (len(whole[1]) > 16) or len(whole[1]) <= 16
 
 
+async def test_a_guided_text_whose_new_replica_has_another_guide_ends_with_an_error(folders):
+    """As where replicas of two versions compile a grammar to different rules. Nobody tries again,
+    and nobody waits."""
+    guide = Guide("regex", "[ab]{30}")
+    one = {"max_sessions": 1, "prefix_bytes": 0}
+    async with replica(folders, **one) as target, replica(folders, **one) as other:
+        compile_ = other._guiding.compile
+        other._guiding.compile = lambda _: compile_(Guide("regex", "[0-9]{30}"))
+        asked = []
+
+        class Second(Dying):
+            async def complete(self, wanted):
+                first = not asked
+                asked.append(wanted)
+                if not first:
+                    self._target, self._events = other, 1000
+                async with aclosing(super().complete(wanted)) as events:
+                    async for event in events:
+                        yield event
+
+        wanted = job(guide=guide, speculate="none")
+        events = [event async for event in Relay(Second(target, 9)).complete(wanted)]
+        said_ = "".join(event.text for event in events if isinstance(event, Delta))
+        assert len(said_) == 8 and set(said_) <= {*"ab"}
+        assert isinstance(events[-1], Finished) and events[-1].reason == "error"
+        assert "does not obey its guide, a regular expression" in events[-1].error
+        assert len(asked) == 2 and other.num_texts == target.num_texts == 0
+
+
 async def test_a_text_that_nobody_reads_gives_up_its_place_and_goes_on_later(folders, monkeypatch):
     monkeypatch.setattr(replicas, "READ_AHEAD", 4)
     async with replica(folders, max_sessions=1) as target:

@@ -158,6 +158,30 @@ async def test_a_draft_with_another_vocabulary_is_not_used(folders, monkeypatch)
         await read(target, job(max_tokens=5))
 
 
+async def test_a_padded_vocabulary(folders, always):
+    """Guesses that the target does not have are left out; the others are right as ever. Of a draft
+    in a replica, of one beside the target, and of the target."""
+    wanted, cheap = job(speculate="model"), {"max_sessions": 1}
+    async with (
+        drafting(folders["padded"]) as draft,
+        replica(folders, finder(draft), **cheap) as target,
+    ):
+        assert (await target.ready()).draft == "connected"
+        plain, _ = await read(target, replace(wanted, speculate="none"))
+        text, end = await read(target, wanted)
+        assert text == plain and end.accepted > 0
+    async with replica(folders, draft=str(folders["padded"]), **cheap) as target:
+        text, end = await read(target, wanted)
+        assert text == plain and end.accepted >= end.completion_tokens / 2
+    async with (
+        drafting(folders["draft"]) as draft,
+        replica({"target": folders["padded"]}, finder(draft), **cheap) as target,
+    ):
+        assert (await target.ready()).draft == "connected"
+        plain, _ = await read(target, replace(wanted, speculate="none"))
+        assert (await read(target, wanted))[0] == plain
+
+
 async def test_texts_side_by_side_are_those_one_by_one(folders):
     async with replica(folders, max_sessions=3) as target:
         jobs = [job(prompt=PROMPT[: 5 + i], max_tokens=20 + i) for i in range(6)]
