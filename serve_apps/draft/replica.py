@@ -77,6 +77,11 @@ class DraftReplica:
         self._asked, self._spent = time.perf_counter(), 0.0
         """When Serve last asked for the load, and seconds of drafting until then."""
 
+    @property
+    def num_sessions(self) -> int:
+        """Texts that are drafted for."""
+        return self._server.num_sessions
+
     async def endpoint(self) -> Endpoint:
         """The address to which targets connect and the secret that lets them in. The first call
         starts the server."""
@@ -100,7 +105,7 @@ class DraftReplica:
         now, spent = time.perf_counter(), self._server.drafting_s
         share = (spent - self._spent) / max(now - self._asked, 1e-3)
         self._asked, self._spent = now, spent
-        return {"sessions": float(self._server.num_sessions), "utilisation": share}
+        return {"sessions": float(self.num_sessions), "utilisation": share}
 
     async def close(self) -> None:
         await self._server.close()

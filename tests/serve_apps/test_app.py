@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
+from cluster import keeper
 from cluster.local import LocalCluster
+from jobs.streams import Streams
 from serve_apps.app import AppArgs, build, scale_by_texts
 
 ROOT = Path(__file__).parents[2]
@@ -59,20 +62,29 @@ def test_the_app_fits_two_cpus():
 def app(folders):
     """The app as users start it; its URL, and the cluster's folder."""
     with LocalCluster(num_cpus=2) as cluster:
-        env = {**os.environ, **cluster.env}
-        serve = [sys.executable, "-m", "ray.serve.scripts"]
-        start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
-        args = [f"target={folders['target']}", f"draft={folders['draft']}", "max_context=200000"]
-        args += ["max_body=100000", "target_replicas=2", "target_cpus=0.5"]
-        run = ["run", "--non-blocking", "serve_apps.app:build", *args]
-        for command in (start, run):
-            done = subprocess.run(
-                [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=150
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-        url = f"http://127.0.0.1:{cluster.http_port}"
-        until(lambda: httpx.get(f"{url}/health").status_code == 200, 240)
-        yield url, cluster.temp
+        args = ["max_context=200000", "max_body=100000", "target_replicas=2", "target_cpus=0.5"]
+        yield serve(cluster, folders, *args), cluster.temp
+
+
+def serve(cluster, folders, *args):
+    """Start the app, or another version of it. Its URL."""
+    env = {**os.environ, **cluster.env}
+    args = [f"target={folders['target']}", f"draft={folders['draft']}", *args]
+    start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
+    run = ["run", "--non-blocking", "serve_apps.app:build", *args]
+    for command in (start, run):
+        done = subprocess.run(
+            [sys.executable, "-m", "ray.serve.scripts", *command],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    url = f"http://127.0.0.1:{cluster.http_port}"
+    until(lambda: httpx.get(f"{url}/health").status_code == 200, 240)
+    return url
 
 
 @pytest.fixture
@@ -187,94 +199,147 @@ def test_a_client_that_leaves_ends_its_text(app, client):
 
 
 @pytest.mark.ray
-def test_killing_the_draft_in_the_middle_changes_nothing(app, client):
-    expected, _, _ = stream(client, max_tokens=300, speculate="none")
-    (draft,) = replicas(app[1], "draft")
-    texts, counts = [], [0, 0]
+@pytest.mark.timeout(400)
+def test_whoever_is_killed_in_the_middle_changes_no_text(app, client):
+    """A draft, then a target, each amid eight streams; and while they are missing."""
+    url, folder = app
+    until(lambda: len(replicas(folder, "target")) == 2, 240)
 
-    def read(reader=0):
-        def count():
-            counts[reader] += 1
+    async def run():
+        async with eight_streams(url) as streams:
+            chunks = await streams.learn()
+            for kind in ("draft", "target"):
+                count = await streams.all(killing(folder, kind), at=chunks // 5)
+                assert (count.same, count.wrong, count.errors) == (8, [], {}), kind
+            assert client.get("/health").status_code == 200
+            await asyncio.to_thread(until, lambda: is_whole(client, folder), 240)
+            count = await streams.all()  # with the new ones
+            assert count.same == 8
 
-        with httpx.Client(base_url=app[0], timeout=60) as own:
-            texts.append(stream(own, on_chunk=count, max_tokens=300, speculate="model")[0])
-
-    readers = [threading.Thread(target=read, args=(i,)) for i in range(2)]
-    for reader in readers:
-        reader.start()
-    until(lambda: min(counts) > 3, 90)
-    draft.kill()
-    assert max(counts) < 150  # of 300 tokens
-    for reader in readers:
-        reader.join()
-    read()  # while there is none
-    assert texts == [expected] * 3
-    assert client.get("/health").status_code == 200
-    until(lambda: client.get("/health").json()["draft"] == "connected", 240)
-    read()  # with the new one
-    assert texts[-1] == expected
+    asyncio.run(run())
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
-def test_killing_a_target_in_the_middle_changes_nothing(app, client):
-    settings = [
-        {"max_tokens": 300, "speculate": "none"},
-        {"max_tokens": 300, "temperature": 0.9, "seed": 7},
-        {"max_tokens": 300, "temperature": 0.9, "seed": 8, "n": 2, "presence_penalty": 0.5},
-        {"max_tokens": 300, "stop": ["never to be seen"], "logprobs": 2},
-    ]
-    until(lambda: len(replicas(app[1], "target")) == 2, 240)
-    calm = [events(client, **one) for one in settings]
-    found: list = [None] * len(settings)
-    counts = [0] * len(settings)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_ingress_breaks_its_clients_and_leaves_nothing(app, client):
+    url, folder = app
+    until(lambda: is_whole(client, folder), 240)
 
-    def read(reader):
-        def count():
-            counts[reader] += 1
+    async def run():
+        async with eight_streams(url, tokens=1000) as streams:
+            chunks = await streams.learn()
+            count = await streams.all(killing(folder, "ingress"), at=chunks // 10)
+            assert not count.wrong and count.errors
+            targets = replicas(folder, "target")
+            await asyncio.sleep(1.0)
+            before = cpu_time(targets)
+            await asyncio.sleep(1.0)
+            assert cpu_time(targets) - before < 0.5  # nobody generates any more
+            await asyncio.to_thread(until, lambda: is_whole(client, folder), 240)
+            count = await streams.all()  # the same requests with the same seeds
+            assert count.same == 8
 
-        with httpx.Client(base_url=app[0], timeout=120) as own:
-            found[reader] = events(own, on_chunk=count, **settings[reader])
-
-    readers = [threading.Thread(target=read, args=(i,)) for i in range(len(settings))]
-    for reader in readers:
-        reader.start()
-    until(lambda: min(counts) > 3, 90)
-    killed = replicas(app[1], "target")[0]
-    killed.kill()
-    assert max(counts) < 250  # of 300 rounds
-    for reader in readers:
-        reader.join()
-    assert found == calm
-    until(lambda: len(replicas(app[1], "target")) == 2, 240)
+    asyncio.run(run())
 
 
-def events(client, on_chunk=lambda: None, **values):
-    """Text, tokens' log-probabilities and reason of each choice, and the tokens in all."""
-    body = {"model": "target", "prompt": PROMPT, "temperature": 0, "stream": True, **values}
-    body["stream_options"] = {"include_usage": True}
-    texts, reasons, tokens, usage = {}, {}, {}, None
-    with client.stream("POST", "/v1/completions", json=body) as response:
-        assert response.status_code == 200
-        *lines, done = [*filter(None, heard(response.iter_lines(), on_chunk))]
-        assert done == "data: [DONE]"
-        for line in lines:
-            chunk = json.loads(line.removeprefix("data: "))
-            assert "error" not in chunk, chunk
-            usage = chunk["usage"] or usage
-            for choice in chunk["choices"]:
-                index = choice["index"]
-                texts[index] = texts.get(index, "") + choice["text"]
-                reasons[index] = choice["finish_reason"]
-                found = (choice["logprobs"] or {}).get("tokens", [])
-                tokens[index] = tokens.get(index, 0) + len(found)
-    return texts, reasons, tokens, usage["prompt_tokens"], usage["completion_tokens"]
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_roll_out_in_the_middle_changes_no_text(folders):
+    """A new version of the app, with other settings; and then with one target fewer. (vllm and
+    others end what is in progress with an error.)"""
+    with LocalCluster(num_cpus=3) as cluster:
+        settings = ["target_cpus=0.5", "draft_cpus=0.5"]
+        both = ["target_replicas=2", *settings]
+        url = serve(cluster, folders, *both)
+
+        async def run():
+            async with eight_streams(url, tokens=3000, timeout=400) as streams:
+                chunks = await streams.learn()
+                for changed in (["prefix_mb=100", *both], ["target_replicas=1", *settings]):
+
+                    async def roll_out(changed=changed):
+                        await asyncio.to_thread(serve, cluster, folders, *changed)
+
+                    count = await streams.all(roll_out, at=chunks // 20, times=2)
+                    assert (count.same, count.wrong, count.errors) == (16, [], {})
+
+        asyncio.run(run())
 
 
-def heard(lines, on_line):
-    for line in lines:
-        on_line()
-        yield line
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_node_that_dies_takes_no_text_with_it(folders):
+    """ray#65502: requests fail when the node of their replica goes away."""
+    with LocalCluster(num_cpus=2) as cluster, node(cluster, num_cpus=1) as second:
+        settings = ["ingress_cpus=0.6", "draft_cpus=0.4", "target_cpus=1", "target_replicas=2"]
+        url = serve(cluster, folders, *settings)
+        assert any(":target" in name for name in names(second))
+
+        async def kill_all():
+            for process in [second, *second.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+        async def run():
+            async with eight_streams(url) as streams:
+                chunks = await streams.learn()
+                count = await streams.all(kill_all, at=chunks // 5)
+                assert (count.same, count.wrong, count.errors) == (8, [], {})
+
+        asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def eight_streams(url, *, tokens=200, timeout=120):
+    streams = Streams(url, "target", tokens=tokens, timeout=timeout)
+    try:
+        yield streams
+    finally:
+        await streams.close()
+
+
+@contextlib.contextmanager
+def node(cluster, *, num_cpus):
+    """One more of the cluster, on this machine."""
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block"]
+    command += [f"--address={cluster.address}", "--node-ip-address=127.0.0.1"]
+    command += [f"--num-cpus={num_cpus}", "--disable-usage-stats"]
+    env = {**os.environ, **cluster.env, keeper.MARKER: str(cluster.temp)}
+    del env["RAY_ADDRESS"]
+    log = cluster.temp / "node.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        until(lambda: "Ray runtime started" in log.read_text(), 90)
+        yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def names(process):
+    return [" ".join(child.cmdline()) for child in process.children(recursive=True)]
+
+
+def killing(folder, kind):
+    async def kill():
+        replicas(folder, kind)[0].kill()
+
+    return kill
+
+
+def is_whole(client, folder):
+    """Are there a draft and two targets, which are used?"""
+    with contextlib.suppress(httpx.HTTPError):
+        health = client.get("/health")
+        connected = health.status_code == 200 and health.json()["draft"] == "connected"
+        return connected and len(replicas(folder, "target")) == 2
+    return False
 
 
 def cpu_time(processes: list[psutil.Process]) -> float:

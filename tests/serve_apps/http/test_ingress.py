@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from serve_apps.generation import Refused
+from serve_apps.generation import Delta, Refused
 from serve_apps.http import bodies, requests
 from serve_apps.http.streams import TargetLost
 
@@ -301,6 +301,38 @@ async def test_a_target_that_is_lost(client, target):
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "target_lost"
     assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("prompt", ["a b", ["a", "b"]])
+async def test_nothing_of_a_stream_waits_for_a_clock(client, target, monkeypatch, prompt):
+    """ray#59681: chunks are collected for some tens of milliseconds before they are passed on. Here
+    the event loop's clock stands still, so whatever waited for it would wait for good; and the
+    target says no word before the one before it is out."""
+    out = asyncio.Queue()
+
+    class Waiting(type(target)):
+        async def complete(self, job):
+            async for event in super().complete(job):
+                yield event
+                if isinstance(event, Delta) and event.tokens:
+                    await out.get()
+
+    target.__class__ = Waiting
+    app = client._transport.app
+    body = json.dumps({"model": "m", "prompt": prompt, "stream": True}).encode()
+    said = []
+
+    async def send(message):
+        said.append(message.get("body", b""))
+        for _ in range(said[-1].count(b'"text":" ')):
+            out.put_nowait(None)
+
+    loop = asyncio.get_running_loop()
+    asking = asyncio.create_task(app(SCOPE, receiving(body), send))
+    monkeypatch.setattr(loop, "time", lambda now=loop.time(): now)
+    while not asking.done():
+        await asyncio.sleep(0)
+    assert said[-2:] == [b"data: [DONE]\n\n", b""]
 
 
 @pytest.mark.parametrize("prompt", ["a b", ["a", "b"]])
