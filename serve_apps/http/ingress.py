@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from linearized.errors import ConfigError
 from serve_apps.generation import Description
 from serve_apps.http import bodies, requests, schema
-from serve_apps.http.answers import Answer, ChatAnswer, CompletionAnswer
+from serve_apps.http.answers import Answer, ChatAnswer, CompletionAnswer, written
 from serve_apps.http.errors import ApiError, quoted
 from serve_apps.http.fields import Limits
 from serve_apps.http.gate import KEY, Gate
@@ -200,7 +200,8 @@ class _Ingress:
             text = asked.prompt or ""
             tokens = await self._tokenizer.encode(text, special=asked.add_special_tokens)
         longest = (await self._description()).max_context
-        return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens})
+        found = {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
+        return _json(await self._tokenizer.run(written, found))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, with the names of special tokens."""
@@ -259,7 +260,7 @@ class _Ingress:
             await texts.close()
             raise
         await texts.close()
-        return JSONResponse(whole)
+        return _json(whole)
 
     async def _description(self) -> Description:
         if self._described is None:
@@ -308,6 +309,10 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._texts.close()
+
+
+def _json(written: str) -> Response:
+    return Response(written, media_type="application/json")
 
 
 def _may_use(key: Key | None, model: str) -> bool:

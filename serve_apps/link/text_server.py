@@ -149,7 +149,10 @@ class TextServer:
             async with aclosing(self._target.complete(job)) as events:
                 async for event in events:
                     await texts[number].turn()
-                    for message in said(number, event):
+                    first, *more = said(number, event)
+                    connection.send(first)
+                    for message in more:
+                        await asyncio.sleep(0)  # each takes milliseconds to write
                         connection.send(message)
         except Exception as error:
             log.exception("a text ends here; its ingress may go on with it elsewhere")

@@ -13,6 +13,7 @@ import pytest
 from serve_apps.generation import Delta, Refused
 from serve_apps.http import bodies, requests
 from serve_apps.http.streams import TargetLost
+from serve_apps.http.tokens import Tokenizer
 
 SCOPE = {
     "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
@@ -329,7 +330,8 @@ async def test_nothing_of_a_stream_waits_for_a_clock(client, target, monkeypatch
 
     loop = asyncio.get_running_loop()
     asking = asyncio.create_task(app(SCOPE, receiving(body), send))
-    monkeypatch.setattr(loop, "time", lambda now=loop.time(): now)
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now)
     while not asking.done():
         await asyncio.sleep(0)
     assert said[-2:] == [b"data: [DONE]\n\n", b""]
@@ -394,10 +396,48 @@ async def test_large_bodies_are_parsed_in_a_thread(asking, monkeypatch):
     assert threads[0] == threading.get_ident() != threads[1]
 
 
+async def test_a_prompt_of_too_many_tokens_goes_to_no_target(asking, target):
+    """Few characters can be many tokens: only then is it known that they do not fit."""
+    async with asking() as client:
+        for path, body in {
+            "/v1/completions": {"model": "m", "prompt": "\u4e2d" * 1000},
+            "/v1/chat/completions": {
+                "model": "m",
+                "messages": [{"role": "user", "content": "\u4e2d" * 1000}],
+            },
+        }.items():
+            error = (await client.post(path, json=body)).json()["error"]
+            assert error["code"] == "context_length_exceeded" and "30" in error["message"]
+            assert error["param"] == list(body)[1]
+    assert target.jobs == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_log_probabilities_are_written_beside_the_event_loop(asking, stream, tokenizer):
+    """They take seconds, in which nobody else would get a word."""
+    threads = set()
+    name = Tokenizer._name
+
+    def named(self, token):
+        threads.add(threading.current_thread())
+        return name(self, token)
+
+    async with asking() as client:
+        prompt = [token % len(tokenizer) for token in range(1500)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tokenizer, "_name", named)
+            response = await post(
+                client, prompt=prompt, echo=True, logprobs=2, max_tokens=0, stream=stream
+            )
+    assert response.status_code == 200 and threading.current_thread() not in threads and threads
+    found = json.loads(events(response)[0]) if stream else response.json()
+    (choice,) = found["choices"]
+    assert len(choice["logprobs"]["top_logprobs"]) >= 1500
+    assert choice["text"].startswith(tokenizer.decode(prompt, skip_special_tokens=True))
+
+
 async def test_a_prompt_that_cannot_fit_is_not_tokenized(asking, monkeypatch):
     """vllm#24910: a prompt of megabytes keeps the tokenizer from all others."""
-    from serve_apps.http.tokens import Tokenizer
-
     async with asking() as client:
         monkeypatch.setattr(Tokenizer, "_ids", lambda *given, **how: pytest.fail("tokenized"))
         text = "x" * 40_000
