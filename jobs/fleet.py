@@ -178,15 +178,22 @@ class Fleet:
     async def held(self, kind: str) -> list[dict[str, float]]:
         """What each holds: texts, rows, sessions, tasks, file descriptors, bytes of memory; and
         the longest time in which its event loop did nothing since it was asked last."""
-        return [await self._held(member) for member in self.all(kind)]
+        found = [await self._held(member) for member in self.all(kind)]
+        return [one for one in found if one]
 
     async def _held(self, member: Member) -> dict[str, float]:
+        """Nothing, if it ends."""
         member.answer = asyncio.get_running_loop().create_future()
-        member.pipe.send_bytes(b"{}")
-        async with asyncio.timeout(30):
-            found = await member.answer
-        process = psutil.Process(member.pid)
-        return {**found, "fds": process.num_fds(), "rss": process.memory_info().rss}
+        try:
+            member.pipe.send_bytes(b"{}")
+            async with asyncio.timeout(30):
+                found = await member.answer
+            process = psutil.Process(member.pid)
+            return {**found, "fds": process.num_fds(), "rss": process.memory_info().rss}
+        except (OSError, ValueError, psutil.NoSuchProcess):
+            if member in self._members and member.process.is_alive():
+                raise
+            return {}
 
     async def _keep(self) -> None:
         """As many as there should be."""
@@ -256,6 +263,8 @@ class Fleet:
         if member not in self._members:
             return
         self._members.remove(member)
+        if member.answer is not None and not member.answer.done():
+            member.answer.set_exception(BrokenPipeError())
         loop = asyncio.get_running_loop()
         loop.remove_reader(member.process.sentinel)
         loop.remove_reader(member.pipe.fileno())

@@ -413,7 +413,9 @@ async def test_a_prompt_of_too_many_tokens_goes_to_no_target(asking, target):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_many_log_probabilities_are_written_beside_the_event_loop(asking, stream, tokenizer):
+async def test_many_log_probabilities_are_written_beside_the_event_loop(
+    asking, stream, tokenizer, monkeypatch
+):
     """They take seconds, in which nobody else would get a word."""
     threads = set()
     name = Tokenizer._name
@@ -422,13 +424,11 @@ async def test_many_log_probabilities_are_written_beside_the_event_loop(asking, 
         threads.add(threading.current_thread())
         return name(self, token)
 
+    monkeypatch.setattr(Tokenizer, "_name", named)
     async with asking() as client:
         prompt = [token % len(tokenizer) for token in range(1500)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tokenizer, "_name", named)
-            response = await post(
-                client, prompt=prompt, echo=True, logprobs=2, max_tokens=0, stream=stream
-            )
+        asked = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 0}
+        response = await post(client, **asked, stream=stream)
     assert response.status_code == 200 and threading.current_thread() not in threads and threads
     found = json.loads(events(response)[0]) if stream else response.json()
     (choice,) = found["choices"]
