@@ -188,6 +188,8 @@ class Fleet:
             member.pipe.send_bytes(b"{}")
             async with asyncio.timeout(30):
                 found = await member.answer
+            if not found:
+                return {}
             process = psutil.Process(member.pid)
             return {**found, "fds": process.num_fds(), "rss": process.memory_info().rss}
         except (OSError, ValueError, psutil.NoSuchProcess):
@@ -264,7 +266,7 @@ class Fleet:
             return
         self._members.remove(member)
         if member.answer is not None and not member.answer.done():
-            member.answer.set_exception(BrokenPipeError())
+            member.answer.set_result({})
         loop = asyncio.get_running_loop()
         loop.remove_reader(member.process.sentinel)
         loop.remove_reader(member.pipe.fileno())
