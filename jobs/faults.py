@@ -273,15 +273,21 @@ ALLOWED = {name: allowed for name, (_, allowed) in FAULTS.items()} | {LIES: froz
 
 
 async def endure(
-    fleet: Fleet, streams: Streams, faults: dict[str, int], chunks: int, seed: int = 0
+    fleet: Fleet,
+    streams: Streams,
+    faults: dict[str, int],
+    chunks: int,
+    *,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda said: None,
 ) -> list[Row]:
     """Each of the faults so many times, in an order that is drawn. `chunks`: how many all streams
-    give together; the fault comes amid them."""
+    give together; the fault comes amid them. `tell` hears how far it is."""
     draw = random.Random(seed)
     rows = {name: Row(name) for name in faults}
     order = [name for name, tries in faults.items() for _ in range(tries)]
     draw.shuffle(order)
-    for name in order:
+    for number, name in enumerate(order, start=1):
         strike = FAULTS[name][0] if name in FAULTS else nothing
         count = await streams.all(
             lambda strike=strike: strike(fleet, streams),  # type: ignore[misc]
@@ -296,6 +302,9 @@ async def endure(
         rows[name].left += left
         for kind in ("ingress", "target", "draft"):
             await fleet.up(kind)
+        errors = sum(count.errors.values())
+        said = f"{count.same} texts the same, {errors} errors, {len(count.wrong)} wrong"
+        tell(f"{number}/{len(order)} {name}: {said}, longest gap {count.gap:.2f} s")
     return list(rows.values())
 
 
@@ -376,7 +385,8 @@ async def _run(
         async with Fleet(target, draft, settings=SETTINGS, **counts) as fleet:
             streams = Streams(fleet.url, target.name, tokens=tokens)
             try:
-                rows += await endure(fleet, streams, some, await streams.learn(), seed)
+                chunks = await streams.learn()
+                rows += await endure(fleet, streams, some, chunks, seed=seed, tell=typer.echo)
             finally:
                 await streams.close()
     return rows
