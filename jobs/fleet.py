@@ -192,9 +192,9 @@ class Fleet:
                 return {}
             process = psutil.Process(member.pid)
             return {**found, "fds": process.num_fds(), "rss": process.memory_info().rss}
+        except TimeoutError:
+            raise ClusterError(f"{member.kind} {member.pid} does not say what it holds") from None
         except (OSError, ValueError, psutil.NoSuchProcess):
-            if member in self._members and member.process.is_alive():
-                raise
             return {}
 
     async def _keep(self) -> None:
