@@ -11,6 +11,7 @@ import transformers
 import linearized
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+pytest.importorskip("tenacity", reason="lm_eval is not installed with its api extra")
 
 TASK = """
 task: words
