@@ -50,6 +50,12 @@ def test_files_that_are_named_exist(page):
 
 
 @pages
+def test_tests_that_are_named_exist(page):
+    for path, name in re.findall(r"`(tests/[\w./]+)::(\w+)`", page.read_text()):
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE), name
+
+
+@pages
 def test_modules_that_are_named_exist(page):
     text = page.read_text()
     named = re.findall(r"python -m (jobs\.\w+)", text)

@@ -92,6 +92,11 @@ class DraftReplica:
         self._asked = time.perf_counter()
         """When Serve last asked for the load."""
 
+    @property
+    def num_sessions(self) -> int:
+        """Texts that are drafted for."""
+        return self._server.num_sessions
+
     async def endpoint(self) -> Endpoint:
         """The address to which targets connect and the secret that lets them in. The first call
         starts the server."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from linearized.speculative import Alternatives
@@ -16,16 +16,44 @@ from serve_apps.http.tokens import Tokenizer
 LEAST = -9999.0
 """Stands for the logarithm of 0, as with OpenAI: JSON has no infinity."""
 DONE = "data: [DONE]\n\n"
+PIECE = 256
+"""Values of a list that are encoded at a time."""
 _BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 """Characters at which clients split lines that know Unicode's line breaks."""
 
 
 def event(body: Any) -> str:
     """A server-sent event."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    if not text.isascii():
-        text = text.translate(_BREAKS)
-    return f"data: {text}\n\n"
+    return f"data: {_encoded(body)}\n\n"
+
+
+def written(body: Any) -> str:
+    """JSON, a piece at a time: nothing else runs in the process while one is encoded."""
+    return "".join(_pieces(body))
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for i, (name, one) in enumerate(value.items()):
+            yield f"{',' if i else '{'}{_encoded(name)}:"
+            yield from _pieces(one)
+        yield "}" if value else "{}"
+    elif isinstance(value, list | tuple) and len(value) > PIECE:
+        for at in range(0, len(value), PIECE):
+            yield f"{',' if at else '['}{_encoded(value[at : at + PIECE])[1:-1]}"
+        yield "]"
+    elif isinstance(value, list):
+        for i, one in enumerate(value):
+            yield "," if i else "["
+            yield from _pieces(one)
+        yield "]" if value else "[]"
+    else:
+        yield _encoded(value)
+
+
+def _encoded(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else text.translate(_BREAKS)
 
 
 class Usage:
@@ -103,9 +131,11 @@ class Answer:
             "seed": seed,
         }
 
-    def body(self, choices: Sequence[Part], usage: Usage) -> dict[str, Any]:
+    def body(self, choices: Sequence[Part], usage: Usage) -> str:
         found = [self._whole(choice) for choice in choices]
-        return {**self._head, "object": self.WHOLE, "choices": found, "usage": usage.body()}
+        return written(
+            {**self._head, "object": self.WHOLE, "choices": found, "usage": usage.body()}
+        )
 
     def opening(self, indices: int) -> list[str]:
         """Events before all others."""
@@ -114,16 +144,21 @@ class Answer:
     def chunk(self, part: Part) -> str:
         return self._event([self._chunk(part)])
 
+    def long_chunk(self, part: Part) -> str:
+        """The same, without stopping other threads for long."""
+        return f"data: {written(self._body([self._chunk(part)], None))}\n\n"
+
     def ending(self, usage: Usage) -> list[str]:
         """Events after all others."""
         last = [self._event([], usage.body())] if self._with_usage else []
         return [*last, DONE]
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
+        return event(self._body(choices, usage))
+
+    def _body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         body = {**self._head, "object": self.CHUNK, "choices": choices}
-        if self._with_usage:
-            body["usage"] = usage
-        return event(body)
+        return {**body, "usage": usage} if self._with_usage else body
 
     def _whole(self, part: Part) -> dict[str, Any]:
         raise NotImplementedError

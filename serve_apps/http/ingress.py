@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from linearized.errors import ConfigError
 from serve_apps.http import bodies, requests, schema
-from serve_apps.http.answers import Answer, ChatAnswer, CompletionAnswer
+from serve_apps.http.answers import Answer, ChatAnswer, CompletionAnswer, written
 from serve_apps.http.errors import ApiError, quoted
 from serve_apps.http.gate import KEY, Gate
 from serve_apps.http.guard import Guard, request_id
@@ -189,7 +189,8 @@ class _Ingress:
             text = asked.prompt or ""
             tokens = await model.tokenizer.encode(text, special=asked.add_special_tokens)
         longest = (await model.description()).max_context
-        return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens})
+        found = {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
+        return _json(await model.tokenizer.run(written, found))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, with the names of special tokens."""
@@ -258,7 +259,7 @@ class _Ingress:
             await texts.close()
             raise
         await texts.close()
-        return JSONResponse(whole)
+        return _json(whole)
 
     def _find(self, name: Any, request: Request) -> Model:
         """The model of this name; where a single one is served, it need not be named.
@@ -293,6 +294,10 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._texts.close()
+
+
+def _json(written: str) -> Response:
+    return Response(written, media_type="application/json")
 
 
 def _may_use(key: Key | None, model: str) -> bool:

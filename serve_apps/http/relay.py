@@ -29,6 +29,7 @@ from serve_apps.generation import (
     Refused,
     Started,
 )
+from serve_apps.http.streams import TargetLost
 from serve_apps.link.connection import LinkError
 
 PATIENCE_S = 60.0
@@ -95,7 +96,11 @@ class Relay(Generic[R]):
         await self._replicas.close()
 
     async def complete(self, job: Generation) -> AsyncGenerator[Event, None]:
-        """Events of one text, up to Finished or Refused."""
+        """Events of one text, up to Finished or Refused.
+
+        Raises:
+            TargetLost: no replica goes on with a text that had been started.
+        """
         text = _Text(job)
         avoid: list[R] = []
         fingerprint: str | None = None
@@ -105,7 +110,10 @@ class Relay(Generic[R]):
             left = max(0.0, deadline - time.monotonic())
             replica = await self._replicas.pick(seconds=left, fingerprint=fingerprint, avoid=avoid)
             if replica is None or text.failures > MAX_FAILURES:
-                yield text.end(f"no replica of the model goes on with this text: {text.problem}")
+                problem = f"no replica of the model goes on with this text: {text.problem}"
+                if text.started:
+                    raise TargetLost(problem)
+                yield Refused(status=503, message=problem, code="unavailable", retry_after=1)
                 return
             if fingerprint is None and replica.description is not None:
                 fingerprint = replica.description.fingerprint
@@ -245,16 +253,11 @@ class _Text:
                 return [self._whole(event)]
             case Refused():
                 self.ended = True
-                return [self.end(event.message) if self.started else event]
+                if not self.started:
+                    return [event]
+                return [self._whole(Finished(reason="error", rounds=0, error=event.message))]
             case Left():
                 raise _HandedOverError(event.state)
-
-    def end(self, problem: str) -> Event:
-        """Why it does not go on."""
-        self.ended = True
-        if not self.started:
-            return Refused(status=503, message=problem, code="unavailable", retry_after=1)
-        return self._whole(Finished(reason="error", rounds=0, error=problem))
 
     def _go_on(self, delta: Delta) -> list[Event]:
         self._here.add(delta)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearized.speculative import Sampling
 from serve_apps.generation import Generation, Guide
-from serve_apps.http.errors import ApiError, invalid, quoted, unsupported
+from serve_apps.http.errors import ApiError, invalid, quoted, too_long, unsupported
 from serve_apps.http.fields import (
     Between,
     Guided,
@@ -49,6 +49,8 @@ class StreamOptions(Body):
 class Generating(Body):
     """What completions and chats have in common."""
 
+    PROMPT: ClassVar[str] = "prompt"
+    """The parameter that is the prompt."""
     DEFAULT_TOKENS: ClassVar[int | None] = None
     """Longest text if nothing is said about it. None: as long as the context."""
 
@@ -116,7 +118,16 @@ class Generating(Body):
         self, prompts: list[tuple[int, ...]], *, seed: int, owner: str, limits: Limits
     ) -> list[Generation]:
         """One for each text, those of one prompt together, numbered through: equal prompts get
-        different texts."""
+        different texts.
+
+        Raises:
+            ApiError: a prompt has more tokens than the model takes.
+        """
+        for prompt in prompts:
+            if len(prompt) > limits.max_context:
+                most = f"at most {limits.max_context} tokens are served in one request"
+                problem = f"{most}; the prompt has {len(prompt)}: shorten it"
+                raise too_long(self.PROMPT, problem)
         texts = [prompt for prompt in prompts for _ in range(self.n)]
         return [
             Generation(
@@ -235,6 +246,8 @@ class ChatRequest(Generating):
         "verbosity": (),
         "web_search_options": (),
     }
+
+    PROMPT = "messages"
 
     messages: Messages
     logprobs: bool = False

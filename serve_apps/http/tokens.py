@@ -44,7 +44,7 @@ class Tokenizer:
         self._decode = decoding(self._tokenizer)
         # A first call settles the tokenizer's padding and truncation, which later ones, side by
         # side, then only read.
-        before = self._ids("a", special=False)[-1:]
+        before = list(self._ids("a", special=False)[-1:])
         self._before = (before, self._plain(before))
         """A token, and its text: what follows it is decoded as in the middle of a text."""
         self.name = lru_cache(2**14)(self._name)
@@ -58,7 +58,7 @@ class Tokenizer:
 
     async def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """`special`: with the special tokens that the tokenizer puts around texts."""
-        return tuple(await self.run(self._ids, text, special=special))
+        return await self.run(self._ids, text, special=special)
 
     async def encode_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """The chat up to where the assistant begins to speak.
@@ -70,7 +70,7 @@ class Tokenizer:
             raise unsupported(
                 "messages", "the model has no chat template; use /v1/completions with a prompt"
             )
-        return tuple(await self.run(self._chat, messages))
+        return await self.run(self._chat, messages)
 
     async def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """`special`: with the names of special tokens."""
@@ -83,8 +83,8 @@ class Tokenizer:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+    def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _plain(self, tokens: list[int]) -> str:
         return str(
@@ -93,7 +93,7 @@ class Tokenizer:
             )
         )
 
-    def _chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def _chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=False

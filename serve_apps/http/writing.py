@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from serve_apps.generation import Delta, Event, Finished, Generation, Started
 from serve_apps.http.answers import Answer, Usage, event
@@ -13,6 +13,9 @@ from serve_apps.http.errors import ApiError
 from serve_apps.http.guard import explain
 from serve_apps.http.streams import Texts
 from serve_apps.http.tokens import Tokenizer
+
+LONG = 256
+"""Log-probabilities from which on they are written in a thread: others may go on meanwhile."""
 
 
 class Writing:
@@ -37,16 +40,20 @@ class Writing:
         ]
         self._usage = Usage(prompt=sum(len(job.prompt) for job in jobs[:: self._each]))
 
-    async def whole(self) -> dict[str, Any]:
-        """
+    async def whole(self) -> str:
+        """JSON.
+
         Raises:
             ApiError: a text is refused, or ends with an error, or the deadline has passed.
         """
         parts: list[list[Part]] = [[] for _ in self._choices]
         async with aclosing(self._texts.events()) as events:
             async for index, found in events:
-                parts[index].append(self._part(index, found))
-        return self._answer.body([Part.join(one) for one in parts], self._usage)
+                parts[index].append(await self._part(index, found))
+        whole = [Part.join(one) for one in parts]
+        if sum(len(part.entries) for part in whole) > LONG:
+            return await asyncio.to_thread(self._answer.body, whole, self._usage)
+        return self._answer.body(whole, self._usage)
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events. If something goes wrong, the last one says so: the status is out
@@ -56,20 +63,24 @@ class Writing:
                 yield one
             async with aclosing(self._texts.events()) as events:
                 async for index, found in events:
-                    part = self._part(index, found)
-                    if part.text or part.entries or part.reason:
+                    part = await self._part(index, found)
+                    if len(part.entries) > LONG:
+                        yield await asyncio.to_thread(self._answer.long_chunk, part)
+                    elif part.text or part.entries or part.reason:
                         yield self._answer.chunk(part)
             for one in self._answer.ending(self._usage):
                 yield one
         except Exception as error:
             yield event(explain(error, self._name).body(self._name))
 
-    def _part(self, index: int, found: Event) -> Part:
+    async def _part(self, index: int, found: Event) -> Part:
         choice = self._choices[index]
         match found:
             case Started():
                 if index % self._each == 0:
                     self._usage.start(found)
+                if len(found.prompt_logprobs) > LONG:
+                    return await asyncio.to_thread(choice.start, found)
                 return choice.start(found)
             case Delta():
                 self._usage.add(found)

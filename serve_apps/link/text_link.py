@@ -78,6 +78,11 @@ class TextLink:
         return self.connected and self.description is not None and not self.leaving
 
     @property
+    def num_texts(self) -> int:
+        """Those that are read here."""
+        return len(self._texts)
+
+    @property
     def load(self) -> float:
         """Texts for each that it goes on with at a time."""
         if self.description is None:

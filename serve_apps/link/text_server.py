@@ -180,7 +180,10 @@ class TextServer:
                     if isinstance(event, Left):
                         await self._hand_over(connection, number, event)
                         return
-                    for message in said(number, event):
+                    first, *more = said(number, event)
+                    connection.send(first)
+                    for message in more:
+                        await asyncio.sleep(0)  # each takes milliseconds to write
                         connection.send(message)
         except Exception as error:
             log.exception("a text ends here; its ingress may go on with it elsewhere")

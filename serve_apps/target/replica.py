@@ -200,6 +200,16 @@ class TargetReplica:
         """What the engine has spent so far, by what; see `Engine.seconds`."""
         return dict(self._engine.seconds)
 
+    def held(self) -> dict[str, int]:
+        """What there is of texts here, by where. All of it is 0 once they have ended."""
+        return {
+            "texts": self._num_texts,
+            "rows": len(self._engine.texts),
+            "pieces": len(self._pieces),
+            "paused": len(self._paused),
+            "sessions": self._links.num_sessions if self._links is not None else 0,
+        }
+
     async def endpoint(self) -> Endpoint:
         """Where ingresses connect to. The first call waits until the replica is ready."""
         return await self._server.endpoint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -23,7 +24,9 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 
+from cluster import keeper
 from cluster.local import LocalCluster
+from jobs.streams import Streams
 from serve_apps.app import Deployed, Given, build
 from serve_apps.link.protocol import Endpoint
 
@@ -128,11 +131,17 @@ def app(folders):
         for kind in ("REPLICA", "HANDLE")
     }
     with LocalCluster(num_cpus=2, env=every_second) as cluster:
-        command(cluster, "start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port))
-        run(cluster, folders, "target_replicas=2", "target_cpus=0.5")
-        url = f"http://127.0.0.1:{cluster.http_port}"
-        until(lambda: httpx.get(f"{url}/health").status_code == 200, 240)
+        url = started(cluster, folders, "target_replicas=2", "target_cpus=0.5")
         yield App(url, cluster.temp, lambda *args: run(cluster, folders, *args))
+
+
+def started(cluster, folders, *args):
+    """The app's URL."""
+    command(cluster, "start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port))
+    run(cluster, folders, *args)
+    url = f"http://127.0.0.1:{cluster.http_port}"
+    until(lambda: httpx.get(f"{url}/health").status_code == 200, 240)
+    return url
 
 
 class App(NamedTuple):
@@ -273,66 +282,48 @@ def test_a_client_that_leaves_ends_its_text(app, client):
 
 
 @pytest.mark.ray
-def test_killing_the_draft_in_the_middle_changes_nothing(app, client):
-    expected, _, _ = stream(client, max_tokens=300, speculate="none")
-    (draft,) = replicas(app.folder, "draft")
-    texts, counts = [], [0, 0]
+@pytest.mark.timeout(400)
+def test_whoever_is_killed_in_the_middle_changes_no_text(app, client):
+    """A draft, then a target, each amid eight streams; and while they are missing."""
+    url, folder, _ = app
+    until(lambda: len(replicas(folder, "target")) == 2, 240)
 
-    def read(reader=0):
-        def count():
-            counts[reader] += 1
+    async def run():
+        async with eight_streams(url) as streams:
+            chunks = await streams.learn()
+            for kind in ("draft", "target"):
+                count = await streams.all(killing(folder, kind), at=chunks // 5)
+                assert (count.same, count.wrong, count.errors) == (8, [], {}), kind
+            assert client.get("/health").status_code == 200
+            await asyncio.to_thread(until, lambda: is_whole(client, folder), 240)
+            count = await streams.all()  # with the new ones
+            assert count.same == 8
 
-        with httpx.Client(base_url=app.url, timeout=60) as own:
-            texts.append(stream(own, on_chunk=count, max_tokens=300, speculate="model")[0])
-
-    readers = [threading.Thread(target=read, args=(i,)) for i in range(2)]
-    for reader in readers:
-        reader.start()
-    until(lambda: min(counts) > 3, 90)
-    draft.kill()
-    assert min(counts) < 150  # of 300 tokens
-    for reader in readers:
-        reader.join()
-    read()  # while there is none
-    assert texts == [expected] * 3
-    assert client.get("/health").status_code == 200
-    until(lambda: client.get("/health").json()["draft"] == "connected", 240)
-    read()  # with the new one
-    assert texts[-1] == expected
+    asyncio.run(run())
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
-def test_killing_a_target_in_the_middle_changes_nothing(app, client):
-    settings = [
-        {"max_tokens": 300, "speculate": "none"},
-        {"max_tokens": 300, "temperature": 0.9, "seed": 7},
-        {"max_tokens": 300, "temperature": 0.9, "seed": 8, "n": 2, "presence_penalty": 0.5},
-        {"max_tokens": 300, "stop": ["never to be seen"], "logprobs": 2},
-    ]
-    until(lambda: len(replicas(app.folder, "target")) == 2, 240)
-    calm = [events(client, **one) for one in settings]
-    found: list = [None] * len(settings)
-    counts = [0] * len(settings)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_ingress_breaks_its_clients_and_leaves_nothing(app, client):
+    url, folder, _ = app
+    until(lambda: is_whole(client, folder), 240)
 
-    def read(reader):
-        def count():
-            counts[reader] += 1
+    async def run():
+        async with eight_streams(url, tokens=1000) as streams:
+            chunks = await streams.learn()
+            count = await streams.all(killing(folder, "ingress"), at=chunks // 10)
+            assert not count.wrong and count.errors
+            targets = replicas(folder, "target")
+            await asyncio.sleep(1.0)
+            before = cpu_time(targets)
+            await asyncio.sleep(1.0)
+            assert cpu_time(targets) - before < 0.5  # nobody generates any more
+            await asyncio.to_thread(until, lambda: is_whole(client, folder), 240)
+            count = await streams.all()  # the same requests with the same seeds
+            assert count.same == 8
 
-        with httpx.Client(base_url=app.url, timeout=120) as own:
-            found[reader] = events(own, on_chunk=count, **settings[reader])
-
-    readers = [threading.Thread(target=read, args=(i,)) for i in range(len(settings))]
-    for reader in readers:
-        reader.start()
-    until(lambda: min(counts) > 3, 90)
-    killed = replicas(app.folder, "target")[0]
-    killed.kill()
-    assert min(counts) < 250  # of 300 rounds
-    for reader in readers:
-        reader.join()
-    assert found == calm
-    until(lambda: len(replicas(app.folder, "target")) == 2, 240)
+    asyncio.run(run())
 
 
 SETTINGS = [
@@ -422,6 +413,80 @@ def test_replicas_follow_the_load_and_texts_stay_the_same(app, client):
     with Readers(app.url, calm) as readers:
         until(lambda: client.get("/health").json()["draft"] == "connected", 240)
     assert not readers.wrong
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_node_that_dies_takes_no_text_with_it(folders):
+    """ray#65502: requests fail when the node of their replica goes away."""
+    with LocalCluster(num_cpus=2) as cluster, node(cluster, num_cpus=1) as second:
+        settings = ["ingress_cpus=0.6", "draft_cpus=0.4", "target_cpus=1", "target_replicas=2"]
+        url = started(cluster, folders, *settings)
+        assert any(":target" in name for name in names(second))
+
+        async def kill_all():
+            for process in [second, *second.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+        async def run():
+            async with eight_streams(url) as streams:
+                chunks = await streams.learn()
+                count = await streams.all(kill_all, at=chunks // 5)
+                assert (count.same, count.wrong, count.errors) == (8, [], {})
+
+        asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def eight_streams(url, *, tokens=200, timeout=120):
+    streams = Streams(url, "target", tokens=tokens, timeout=timeout)
+    try:
+        yield streams
+    finally:
+        await streams.close()
+
+
+@contextlib.contextmanager
+def node(cluster, *, num_cpus):
+    """One more of the cluster, on this machine."""
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block"]
+    command += [f"--address={cluster.address}", "--node-ip-address=127.0.0.1"]
+    command += [f"--num-cpus={num_cpus}", "--disable-usage-stats"]
+    env = {**os.environ, **cluster.env, keeper.MARKER: str(cluster.temp)}
+    del env["RAY_ADDRESS"]
+    log = cluster.temp / "node.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        until(lambda: "Ray runtime started" in log.read_text(), 90)
+        yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def names(process):
+    return [" ".join(child.cmdline()) for child in process.children(recursive=True)]
+
+
+def killing(folder, kind):
+    async def kill():
+        replicas(folder, kind)[0].kill()
+
+    return kill
+
+
+def is_whole(client, folder):
+    """Are there a draft and two targets, which are used?"""
+    with contextlib.suppress(httpx.HTTPError):
+        health = client.get("/health")
+        connected = health.status_code == 200 and health.json()["draft"] == "connected"
+        return connected and len(replicas(folder, "target")) == 2
+    return False
 
 
 def said(folder, words):

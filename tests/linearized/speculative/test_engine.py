@@ -73,6 +73,7 @@ def requests(count: int, seed: int = 0) -> list[tuple[list[int], Sampling]]:
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_texts_do_not_depend_on_their_neighbours(linear, rows):
+    """vllm#51226: a seed is ignored if a neighbour has none."""
     model = linear(group=8, taps=5)
     wanted = requests(9)
     want = [alone(model, *request) for request in wanted]

@@ -87,7 +87,8 @@ def generate(model, prompt, **settings):
 )
 def test_the_text_is_the_same_for_every_drafter(linear, near, temperature, length):
     """Groups of 8 and 40 new tokens: rounds begin at every offset and cross boundaries; with a
-    window, they turn the ring."""
+    window, they turn the ring. (vllm#39273: n-gram drafts on a recurrent model are accepted as
+    often as they should be, and the text is another one.)"""
     model = linear(group=8, taps=5, near=near)
     prompt = (PROMPT * 3)[:length]
     settings = {"max_new_tokens": 40, "temperature": temperature, "top_p": 0.95, "seed": 5}
@@ -116,6 +117,39 @@ def test_the_text_is_the_same_in_float32(linear, seed):
     plain = generate(model, prompt, max_new_tokens=40)
     for drafter in (Knowing(prompt + plain, right=6), Random(61, seed), "ngram", model):
         assert generate(model, prompt, max_new_tokens=40, drafter=drafter) == plain
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+def test_the_text_does_not_depend_on_the_depth(linear, depth):
+    """llama.cpp#23302: drafts of three tokens change the text, drafts of two do not."""
+    model = linear(group=8, taps=5)
+    settings = {"max_new_tokens": 40, "temperature": 0.9, "seed": 5}
+    plain = generate(model, PROMPT, **settings)
+    for drafter in (
+        ModelDrafter(model, depth=depth, width=2),
+        ModelDrafter(linear(layers=1, seed=3), depth=depth, width=3, floor=0.0),
+        Knowing(PROMPT + plain, right=depth - 1, wrong=1),
+    ):
+        assert generate(model, PROMPT, drafter=drafter, **settings) == plain
+
+
+def test_of_equal_tokens_the_first_is_taken_whatever_is_drafted(linear):
+    """vllm#42960: equal logits are resolved in another way with drafts. Here each token has a twin
+    with the same embedding."""
+    model = linear(vocab=60, group=8)
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table[30:] = table[:30]
+    prompt = [token % 30 for token in PROMPT]
+    logits = model(torch.tensor([prompt])).logits[0, -1]
+    assert torch.equal(logits[:30], logits[30:])
+    plain = generate(model, prompt, max_new_tokens=40)
+    assert max(plain) < 30
+    twins = prompt + [token + 30 for token in plain]
+    for drafter in (Knowing(prompt + plain, right=4), Knowing(twins, right=3), model, "ngram"):
+        assert generate(model, prompt, max_new_tokens=40, drafter=drafter) == plain
+    both = generate(model, [prompt, prompt[:4]], max_new_tokens=40, drafter=model)
+    assert both[0] == plain and max(both[1]) < 30
 
 
 def test_end_of_text_inside_a_tree(linear):

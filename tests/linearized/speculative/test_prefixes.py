@@ -245,7 +245,7 @@ def test_what_is_kept_is_a_copy(linear):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 9, 17, 40])
 def test_the_same_prompt_again_is_not_read(model, monkeypatch, length):
-    """Of any length."""
+    """Of any length. (vllm#40696: prompts shorter than a block are never found.)"""
     prompt = [n * 7 % 60 for n in range(length)]
     sampling = Sampling(temperature=0.9, seed=4)
     cold = says(Engine(model), prompt, sampling)
@@ -443,7 +443,9 @@ def test_a_rehearsal_leaves_nothing(linear):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_those_of_cold_runs(linear, llama, kind, seed):
-    """Whatever came before, is drafted, kept, evicted, shared, or moved."""
+    """Whatever came before, is drafted, kept, evicted, shared, or moved. (vllm#53912, vllm#53505: a
+    prefix cache beside speculation corrupts texts of models whose state is recurrent; vllm#55600:
+    a hit restores the state of somebody else.)"""
     model = a_model(kind, linear, llama)
     draw = random.Random(seed)
     knows = Knows()

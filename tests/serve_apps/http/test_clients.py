@@ -3,6 +3,7 @@ about."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -244,6 +245,39 @@ def test_token_ids_and_numbers_of_texts_are_bounded(post):
         response = post(**wrong)
         assert response.status_code == 400
         assert response.json()["error"]["param"] == next(iter(wrong))
+
+
+async def test_a_seed_holds_beside_texts_without_one(served):
+    """vllm#51226: a seed is ignored if a neighbour in the batch has none."""
+    seeded = {**OK, "temperature": 1.2, "seed": 4, "max_tokens": 48}
+    free = {**OK, "temperature": 1.2, "max_tokens": 48}
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x") as client:
+        alone = await client.completions.create(**seeded)
+        beside = await asyncio.gather(
+            *(client.completions.create(**one) for one in [free, seeded, free, seeded, free])
+        )
+    texts = [answer.choices[0].text for answer in beside]
+    assert texts[1] == texts[3] == alone.choices[0].text
+    assert len({*texts}) == 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_known_of_a_prompt_changes_no_text(post, mode):
+    """vllm#53912: a prefix cache beside speculation corrupts texts; vllm#40696: some lengths are
+    never found; vllm#55600: somebody else's state is."""
+    stem = f"{mode} " + "jumps over the lazy dog " * 6
+    prompts = [stem[:40], stem, stem[:40], stem + "and on", stem, stem[:20] + "!", stem[:20] + "?"]
+    answers = [post(prompt=one, speculate=mode).json() for one in prompts]
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers]
+    assert texts[0] == texts[2] and texts[1] == texts[4] and len({*texts}) == 5
+    assert all(cached[i] == answers[i]["usage"]["prompt_tokens"] - 1 for i in (2, 4))
+    assert cached[3] > 0
+    # A prompt whose own tokens are scored is read from its beginning: a cold run.
+    for prompt, text in zip(prompts, texts, strict=True):
+        cold = post(prompt=prompt, echo=True, logprobs=0, speculate="none").json()
+        assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert cold["choices"][0]["text"] == prompt + text
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")

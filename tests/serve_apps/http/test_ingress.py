@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
-from serve_apps.generation import Refused
+from serve_apps.generation import Delta, Refused
 from serve_apps.http import bodies, requests
 from serve_apps.http.streams import TargetLost
+from serve_apps.http.tokens import Tokenizer
 
 SCOPE = {
     "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
@@ -304,6 +305,39 @@ async def test_a_target_that_is_lost(client, target):
 
 
 @pytest.mark.parametrize("prompt", ["a b", ["a", "b"]])
+async def test_nothing_of_a_stream_waits_for_a_clock(client, target, monkeypatch, prompt):
+    """ray#59681: chunks are collected for some tens of milliseconds before they are passed on. Here
+    the event loop's clock stands still, so whatever waited for it would wait for good; and the
+    target says no word before the one before it is out."""
+    out = asyncio.Queue()
+
+    class Waiting(type(target)):
+        async def complete(self, job):
+            async for event in super().complete(job):
+                yield event
+                if isinstance(event, Delta) and event.tokens:
+                    await out.get()
+
+    target.__class__ = Waiting
+    app = client._transport.app
+    body = json.dumps({"model": "m", "prompt": prompt, "stream": True}).encode()
+    said = []
+
+    async def send(message):
+        said.append(message.get("body", b""))
+        for _ in range(said[-1].count(b'"text":" ')):
+            out.put_nowait(None)
+
+    loop = asyncio.get_running_loop()
+    asking = asyncio.create_task(app(SCOPE, receiving(body), send))
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now)
+    while not asking.done():
+        await asyncio.sleep(0)
+    assert said[-2:] == [b"data: [DONE]\n\n", b""]
+
+
+@pytest.mark.parametrize("prompt", ["a b", ["a", "b"]])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_answer_has_its_time(target, asking, stream, prompt):
     target.pause = 60
@@ -369,10 +403,48 @@ async def test_large_bodies_are_parsed_in_a_thread(asking, monkeypatch):
     assert [thread == here for thread in threads] == [True, True, False, False]
 
 
+async def test_a_prompt_of_too_many_tokens_goes_to_no_target(asking, target):
+    """Few characters can be many tokens: only then is it known that they do not fit."""
+    async with asking() as client:
+        for path, body in {
+            "/v1/completions": {"model": "m", "prompt": "\u4e2d" * 1000},
+            "/v1/chat/completions": {
+                "model": "m",
+                "messages": [{"role": "user", "content": "\u4e2d" * 1000}],
+            },
+        }.items():
+            error = (await client.post(path, json=body)).json()["error"]
+            assert error["code"] == "context_length_exceeded" and "30" in error["message"]
+            assert error["param"] == list(body)[1]
+    assert target.jobs == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_log_probabilities_are_written_beside_the_event_loop(
+    asking, stream, tokenizer, monkeypatch
+):
+    """They take seconds, in which nobody else would get a word."""
+    threads = set()
+    name = Tokenizer._name
+
+    def named(self, token):
+        threads.add(threading.current_thread())
+        return name(self, token)
+
+    monkeypatch.setattr(Tokenizer, "_name", named)
+    async with asking() as client:
+        prompt = [token % len(tokenizer) for token in range(1500)]
+        asked = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 0}
+        response = await post(client, **asked, stream=stream)
+    assert response.status_code == 200 and threading.current_thread() not in threads and threads
+    found = json.loads(events(response)[0]) if stream else response.json()
+    (choice,) = found["choices"]
+    assert len(choice["logprobs"]["top_logprobs"]) >= 1500
+    assert choice["text"].startswith(tokenizer.decode(prompt, skip_special_tokens=True))
+
+
 async def test_a_prompt_that_cannot_fit_is_not_tokenized(asking, monkeypatch):
     """vllm#24910: a prompt of megabytes keeps the tokenizer from all others."""
-    from serve_apps.http.tokens import Tokenizer
-
     async with asking() as client:
         monkeypatch.setattr(Tokenizer, "_ids", lambda *given, **how: pytest.fail("tokenized"))
         text = "x" * 40_000

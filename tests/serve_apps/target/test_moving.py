@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from contextlib import aclosing
 from dataclasses import replace
@@ -22,6 +23,14 @@ from serve_apps.target import replica as replicas
 from serve_apps.target.replica import TargetConfig, TargetReplica
 
 PROMPT = tuple(range(40, 60))
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": {"type": "boolean"}, "minItems": 3}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+)
 
 
 def job(**values):
@@ -88,6 +97,7 @@ def short_pauses(monkeypatch):
 
 
 async def test_cut_again_and_again_it_reads_the_same(folders, caplog):
+    """dynamo#7930: of a guided text that goes on elsewhere, JSON begins anew within the JSON."""
     async with replica(folders) as target:
         calm, tokens, _, _ = await said(target, job())
         hot = Sampling(temperature=1.3, seed=5)
@@ -110,6 +120,7 @@ async def test_cut_again_and_again_it_reads_the_same(folders, caplog):
                 stop=(calm[5:7],), sampling=Sampling(min_tokens=12)
             ),
             "plain rounds": job(speculate="none", sampling=hot),
+            "JSON": job(guide=Guide("json_schema", SCHEMA), sampling=hot, max_tokens=60),
         }
         for name, one in wanted.items():
             whole = await said(target, one)
@@ -183,6 +194,7 @@ async def test_whoever_leaves_a_text_that_waits_leaves_nothing(folders, monkeypa
 
 
 async def test_a_target_that_is_closed_hands_its_texts_to_another(folders):
+    """dynamo#13952: SIGTERM cuts answers off and calls them cancelled."""
     async with replica(folders) as calm:
         wanted = [
             job(max_tokens=120),
