@@ -14,6 +14,9 @@ from linearized.ops.form import Form
 from linearized.ops.layout import Layout
 from linearized.state import GroupState
 
+COPIED = 1 << 16
+"""Most numbers of a state's slots that are copied beside the nodes, which saves a product."""
+
 
 def attend_tree(
     q: Tensor,
@@ -52,7 +55,7 @@ def attend_tree(
         features = scaled.reshape(batch * kv_heads, rows, num_features)
     inside = width - num_features or width
     shape = (batch, heads, num_nodes, num_slots + num_nodes)
-    parts = _parts(state.keys, k, num_slots)
+    parts = _parts(state.keys[:, :, :num_slots], k)
     local = _scores(queries[..., :inside], [part[..., :inside] for part in parts]).view(shape)
     across = None
     if num_features and (form.inside == "linear" or layout.crosses):
@@ -62,10 +65,7 @@ def attend_tree(
             far = [part[..., width - num_features :] for part in parts]
             across = _scores(features, far).view(shape)
     weights = _weights(form, local, across, layout).view(batch * kv_heads, rows, -1)
-    out = torch.bmm(weights[..., num_slots:], v.flatten(0, 1))
-    if num_slots:
-        slots, _ = _parts(state.values, v, num_slots)
-        out.baddbmm_(weights[..., :num_slots], slots)
+    out = _products(weights, _parts(state.values[:, :, :num_slots], v))
     if num_features:
         out.baddbmm_(features, memory)
     if taps is not None:
@@ -76,19 +76,26 @@ def attend_tree(
     return out if dtype == wide else out.to(dtype)
 
 
-def _parts(old: Tensor, new: Tensor, num_slots: int) -> list[Tensor]:
-    """[B·K, S, X] of the state's first slots and [B·K, N, X] of the nodes. Slots are not copied:
-    there may be many times as many of them as nodes."""
-    nodes = new.flatten(0, 1)
-    if not num_slots:
-        return [nodes]
-    return [old[:, :, :num_slots].flatten(0, 1).to(new.dtype), nodes]
+def _parts(slots: Tensor, nodes: Tensor) -> list[Tensor]:
+    """[B·K, S, X] of the state and [B·K, N, X] of the nodes: apart, as there may be many times as
+    many slots as nodes, or one after the other where that is little to copy."""
+    if slots.numel() <= COPIED:
+        return [_joined(slots, nodes)]
+    return [slots.flatten(0, 1).to(nodes.dtype), nodes.flatten(0, 1)]
 
 
 def _scores(queries: Tensor, keys: list[Tensor]) -> Tensor:
     """[B·K, R·N, S+N]."""
     found = [torch.bmm(queries, part.transpose(1, 2)) for part in keys]
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def _products(weights: Tensor, values: list[Tensor]) -> Tensor:
+    """[B·K, R·N, U], of weights [B·K, R·N, S+N]."""
+    if len(values) == 1:
+        return torch.bmm(weights, values[0])
+    slots, nodes = weights.split([part.shape[1] for part in values], dim=2)
+    return torch.bmm(nodes, values[1]).baddbmm_(slots, values[0])
 
 
 def _joined(old: Tensor, new: Tensor) -> Tensor:
