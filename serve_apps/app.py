@@ -27,16 +27,19 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from linearized.errors import ConfigError
+from serve_apps import logs
 from serve_apps.checks import check_folders
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Description, Event, Generation
 from serve_apps.http.ingress import IngressConfig, http_app
 from serve_apps.http.keys import load as load_keys
+from serve_apps.http.metered import Metered
 from serve_apps.http.relay import Relay
 from serve_apps.link.connection import LinkError
 from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import Endpoint
 from serve_apps.link.targets import Targets
+from serve_apps.prometheus import ServeMeter
 from serve_apps.target.replica import TargetConfig, TargetReplica
 
 TEXTS = "texts"
@@ -163,8 +166,8 @@ def build(args: AppArgs) -> serve.Application:
 
 class ServedDraft(DraftReplica):
     def __init__(self, config: DraftConfig) -> None:
-        _be_quiet()
-        super().__init__(config, host=ray.util.get_node_ip_address())
+        _set_up_logs()
+        super().__init__(config, host=ray.util.get_node_ip_address(), meter=ServeMeter())
 
     async def __del__(self) -> None:
         """Serve calls and awaits it when the replica is stopped in good order."""
@@ -175,7 +178,7 @@ class ServedTarget(TargetReplica):
     def __init__(
         self, config: TargetConfig, draft: DeploymentHandle | None, drain_s: float
     ) -> None:
-        _be_quiet()
+        _set_up_logs()
         self._drain_s = drain_s
 
         async def find() -> list[Endpoint]:
@@ -186,7 +189,8 @@ class ServedTarget(TargetReplica):
             return [await draft.endpoint.remote()]
 
         host = ray.util.get_node_ip_address()
-        super().__init__(config, find if draft is not None else None, host=host)
+        find_drafts = find if draft is not None else None
+        super().__init__(config, find_drafts, host=host, meter=ServeMeter())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve does not see texts that come over the link."""
@@ -201,7 +205,7 @@ class Ingress:
     handle so that Serve deploys the target with it."""
 
     def __init__(self, target: DeploymentHandle) -> None:
-        _be_quiet()
+        _set_up_logs()
 
 
 class Handle:
@@ -268,14 +272,16 @@ def _asgi(config: IngressConfig, args: AppArgs) -> Any:
         """Called by Serve inside the ingress replica, where there are handles to be had."""
         name = serve.get_replica_context().app_name
         handle = serve.get_deployment_handle("target", name)
-        if transport == "handle":
-            return http_app(Relay(Handle(handle), patience_s=patience_s), config)
+        replicas: Any = Handle(handle)
+        if transport == "link":
 
-        async def find() -> list[Endpoint]:
-            return [await handle.endpoint.remote()]
+            async def find() -> list[Endpoint]:
+                return [await handle.endpoint.remote()]
 
-        targets = Targets(find, heartbeat_s=heartbeat_s)
-        return http_app(Relay(targets, patience_s=patience_s), config)
+            replicas = Targets(find, heartbeat_s=heartbeat_s)
+        meter = ServeMeter()
+        relay = Relay(replicas, patience_s=patience_s, meter=meter)
+        return http_app(Metered(relay, meter), config)
 
     return app
 
@@ -388,5 +394,6 @@ def _threads(cpus: float) -> int:
     return max(1, int(cpus))
 
 
-def _be_quiet() -> None:
+def _set_up_logs() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.to_stderr()

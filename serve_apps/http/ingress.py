@@ -8,12 +8,12 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -22,12 +22,12 @@ from starlette.types import Receive, Scope, Send
 
 from linearized.errors import ConfigError
 from serve_apps.generation import Description
-from serve_apps.http import bodies, requests, schema
+from serve_apps.http import bodies, playground, requests, schema
 from serve_apps.http.answers import Answer, ChatAnswer, CompletionAnswer
 from serve_apps.http.errors import ApiError, quoted
 from serve_apps.http.fields import Limits
 from serve_apps.http.gate import KEY, Gate
-from serve_apps.http.guard import Guard, request_id
+from serve_apps.http.guard import Guard, notes_of, request_id
 from serve_apps.http.keys import Key, check_rate
 from serve_apps.http.requests import (
     ChatRequest,
@@ -92,6 +92,7 @@ def http_app(target: Target, config: IngressConfig) -> FastAPI:
         ingress.close()
 
     app = FastAPI(title="linearized", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_api_route("/", _playground, methods=["GET", "HEAD"], include_in_schema=False)
     _get(app, "/health", ingress.health, schema.HEALTH)
     _get(app, "/live", ingress.live, schema.LIVE)
     _get(app, "/v1/models", ingress.models, schema.MODELS)
@@ -134,6 +135,10 @@ def _get(
     app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
 
 
+async def _playground() -> HTMLResponse:
+    return HTMLResponse(playground.PAGE, headers=playground.HEADERS)
+
+
 class _Ingress:
     def __init__(self, target: Target, config: IngressConfig) -> None:
         self._target = target
@@ -160,12 +165,12 @@ class _Ingress:
 
     async def models(self, request: Request) -> JSONResponse:
         key: Key | None = request.scope[KEY]
-        data = [self._model()] if _may_use(key, self._config.model) else []
+        data = [await self._model()] if _may_use(key, self._config.model) else []
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, name: str, request: Request) -> JSONResponse:
         self._check_model(name, request)
-        return JSONResponse(self._model())
+        return JSONResponse(await self._model())
 
     async def completions(self, request: Request) -> Response:
         async def prompts(asked: CompletionRequest) -> list[tuple[int, ...]]:
@@ -250,15 +255,22 @@ class _Ingress:
             echoes=echoes,
             name=request_id(request.scope),
         )
+        notes = notes_of(request.scope)
+        notes |= {"stream": asked.stream, "texts": len(jobs)}
+
+        async def end() -> None:
+            notes.update(writing.notes())
+            await texts.close()
+
         try:
             await _while_connected(request, texts.start())
             if asked.stream:
-                return _Stream(writing.stream(), texts)
+                return _Stream(writing.stream(), end)
             whole = await _while_connected(request, writing.whole())
         except BaseException:
-            await texts.close()
+            await end()
             raise
-        await texts.close()
+        await end()
         return JSONResponse(whole)
 
     async def _description(self) -> Description:
@@ -287,27 +299,42 @@ class _Ingress:
             message = f"this API key may not use the model {quoted(served)}"
             raise ApiError(403, message, code="model_not_allowed", param="model")
 
-    def _model(self) -> dict[str, Any]:
-        return {
+    async def _model(self) -> dict[str, Any]:
+        """What OpenAI's clients know of a model; and, once it is ready, what ours do."""
+        found: dict[str, Any] = {
             "id": self._config.model,
             "object": "model",
             "created": self._created,
             "owned_by": "linearized",
+            "chat": self._tokenizer.chats,
         }
+        with suppress(Exception):  # whatever Serve raises: there is no target
+            async with asyncio.timeout(READY_S):
+                self._described = self._described or await self._target.ready()
+        if self._described is not None:
+            found |= {
+                "max_model_len": self._described.max_context,
+                "state_bytes": self._described.state_bytes,
+                "state_token_bytes": self._described.state_token_bytes,
+                "cache_token_bytes": self._described.cache_token_bytes,
+            }
+        return found
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events of these texts, which end with it, also if it never begins."""
+    """Server-sent events of texts, which `end` with it, also if it never begins."""
 
-    def __init__(self, events: AsyncGenerator[str, None], texts: Texts) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._texts = texts
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._texts.close()
+            await self._end()
 
 
 def _may_use(key: Key | None, model: str) -> bool:

@@ -37,6 +37,16 @@ class Writing:
         ]
         self._usage = Usage(prompt=sum(len(job.prompt) for job in jobs[:: self._each]))
 
+    def notes(self) -> dict[str, int]:
+        """For the log."""
+        usage = self._usage
+        return {
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "completion_tokens": usage.completion,
+            "rounds": usage.rounds,
+        }
+
     async def whole(self) -> dict[str, Any]:
         """
         Raises:
@@ -57,7 +67,8 @@ class Writing:
             async with aclosing(self._texts.events()) as events:
                 async for index, found in events:
                     part = self._part(index, found)
-                    if part.text or part.entries or part.reason:
+                    told = part.round is not None or part.read is not None
+                    if told or part.text or part.entries or part.reason:
                         yield self._answer.chunk(part)
             for one in self._answer.ending(self._usage):
                 yield one

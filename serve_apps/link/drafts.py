@@ -22,6 +22,7 @@ from serve_apps.link.draft_peer import DraftPeer
 from serve_apps.link.draft_session import DraftSession
 from serve_apps.link.placement import place
 from serve_apps.link.protocol import Endpoint
+from serve_apps.metrics import Meter
 
 FIND_S = 10.0
 """Seconds that naming the draft replicas may take."""
@@ -38,13 +39,19 @@ class DraftLinks:
     """Start it, take a `session` for each text, and close it, all on one event loop."""
 
     def __init__(
-        self, find: FindDrafts, *, vocab_size: int, heartbeat_s: float = HEARTBEAT_S
+        self,
+        find: FindDrafts,
+        *,
+        vocab_size: int,
+        heartbeat_s: float = HEARTBEAT_S,
+        meter: Meter | None = None,
     ) -> None:
         self.arrived = threading.Condition()
         """Told whenever a draft has said something, or will not."""
         self._find = find
         self._vocab_size = vocab_size
         self._heartbeat_s = heartbeat_s
+        self._meter = meter or Meter()
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._peers: dict[Endpoint, DraftPeer] = {}
@@ -139,6 +146,7 @@ class DraftLinks:
                     heartbeat_s=self._heartbeat_s,
                     heard=self._heard,
                     turned=self._turned,
+                    meter=self._meter,
                 )
         return reason
 

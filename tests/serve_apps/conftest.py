@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 
 import linearized
 from linearized.models import new_parameters
+from serve_apps.metrics import Meter, Metric
 
 
 def save_tiny(folder: Path, *, vocab: int, seed: int = 0, layers: int = 2) -> None:
@@ -47,3 +49,29 @@ def folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
         tokenizer.save_pretrained(root / name)
     save_tiny(root / "other", vocab=100)
     return {name: root / name for name in [*seeds, "other"]}
+
+
+class Kept(Meter):
+    """Remembers all numbers."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[Metric | str, ...], float] = defaultdict(float)
+        self.gauges: dict[Metric, float] = {}
+        self.values: dict[Metric, list[float]] = defaultdict(list)
+
+    def add(self, metric: Metric, value: float = 1, **labels: str) -> None:
+        assert metric.kind == "counter" and labels.keys() == set(metric.labels)
+        self.counts[metric, *labels.values()] += value
+
+    def set(self, metric: Metric, value: float) -> None:
+        assert metric.kind == "gauge"
+        self.gauges[metric] = value
+
+    def observe(self, metric: Metric, value: float) -> None:
+        assert metric.kind == "histogram"
+        self.values[metric].append(value)
+
+
+@pytest.fixture
+def meter() -> Kept:
+    return Kept()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.local import LocalCluster
+from serve_apps import metrics
 from serve_apps.app import AppArgs, build, scale_by_texts
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +172,28 @@ def test_errors(client):
         error = response.json()["error"]
         assert error["code"] == code and error["message"] and "Traceback" not in response.text
         assert len(response.headers.get_list("x-request-id")) == 1
+
+
+@pytest.mark.ray
+def test_prometheus_is_told(app, client):
+    """Ray's agents are asked once in ten seconds or so what there is."""
+    assert complete(client).status_code == 200
+    (found,) = app[1].rglob("prom_metrics_service_discovery.json")
+    (named,) = json.loads(found.read_text())
+    wanted = {
+        metric.name for metric in (metrics.FIRST_TOKEN, metrics.GENERATED_TOKENS, metrics.RUNNING)
+    } | {metrics.ROUNDS.name, metrics.SNAPSHOT_BYTES.name, metrics.SESSIONS.name}
+    sample = re.compile(r"^ray_(linearized_\w+?)(_bucket|_sum|_count)?\{(.*)\} ", re.MULTILINE)
+
+    def seen():
+        pages = [httpx.get(f"http://{one}/metrics").text for one in named["targets"]]
+        return {name: labels for page in pages for name, _, labels in sample.findall(page)}
+
+    until(lambda: wanted <= seen().keys(), 60)
+    found = seen()
+    assert found.keys() <= metrics.METRICS.keys()
+    assert all('application="default"' in labels for labels in found.values())
+    assert 'deployment="draft"' in found[metrics.SESSIONS.name]
 
 
 @pytest.mark.ray
