@@ -35,12 +35,15 @@ class Writing:
         self._choices = [
             Choice(i, job, tokenizer, echo=echoes[i // self._each]) for i, job in enumerate(jobs)
         ]
+        self._code: str | None = None
+        """Of the error with which the stream has ended."""
         self._usage = Usage(prompt=sum(len(job.prompt) for job in jobs[:: self._each]))
 
-    def notes(self) -> dict[str, int]:
+    def notes(self) -> dict[str, Any]:
         """For the log."""
         usage = self._usage
         return {
+            **({"code": self._code} if self._code is not None else {}),
             "prompt_tokens": usage.prompt,
             "cached_tokens": usage.cached,
             "completion_tokens": usage.completion,
@@ -73,7 +76,9 @@ class Writing:
             for one in self._answer.ending(self._usage):
                 yield one
         except Exception as error:
-            yield event(explain(error, self._name).body(self._name))
+            said = explain(error, self._name)
+            self._code = said.code
+            yield event(said.body(self._name))
 
     def _part(self, index: int, found: Event) -> Part:
         choice = self._choices[index]

@@ -40,7 +40,7 @@ from linearized.speculative import Sampling, TokenTree
 from serve_apps.link import texts
 from serve_apps.link.wire import BYTES, COUNT, SAMPLING, TEXT, TOKENS, TREE, Field, integer
 
-VERSION = 3
+VERSION = 4
 HEADER = 4
 MAX_FRAME = 8 * 2**20
 """Bytes after the header; an Open with 1.6 million tokens."""
