@@ -35,7 +35,7 @@ class ServeMeter(Meter):
 
 
 def _exported(metric: Metric) -> Any:
-    keys = metric.labels or None
+    keys: Any = metric.labels or None  # Ray's own annotation means one label
     match metric.kind:
         case "counter":
             return serve_metrics.Counter(metric.name, metric.help, keys)

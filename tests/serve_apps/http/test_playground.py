@@ -95,7 +95,7 @@ def test_a_completion(page, echoing):
     tree = page.get_by_role("img", name=re.compile(r"\d+ guesses, \d+ of them right"))
     assert tree.locator("rect").count() == tree.locator("text").count() > 0
     assert re.match(r"[\d.]+$", page.locator("#perround").text_content())
-    assert "cached" in page.locator("#count").text_content()
+    assert "1 of them cached" in page.locator("#asked").text_content()
     assert page.locator("#state").text_content() == "100 B"
     length = len(echoing.target.jobs[-1].prompt) * 2
     assert page.locator("#cache").text_content() == f"{7 * length} B"
