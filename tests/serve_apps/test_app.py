@@ -178,8 +178,7 @@ def test_errors(client):
 def test_prometheus_is_told(app, client):
     """Ray's agents are asked once in ten seconds or so what there is."""
     assert complete(client).status_code == 200
-    (found,) = app[1].rglob("prom_metrics_service_discovery.json")
-    (named,) = json.loads(found.read_text())
+    (named,) = json.loads((app[1] / "prom_metrics_service_discovery.json").read_text())
     wanted = {
         metric.name for metric in (metrics.FIRST_TOKEN, metrics.GENERATED_TOKENS, metrics.RUNNING)
     } | {metrics.ROUNDS.name, metrics.SNAPSHOT_BYTES.name, metrics.SESSIONS.name}

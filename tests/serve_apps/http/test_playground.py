@@ -20,6 +20,7 @@ PROMPT = "the quick größe 🙂 fox"
 
 @pytest.fixture(scope="module")
 def browser():
+    sync_api.expect.set_options(timeout=20_000)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -94,6 +95,11 @@ def test_a_completion(page, echoing):
     assert all(one in f"{PROMPT}!" for one in drafted)
     tree = page.get_by_role("img", name=re.compile(r"\d+ guesses, \d+ of them right"))
     assert tree.locator("rect").count() == tree.locator("text").count() > 0
+    page.locator("#output .d").first.hover()
+    looked = page.get_by_role("region", name=re.compile(r"Round \d+ of \d+"))
+    sync_api.expect(looked).to_contain_text("were right")
+    page.get_by_label("Prompt", exact=True).hover()
+    sync_api.expect(page.get_by_role("region", name="Last round")).to_be_visible()
     assert re.match(r"[\d.]+$", page.locator("#perround").text_content())
     assert "1 of them cached" in page.locator("#asked").text_content()
     assert page.locator("#state").text_content() == "100 B"
