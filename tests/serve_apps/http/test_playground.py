@@ -200,9 +200,11 @@ def test_keys(visit, serving_echo, folder):
 def test_phones_and_the_dark(visit, echoing, scheme):
     phone = {"width": 360, "height": 740}
     page = visit(echoing, viewport=phone, color_scheme=scheme, has_touch=True)
-    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Prompt", exact=True).fill(f"{PROMPT} hippopotomonstrosesquippedaliophobia")
     page.get_by_role("button", name="Generate").tap()
     ends(page)
+    tree = page.get_by_role("img", name=re.compile("guesses"))
+    assert tree.bounding_box()["width"] > 360  # it scrolls in its own box
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     shades = page.evaluate(
         "['d', 's', 'c'].map(kind => getComputedStyle(document.querySelector('.legend .' + kind))"
