@@ -1,5 +1,6 @@
 # make demo    the main job on this machine: train, linearize, serve, report (FRESH=1 starts over,
 #              MODEL=path linearizes that Hugging Face folder instead of a model trained here)
+# make serve   serves what make demo has trained, with a playground, until Ctrl-C (PORT=8000)
 # make test    the tests;  make test-all    those that take long, too
 # make bench-quick   the few ratios that tell how fast this machine is, in four minutes
 # make check   formatting, lint, types, import floors
@@ -10,10 +11,13 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all bench-quick check setup clean
+.PHONY: demo serve test test-all bench-quick check setup clean
 
 demo: $(STAMP)
 	@$(PY) -m jobs.demo demo $(if $(filter-out 0,$(FRESH)),fresh=true) $(if $(MODEL),model=$(MODEL))
+
+serve: $(STAMP)
+	@$(PY) -m jobs.serve demo $(if $(PORT),port=$(PORT))
 
 test: $(STAMP)
 	@$(PY) -m pytest

@@ -116,6 +116,15 @@ class LocalCluster:
     ) -> None:
         self._stop()
 
+    def check(self) -> None:
+        """
+        Raises:
+            ClusterError: the head has ended.
+        """
+        status = self._keeper.poll() if self._keeper is not None else None
+        if status is not None:
+            raise ClusterError(f"the Ray head ended with status {status}{self._last_words()}")
+
     def _start(self, *ports: str, metrics: Sequence[int]) -> None:
         command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *ports]
@@ -143,9 +152,7 @@ class LocalCluster:
         assert self._keeper is not None
         deadline = time.monotonic() + START_S
         while not self._answers():
-            status = self._keeper.poll()
-            if status is not None:
-                raise ClusterError(f"the Ray head ended with status {status}{self._last_words()}")
+            self.check()
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"the Ray head did not come up within {START_S:.0f} s{self._last_words()}"

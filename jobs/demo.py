@@ -14,17 +14,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 
 from cluster.local import LocalCluster
 from cluster.submit import submit
 from jobs import cli, report
-from linearized.errors import ClusterError
+from jobs.serve import interrupt, start_command, wait_until_healthy
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 180.0
-"""Seconds that the app may take to become healthy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,7 @@ RECIPES = {"demo": demo}
 
 
 def main(config: DemoConfig) -> None:
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     console = Console(highlight=False)
     run = config.run.absolute()
     if config.fresh:
@@ -59,12 +56,13 @@ def main(config: DemoConfig) -> None:
     cpus = max(2, os.cpu_count() or 2)
     with LocalCluster(num_cpus=cpus, log=run / "logs" / "head.log") as cluster:
         seconds = {"cluster": round(time.perf_counter() - began, 1)}
-        stages = {**_training(run, config), "serve": _serving(run, cluster.http_port)}
+        serving = start_command(cluster.http_port, run / "target", run / "draft")
+        stages = {**_training(run, config), "serve": serving}
         for name, entrypoint in stages.items():
             started = time.perf_counter()
             _submit(cluster, run, name, entrypoint)
             if name == "serve":
-                _wait_until_healthy(cluster.http_port)
+                wait_until_healthy(cluster.http_port)
             seconds[name] = round(time.perf_counter() - started, 1)
         url = f"http://127.0.0.1:{cluster.http_port}"
         settings = [f"run={run}", f"url={url}", f"seconds={json.dumps(json.dumps(seconds))}"]
@@ -74,11 +72,6 @@ def main(config: DemoConfig) -> None:
     (run / "report.json").write_text(json.dumps(done, indent=2) + "\n")
     report.show(done, console)
     console.print(f"\nReport: {run / 'report.json'}, {run / 'report.png'}")
-
-
-def _interrupt(*_: object) -> None:
-    """Being ended is Ctrl-C, also where the shell has made SIGINT be ignored."""
-    raise KeyboardInterrupt
 
 
 def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:
@@ -109,28 +102,9 @@ def _training(run: Path, config: DemoConfig) -> dict[str, list[str]]:
     return {name: ["python", "-m", *command] for name, command in stages.items()}
 
 
-def _serving(run: Path, port: int) -> list[str]:
-    """The app is started as users start it, by Ray Serve's own command."""
-    start = f"serve start --http-host 127.0.0.1 --http-port {port}"
-    app = f"serve_apps.app:build target={run / 'target'} draft={run / 'draft'}"
-    return ["bash", "-c", f"{start} && serve run --non-blocking {app}"]
-
-
 def _submit(cluster: LocalCluster, run: Path, name: str, entrypoint: list[str]) -> None:
     log = run / "logs" / f"{name}.log"
     submit(cluster.env, entrypoint, name=name, working_dir=ROOT, log=log)
-
-
-def _wait_until_healthy(port: int) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.3)
-    raise ClusterError(f"the app on port {port} was not healthy within {START_S:.0f} s")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from linearized.errors import ClusterError
 from linearized.speculative import TokenTree
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.http.ingress import IngressConfig, http_app
+from serve_apps.http.models import Model
 from serve_apps.http.relay import Relay
 from serve_apps.link.connection import Connection as Link
 from serve_apps.link.connection import LinkError
@@ -223,8 +224,9 @@ class Fleet:
         more = self._settings.get(kind, {})
         if kind == "ingress":
             port = int(self.url.rpartition(":")[2])
-            options = {"model": self._model.name, "path": str(self._model), **more}
-            return port, options.pop("patience_s", 60.0), IngressConfig(**options)
+            options = dict(more)
+            patience_s = options.pop("patience_s", 60.0)
+            return port, patience_s, self._model, IngressConfig(**options)
         beat = {"heartbeat_s": HEARTBEAT_S, "pack": False}
         if kind == "target":
             return bool(self._counts["draft"] or self._counts["liar"]), TargetConfig(
@@ -282,7 +284,10 @@ class Fleet:
         for kind in ("target", "draft"):
             kinds = (kind, "liar") if kind == "draft" else (kind,)
             found = [one.endpoint for one in self._members if one.kind in kinds and one.endpoint]
-            rows = [[e.host, e.port, e.secret.hex(), e.fingerprint, e.vocab_size] for e in found]
+            rows = [
+                [e.host, e.port, e.secret.hex(), e.fingerprint, e.vocab_size, e.tokenizer]
+                for e in found
+            ]
             place = Path(self._folder.name) / kind
             place.with_suffix(".new").write_text(json.dumps(rows))
             place.with_suffix(".new").replace(place)
@@ -364,17 +369,21 @@ def _finder(folder: str, kind: str) -> Callable[[], Awaitable[Sequence[Endpoint]
                 secret=bytes.fromhex(secret),
                 fingerprint=fingerprint,
                 vocab_size=vocab_size,
+                tokenizer=tokenizer,
             )
-            for host, port, secret, fingerprint, vocab_size in rows
+            for host, port, secret, fingerprint, vocab_size, tokenizer in rows
         ]
 
     return find
 
 
-async def _ingress(given: tuple[int, float, IngressConfig], owner: _Owner, folder: str) -> None:
-    port, patience_s, config = given
+async def _ingress(
+    given: tuple[int, float, Path, IngressConfig], owner: _Owner, folder: str
+) -> None:
+    port, patience_s, path, config = given
     targets = Targets(_finder(folder, "target"), heartbeat_s=HEARTBEAT_S)
-    app = http_app(Relay(targets, patience_s=patience_s), config)
+    model = Model(path.name, str(path), Relay(targets, patience_s=patience_s))
+    app = http_app([model], config)
     options: dict[str, Any] = {"host": "127.0.0.1", "port": port, "log_level": "critical"}
     server = uvicorn.Server(uvicorn.Config(app, ws="none", timeout_keep_alive=600, **options))
     serving = asyncio.create_task(server.serve())
@@ -387,7 +396,6 @@ async def _ingress(given: tuple[int, float, IngressConfig], owner: _Owner, folde
 
     owner.is_ready(count, None)
     await serving
-    await targets.close()
 
 
 async def _target(given: tuple[bool, TargetConfig], owner: _Owner, folder: str) -> None:

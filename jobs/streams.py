@@ -124,7 +124,8 @@ class Streams:
         if strike is not None:
             ended = asyncio.gather(*asking)
             waiting = asyncio.create_task(due.wait())
-            await asyncio.wait([ended, waiting], return_when=asyncio.FIRST_COMPLETED)
+            both: list[asyncio.Future[Any]] = [ended, waiting]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
             await strike()
         count = Count()

@@ -26,15 +26,18 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from linearized.errors import LinearizedError
+from serve_apps import logs
 from serve_apps.checks import check_app
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Description, Event, Generation
 from serve_apps.http.ingress import http_app
+from serve_apps.http.metered import Metered
 from serve_apps.http.models import Model
 from serve_apps.http.relay import Relay
 from serve_apps.link.connection import LinkError
 from serve_apps.link.protocol import Endpoint
 from serve_apps.link.targets import Targets
+from serve_apps.prometheus import ServeMeter
 from serve_apps.scaling import TEXTS, scale_drafts, scale_targets
 from serve_apps.settings import AppArgs, device, place
 from serve_apps.target.replica import TargetConfig, TargetReplica
@@ -108,8 +111,8 @@ def build(args: Given) -> serve.Application:
 class ServedDraft(DraftReplica):
     async def __init__(self, config: DraftConfig) -> None:  # type: ignore[misc]
         """Serve awaits it: a replica that runs is warm."""
-        _be_quiet()
-        super().__init__(config, host=ray.util.get_node_ip_address())
+        _set_up_logs()
+        super().__init__(config, host=ray.util.get_node_ip_address(), meter=ServeMeter())
         await self.endpoint()
 
     async def __del__(self) -> None:
@@ -122,7 +125,7 @@ class ServedTarget(TargetReplica):
         self, config: TargetConfig, draft: DeploymentHandle | None, drain_s: float
     ) -> None:
         """Serve awaits it: a replica that runs is warm."""
-        _be_quiet()
+        _set_up_logs()
         self._drain_s = drain_s
         drafts = Deployed(draft) if draft is not None else None
         super().__init__(
@@ -130,6 +133,7 @@ class ServedTarget(TargetReplica):
             drafts.endpoints if drafts is not None else None,
             drafts.wake if drafts is not None else None,
             host=ray.util.get_node_ip_address(),
+            meter=ServeMeter(),
         )
         await self.endpoint()
 
@@ -146,7 +150,7 @@ class Ingress:
     handles so that Serve deploys the targets with it."""
 
     def __init__(self, *targets: DeploymentHandle) -> None:
-        _be_quiet()
+        _set_up_logs()
 
 
 class Deployed:
@@ -245,18 +249,16 @@ def _asgi(args: AppArgs) -> Any:
     heartbeat_s, patience_s, wait_s = args.heartbeat_s, args.patience_s, args.request_s
 
     def app() -> FastAPI:
-        here = serve.get_replica_context().app_name
+        here, meter = serve.get_replica_context().app_name, ServeMeter()
         models = []
         for name, folder in folders.items():
             deployment = "target" if single else f"target-{name}"
             handle = serve.get_deployment_handle(deployment, here)
-            target: Relay[Any]
-            if transport == "handle":
-                target = Relay(Handle(handle), patience_s=patience_s)
-            else:
-                links = Targets(Deployed(handle).endpoints, heartbeat_s=heartbeat_s)
-                target = Relay(links, patience_s=patience_s)
-            models.append(Model(name, folder, target, wait_s=wait_s))
+            replicas: Any = Handle(handle)
+            if transport == "link":
+                replicas = Targets(Deployed(handle).endpoints, heartbeat_s=heartbeat_s)
+            relay = Relay(replicas, patience_s=patience_s, meter=meter)
+            models.append(Model(name, folder, Metered(relay, meter), wait_s=wait_s))
         return http_app(models, config)
 
     return app
@@ -292,5 +294,6 @@ def _scale(args: AppArgs, kind: str, texts: int, policy: Any) -> dict[str, Any]:
     return {"autoscaling_config": scale}
 
 
-def _be_quiet() -> None:
+def _set_up_logs() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.to_stderr()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linearized.speculative import Alternatives, Sampling
+from linearized.speculative import Alternatives, Sampling, TokenTree
 
 SPECULATE = ("model", "ngram", "none")
 """Where guesses come from: the draft replica (n-grams while it does not answer), the text itself,
@@ -44,6 +44,8 @@ class Generation:
     guide: Guide | None = None
     speculate: str | None = None
     """One of SPECULATE. None means the first of them that the app has."""
+    trees: bool = False
+    """Whether Deltas name what was drafted."""
     owner: str = ""
     """Whose prefixes it may go on from: those of texts with an equal owner."""
     state: bytes = b""
@@ -73,6 +75,8 @@ class Delta:
     """How many of the tokens, from the first on, were drafted."""
     logprobs: tuple[Alternatives, ...] = ()
     """One for each token, if they were asked for."""
+    tree: TokenTree = TokenTree.empty
+    """The guesses that the round verified, if they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,3 +131,9 @@ class Description:
     """Texts in progress or waiting."""
     room: int = 1
     """Texts that it goes on with at a time."""
+    state_bytes: int = 0
+    """Of one text's state, …"""
+    state_token_bytes: int = 0
+    """… and what each token adds to it, where some layers keep softmax."""
+    cache_token_bytes: int = 0
+    """What each token adds to a softmax model's cache of keys and values."""

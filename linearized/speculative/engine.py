@@ -134,6 +134,11 @@ class Engine:
         return list(self._decoding)
 
     @property
+    def waiting(self) -> list[Text]:
+        """For which there has been no room."""
+        return list(self._waiting)
+
+    @property
     def reading(self) -> bool:
         """Is there a prompt that has not been read?"""
         return bool(self._reading.texts or self._waiting)

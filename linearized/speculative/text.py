@@ -43,6 +43,8 @@ class Piece:
     """Why the text ends here, if it does."""
     accepted: int = 0
     """How many of the tokens, from the first on, were drafted."""
+    tree: TokenTree = TokenTree.empty
+    """What was drafted, as far as it was verified."""
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
@@ -246,7 +248,7 @@ class Text:
         accepted = min(len(path), len(said))
         self.accepted.update(range(1, accepted + 1))
         known = self._alternatives(said, path, logits)
-        return Piece(tuple(said), text, known, self.finished, accepted)
+        return Piece(tuple(said), text, known, self.finished, accepted, tree)
 
     def score(self, logits: Tensor, start: int) -> None:
         """Take up what logits [T, V] behind the tokens from `start` on say of those that follow

@@ -15,12 +15,13 @@ from pathlib import Path
 import linearized
 from linearized.errors import ConfigError, LinearizedError
 from linearized.speculative import Foresight, ModelDrafter, Sampling, Text
-from serve_apps import weights
+from serve_apps import metrics, weights
 from serve_apps.draft.server import DraftServer
 from serve_apps.forward import Forward
 from serve_apps.link.connection import HEARTBEAT_S
 from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
+from serve_apps.metrics import Growth, Meter
 from serve_apps.scaling import LATENESS, SESSIONS, UTILISATION
 from serve_apps.tokenizers import hash_in
 
@@ -64,9 +65,13 @@ class DraftConfig:
 
 
 class DraftReplica:
-    def __init__(self, config: DraftConfig, *, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, config: DraftConfig, *, host: str = "127.0.0.1", meter: Meter | None = None
+    ) -> None:
         """`host` is the address at which targets reach this machine."""
         self._config = config
+        self._meter = meter or Meter()
+        self._grown = Growth()
         self._forward = Forward(threads=config.threads, name="draft")
         self._model = weights.load(
             config.path,
@@ -113,6 +118,9 @@ class DraftReplica:
         if not self._server.running:
             raise LinearizedError("the draft replica has stopped drafting")
         self._forward.check(STUCK_S)  # only once it is warm
+        self._meter.set(metrics.SESSIONS, self._server.num_sessions)
+        spent = self._grown.of({"drafting": self._server.drafting_s})
+        self._meter.add(metrics.DRAFTING, spent.get("drafting", 0.0))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it: the load since it last asked, by the names of `scaling`."""

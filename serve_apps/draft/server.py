@@ -99,6 +99,8 @@ class DraftServer:
         self._asking: set[Key] = set()
         self._asked = self._late = 0
         """As `load` will tell."""
+        self.drafting_s = 0.0
+        """Seconds spent on drafting so far."""
         self._seconds = self._told = 0.0
         """Spent on trees that targets wait for, so far, and when `load` was called last."""
         self._wake = asyncio.Event()
@@ -267,8 +269,10 @@ class DraftServer:
                 break
             began = time.perf_counter()
             self._foresee(self._drafter, group, wide=not waiting)
+            spent = time.perf_counter() - began
+            self.drafting_s += spent
             if waiting:
-                self._seconds += time.perf_counter() - began
+                self._seconds += spent
             if self._heard:  # after a look: targets who talk all the time do not keep it from any
                 break
 

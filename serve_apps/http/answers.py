@@ -10,7 +10,7 @@ from typing import Any
 
 from linearized.speculative import Alternatives
 from serve_apps.generation import Delta, Finished, Started
-from serve_apps.http.choices import Entry, Part
+from serve_apps.http.choices import Entry, Part, Round
 from serve_apps.http.tokens import Tokenizer
 
 LEAST = -9999.0
@@ -142,7 +142,13 @@ class Answer:
         return []
 
     def chunk(self, part: Part) -> str:
-        return self._event([self._chunk(part)])
+        choice = self._chunk(part)
+        if part.read is not None:
+            tokens, cached = part.read
+            choice["prompt"] = {"tokens": tokens, "cached_tokens": cached}
+        if part.round is not None:
+            choice["round"] = self._round(part.round)
+        return self._event([choice])
 
     def long_chunk(self, part: Part) -> str:
         """The same, without stopping other threads for long."""
@@ -159,6 +165,21 @@ class Answer:
     def _body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         body = {**self._head, "object": self.CHUNK, "choices": choices}
         return {**body, "usage": usage} if self._with_usage else body
+
+    def _round(self, found: Round) -> dict[str, Any]:
+        """Ours: where each token begins, and whether it was drafted; and the tree of guesses, with
+        the nodes that are in the text."""
+        tokens = [
+            {"offset": entry.offset, "drafted": number < found.accepted}
+            for number, entry in enumerate(found.entries)
+        ]
+        taken = [entry.token for entry in found.entries[: found.accepted]]
+        tree = {
+            "tokens": [self._tokenizer.name(token)[0] for token in found.tree.tokens],
+            "parents": list(found.tree.parents),
+            "accepted": found.tree.follow(taken),
+        }
+        return {"tokens": tokens, "tree": tree}
 
     def _whole(self, part: Part) -> dict[str, Any]:
         raise NotImplementedError

@@ -11,7 +11,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from linearized.speculative import Alternatives
+from linearized.speculative import Alternatives, TokenTree
 from serve_apps.generation import Delta, Finished, Generation, Started
 from serve_apps.http.tokens import Tokenizer
 
@@ -28,6 +28,18 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """A verification, as whoever asked for rounds is told of it."""
+
+    entries: tuple[Entry, ...]
+    """Of its tokens, also of those whose text is held back."""
+    accepted: int
+    """How many of them, from the first on, were drafted."""
+    tree: TokenTree
+    """What was drafted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """A part of a choice's text."""
 
@@ -36,6 +48,11 @@ class Part:
     entries: tuple[Entry, ...] = ()
     reason: str | None = None
     """Why the text ends with it, if it does."""
+    round: Round | None = None
+    """What gave it, if rounds were asked for."""
+    read: tuple[int, int] | None = None
+    """Tokens of the prompt, and those that did not have to be read, when it has just been read and
+    rounds were asked for."""
 
     @classmethod
     def join(cls, parts: Sequence[Part]) -> Part:
@@ -71,19 +88,26 @@ class Choice:
             entries = self._entries(zip(self._job.prompt, started.prompt_logprobs, strict=True))
         self._shown = self._offset = len(self._echo)
         self._half.reset()
-        return Part(index=self._index, text=self._echo, entries=tuple(entries))
+        read = (len(self._job.prompt), started.cached_tokens) if self._job.trees else None
+        return Part(index=self._index, text=self._echo, entries=tuple(entries), read=read)
 
     def add(self, delta: Delta) -> Part:
         self._shown += len(delta.text)
-        if not delta.logprobs:
+        if not delta.logprobs and not self._job.trees:
             return Part(index=self._index, text=delta.text)
-        self._held += self._entries(zip(delta.tokens, delta.logprobs, strict=True))
+        found = delta.logprobs or [None] * len(delta.tokens)
+        new = self._entries(zip(delta.tokens, found, strict=True))
+        gave = Round(entries=tuple(new), accepted=delta.accepted, tree=delta.tree)
+        shown = gave if self._job.trees and new else None
+        if not delta.logprobs:
+            return Part(index=self._index, text=delta.text, round=shown)
+        self._held += new
         ready = next(
             (i for i, entry in enumerate(self._held) if entry.offset >= self._shown),
             len(self._held),
         )
         entries, self._held = self._held[:ready], self._held[ready:]
-        return Part(index=self._index, text=delta.text, entries=tuple(entries))
+        return Part(index=self._index, text=delta.text, entries=tuple(entries), round=shown)
 
     def finish(self, finished: Finished) -> Part:
         held = [entry for entry in self._held if self._belongs(entry, finished.reason)]

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_apps.http import keys
 from serve_apps.http.errors import ApiError
+from serve_apps.http.guard import notes_of
 from serve_apps.http.keys import Key
 
 OPEN = frozenset({"/", "/health", "/live", "/openapi.json"})
@@ -49,6 +50,7 @@ class Gate:
             return
         key = self._key(scope)
         name = key.name if key is not None else ""
+        notes_of(scope)["key"] = name or None
         await self._check_rate(key, name)
         most = self._concurrency if key is None or key.concurrency is None else key.concurrency
         if most is not None and self._running[name] >= most:

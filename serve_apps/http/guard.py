@@ -1,5 +1,5 @@
-"""The outermost middleware: a name for every request, an answer for every exception, and an end to
-clients that take nothing.
+"""The outermost middleware: a name and a line of the log for every request, an answer for every
+exception, and an end to clients that take nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 import secrets
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -18,11 +19,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.http.errors import ApiError
 from serve_apps.http.streams import TargetLost
+from serve_apps.logs import REQUEST
 
 ID = "linearized.request_id"
 """Where a request's scope has its name."""
+NOTES = "linearized.notes"
+"""Where it has what its line of the log says of it, for whoever knows more."""
+QUIET = frozenset({"/", "/health", "/live", "/openapi.json"})
+"""Paths that are asked for all the time: only errors are worth a line."""
 _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 _HEADER = b"x-request-id"
+PATH = 100
+"""Characters of a path that are logged."""
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +51,14 @@ class Guard:
         given = dict(scope["headers"]).get(_HEADER)
         named = given is not None and _NAME.fullmatch(given) is not None
         name = given.decode() if given is not None and named else f"req-{secrets.token_hex(12)}"
-        started = False
+        started = 0
+        notes: dict[str, Any] = {"method": scope["method"], "path": scope["path"][:PATH]}
+        began = time.monotonic()
 
         async def watched(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
-                started = True
+                started = message["status"]
                 if given is None:
                     MutableHeaders(scope=message)[_HEADER.decode()] = name
             try:
@@ -58,16 +68,23 @@ class Guard:
                 log.info("%s: the client took nothing for %g s", name, self._send_s)
                 raise ClientDisconnect from None
 
+        token = REQUEST.set(name)
         try:
-            await self._app({**scope, ID: name}, receive, watched)
+            await self._app({**scope, ID: name, NOTES: notes}, receive, watched)
         except ClientDisconnect:
-            pass
+            notes["left"] = True
         except Exception as error:
             said = explain(error, name)
+            notes["code"] = said.code
             if not started:
                 body = said.body(name)
                 answer = JSONResponse(body, status_code=said.status, headers=said.headers)
                 await answer(scope, receive, watched)
+        finally:
+            notes |= {"status": started or None, "seconds": round(time.monotonic() - began, 4)}
+            if scope["path"] not in QUIET or started >= 400:
+                log.info("request", extra={"fields": notes})
+            REQUEST.reset(token)
 
 
 def explain(error: Exception, name: str) -> ApiError:
@@ -86,3 +103,9 @@ def explain(error: Exception, name: str) -> ApiError:
 
 def request_id(scope: MutableMapping[str, Any]) -> str:
     return str(scope[ID])
+
+
+def notes_of(scope: MutableMapping[str, Any]) -> dict[str, Any]:
+    """What the log will say of a request. Numbers and names, no prompts and no texts."""
+    notes: dict[str, Any] = scope[NOTES]
+    return notes

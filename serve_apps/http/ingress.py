@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -27,11 +27,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from linearized.errors import ConfigError
-from serve_apps.http import bodies, requests, schema
+from serve_apps.http import bodies, playground, requests, schema
 from serve_apps.http.answers import Answer, ChatAnswer, CompletionAnswer, written
 from serve_apps.http.errors import ApiError, quoted
 from serve_apps.http.gate import KEY, Gate
-from serve_apps.http.guard import Guard, request_id
+from serve_apps.http.guard import Guard, notes_of, request_id
 from serve_apps.http.keys import Key, check_rate
 from serve_apps.http.models import Model
 from serve_apps.http.requests import (
@@ -93,6 +93,7 @@ def http_app(models: Sequence[Model], config: IngressConfig) -> FastAPI:
         await ingress.close()
 
     app = FastAPI(title="linearized", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_api_route("/", _playground, methods=["GET", "HEAD"], include_in_schema=False)
     _get(app, "/health", ingress.health, schema.HEALTH)
     _get(app, "/live", ingress.live, schema.LIVE)
     _get(app, "/v1/models", ingress.models, schema.MODELS)
@@ -135,6 +136,10 @@ def _get(
     app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
 
 
+async def _playground() -> HTMLResponse:
+    return HTMLResponse(playground.PAGE, headers=playground.HEADERS)
+
+
 class _Ingress:
     def __init__(self, models: Sequence[Model], config: IngressConfig) -> None:
         self._models = {model.name: model for model in models}
@@ -156,11 +161,12 @@ class _Ingress:
 
     async def models(self, request: Request) -> JSONResponse:
         key: Key | None = request.scope[KEY]
-        data = [one.shown() for one in self._models.values() if _may_use(key, one.name)]
+        mine = [one for one in self._models.values() if _may_use(key, one.name)]
+        data = await asyncio.gather(*(one.shown(READY_S) for one in mine))
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, name: str, request: Request) -> JSONResponse:
-        return JSONResponse(self._find(name, request).shown())
+        return JSONResponse(await self._find(name, request).shown(READY_S))
 
     async def completions(self, request: Request) -> Response:
         model, asked = await self._parse(CompletionRequest, request)
@@ -250,15 +256,22 @@ class _Ingress:
             echoes=echoes,
             name=request_id(request.scope),
         )
+        notes = notes_of(request.scope)
+        notes |= {"stream": asked.stream, "texts": len(jobs)}
+
+        async def end() -> None:
+            notes.update(writing.notes())
+            await texts.close()
+
         try:
             await _while_connected(request, texts.start())
             if asked.stream:
-                return _Stream(writing.stream(), texts)
+                return _Stream(writing.stream(), end)
             whole = await _while_connected(request, writing.whole())
         except BaseException:
-            await texts.close()
+            await end()
             raise
-        await texts.close()
+        await end()
         return _json(whole)
 
     def _find(self, name: Any, request: Request) -> Model:
@@ -283,17 +296,19 @@ class _Ingress:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events of these texts, which end with it, also if it never begins."""
+    """Server-sent events of texts, which `end` with it, also if it never begins."""
 
-    def __init__(self, events: AsyncGenerator[str, None], texts: Texts) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._texts = texts
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._texts.close()
+            await self._end()
 
 
 def _json(written: str) -> Response:

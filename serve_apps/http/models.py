@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 from serve_apps.generation import Description
@@ -61,11 +62,21 @@ class Model:
             max_characters=described.max_context * self.tokenizer.longest,
         )
 
-    def shown(self) -> dict[str, Any]:
-        """As OpenAI shows models."""
-        return {
+    async def shown(self, seconds: float) -> dict[str, Any]:
+        """As OpenAI shows models; and what else is known, if the target answers within so long."""
+        found: dict[str, Any] = {
             "id": self.name,
             "object": "model",
             "created": self._created,
             "owned_by": "linearized",
+            "chat": self.tokenizer.chats,
         }
+        with suppress(ApiError):
+            described = self._described or await self.ready(seconds)
+            found |= {
+                "max_model_len": described.max_context,
+                "state_bytes": described.state_bytes,
+                "state_token_bytes": described.state_token_bytes,
+                "cache_token_bytes": described.cache_token_bytes,
+            }
+        return found

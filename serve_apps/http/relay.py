@@ -19,6 +19,8 @@ from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 from linearized.errors import LinearizedError
+from linearized.speculative import TokenTree
+from serve_apps import metrics
 from serve_apps.generation import (
     Delta,
     Description,
@@ -31,6 +33,7 @@ from serve_apps.generation import (
 )
 from serve_apps.http.streams import TargetLost
 from serve_apps.link.connection import LinkError
+from serve_apps.metrics import Meter
 
 PATIENCE_S = 60.0
 MAX_FAILURES = 4
@@ -82,10 +85,17 @@ class Replicas(Protocol[R]):
 class Relay(Generic[R]):
     """A `Target` that lives as long as one replica of the same model does."""
 
-    def __init__(self, replicas: Replicas[R], *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        replicas: Replicas[R],
+        *,
+        patience_s: float = PATIENCE_S,
+        meter: Meter | None = None,
+    ) -> None:
         """`patience_s` is how long a text waits for a replica to go on with it."""
         self._replicas = replicas
         self._patience_s = patience_s
+        self._meter = meter or Meter()
         self.moved = 0
         """Texts that went on elsewhere, so far."""
 
@@ -105,6 +115,7 @@ class Relay(Generic[R]):
         avoid: list[R] = []
         fingerprint: str | None = None
         deadline, pause = time.monotonic() + self._patience_s, 0.0
+        lost: float | None = None
         while True:
             await asyncio.sleep(pause)
             left = max(0.0, deadline - time.monotonic())
@@ -124,6 +135,9 @@ class Relay(Generic[R]):
                         if self._is_full(event, text, replica, avoid):
                             break
                         for told in text.take(event):
+                            if lost is not None:
+                                self._meter.observe(metrics.GAP, time.monotonic() - lost)
+                                lost = None
                             yield told
                         if text.ended:
                             return
@@ -141,6 +155,8 @@ class Relay(Generic[R]):
             except LinkError as error:
                 text.lose(str(error), got_on=text.num_tokens > before)
                 self.moved += 1
+                self._meter.add(metrics.FAILOVERS)
+                lost = lost or time.monotonic()
                 log.warning("a text goes on elsewhere after %d tokens: %s", text.num_tokens, error)
             except _DiffersError as difference:
                 log.warning("a replay disagrees with what was sent: %s", difference)
@@ -264,10 +280,7 @@ class _Text:
         num = min(len(self._replayed), len(delta.tokens))
         if list(delta.tokens[:num]) != self._replayed[:num]:
             place = self.num_tokens - len(self._replayed)
-            raise _DiffersError(
-                f"from token {place} on {self._replayed[:num]} was sent, now it is "
-                f"{list(delta.tokens[:num])}"
-            )
+            raise _DiffersError(f"the tokens from {place} on")
         del self._replayed[:num]
         self._again.update(range(1, min(delta.accepted, num) + 1))
         text = self._heard + delta.text
@@ -281,6 +294,7 @@ class _Text:
             tokens=delta.tokens[num:],
             accepted=max(0, delta.accepted - num),
             logprobs=delta.logprobs[num:],
+            tree=TokenTree.empty if num else delta.tree,  # of a round that was seen in part: none
         )
         self._repeated = self._heard = ""
         if not new.tokens:

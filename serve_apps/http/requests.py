@@ -44,6 +44,9 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool = False
     """Whether one more chunk with the usage and without choices comes before the end."""
+    include_rounds: bool = False
+    """Whether chunks say what was drafted: `prompt` and `round` in their choices. OpenAI has no
+    such option."""
 
 
 class Generating(Body):
@@ -111,6 +114,10 @@ class Generating(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def with_rounds(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_rounds
+
+    @property
     def guide(self) -> Guide | None:
         return self.guided or self.response_format
 
@@ -140,6 +147,7 @@ class Generating(Body):
                 guide=self.guide,
                 speculate=self.speculate,
                 owner=owner,
+                trees=self.with_rounds,
             )
             for choice, prompt in enumerate(texts)
         ]

@@ -51,6 +51,11 @@ class Tokenizer:
         self.longest = min(max(map(len, self._tokenizer.get_vocab())), CHARACTERS)
         """Characters of a token at most, on average over a text."""
 
+    @property
+    def chats(self) -> bool:
+        """Does it have a chat template?"""
+        return self._tokenizer.chat_template is not None
+
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do some other work in one of the threads."""
         loop = asyncio.get_running_loop()
@@ -66,7 +71,7 @@ class Tokenizer:
         Raises:
             ApiError: the tokenizer has no chat template, or the template refuses the messages.
         """
-        if self._tokenizer.chat_template is None:
+        if not self.chats:
             raise unsupported(
                 "messages", "the model has no chat template; use /v1/completions with a prompt"
             )

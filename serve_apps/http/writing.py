@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from serve_apps.generation import Delta, Event, Finished, Generation, Started
 from serve_apps.http.answers import Answer, Usage, event
@@ -38,7 +39,20 @@ class Writing:
         self._choices = [
             Choice(i, job, tokenizer, echo=echoes[i // self._each]) for i, job in enumerate(jobs)
         ]
+        self._code: str | None = None
+        """Of the error with which the stream has ended."""
         self._usage = Usage(prompt=sum(len(job.prompt) for job in jobs[:: self._each]))
+
+    def notes(self) -> dict[str, Any]:
+        """For the log."""
+        usage = self._usage
+        return {
+            **({"code": self._code} if self._code is not None else {}),
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "completion_tokens": usage.completion,
+            "rounds": usage.rounds,
+        }
 
     async def whole(self) -> str:
         """JSON.
@@ -64,14 +78,17 @@ class Writing:
             async with aclosing(self._texts.events()) as events:
                 async for index, found in events:
                     part = await self._part(index, found)
+                    told = part.round is not None or part.read is not None
                     if len(part.entries) > LONG:
                         yield await asyncio.to_thread(self._answer.long_chunk, part)
-                    elif part.text or part.entries or part.reason:
+                    elif told or part.text or part.entries or part.reason:
                         yield self._answer.chunk(part)
             for one in self._answer.ending(self._usage):
                 yield one
         except Exception as error:
-            yield event(explain(error, self._name).body(self._name))
+            said = explain(error, self._name)
+            self._code = said.code
+            yield event(said.body(self._name))
 
     async def _part(self, index: int, found: Event) -> Part:
         choice = self._choices[index]

@@ -10,10 +10,12 @@ import random
 from collections import deque
 from collections.abc import Callable
 
+from serve_apps import metrics
 from serve_apps.link.breaker import Breaker
 from serve_apps.link.connection import Connection, LinkError, dial
 from serve_apps.link.draft_session import LATE_S, DraftSession
 from serve_apps.link.protocol import Draft, Endpoint, Error, GoAway, Message
+from serve_apps.metrics import Meter
 
 SEEN = 16
 """Answers whose times are remembered, …"""
@@ -37,6 +39,7 @@ class DraftPeer:
         heartbeat_s: float,
         heard: Callable[[], None],
         turned: Callable[[], None],
+        meter: Meter | None = None,
     ) -> None:
         """`heard` is called when it has said something, `turned` when a connection has been made or
         lost."""
@@ -47,6 +50,7 @@ class DraftPeer:
         self._heartbeat_s = heartbeat_s
         self._heard = heard
         self._turned = turned
+        self._meter = meter or Meter()
         self._connection: Connection | None = None
         self._latencies: deque[float] = deque(maxlen=SEEN)
         self._task = asyncio.create_task(self._run())
@@ -79,10 +83,14 @@ class DraftPeer:
         if self._connection is not None:
             self._connection.send(message)
 
-    def answered(self, seconds: float | None) -> None:
-        """A tree has come after so long; None: after much had to be read."""
+    def answered(self, seconds: float | None, *, late: bool = False) -> None:
+        """A tree has come after so long; None: after much had to be read. `late`: its text had gone
+        on already."""
         if seconds is not None:
             self._latencies.append(seconds)
+            self._meter.observe(metrics.DRAFT_LATENCY, seconds)
+        if late:
+            self._meter.add(metrics.DRAFT_LATE)
         if seconds is None or seconds <= LATE_S:
             self.breaker.succeeded()
         else:

@@ -103,7 +103,8 @@ class DraftSession:
             del self._owed[length]  # it went on before it came to them
         if owed is not None:
             since, reads = owed
-            self.peer.answered(None if reads else time.monotonic() - since)
+            late = draft.base < len(self._text.tokens)
+            self.peer.answered(None if reads else time.monotonic() - since, late=late)
 
     def fail(self, error: Error) -> None:
         if self.peer is None or error.epoch != self._epoch:

@@ -21,6 +21,7 @@ from serve_apps.link.draft_peer import DraftPeer
 from serve_apps.link.draft_session import DraftSession
 from serve_apps.link.placement import place
 from serve_apps.link.protocol import Endpoint
+from serve_apps.metrics import Meter
 
 Wake = Callable[[], Awaitable[object]]
 """Has a replica started where there is none, and waits until it runs."""
@@ -39,6 +40,7 @@ class DraftLinks:
         vocab_size: int,
         tokenizer: str = "",
         heartbeat_s: float = HEARTBEAT_S,
+        meter: Meter | None = None,
     ) -> None:
         """`wake` is called while there are sessions and no replica. `vocab_size`, `tokenizer`: the
         target's, as its drafts have them in their Endpoints."""
@@ -50,6 +52,7 @@ class DraftLinks:
         self._vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._heartbeat_s = heartbeat_s
+        self._meter = meter or Meter()
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._wanted: set[int] = set()
@@ -125,7 +128,11 @@ class DraftLinks:
         if problem := self._problem(endpoint):
             raise LinkError(problem)
         return DraftPeer(
-            endpoint, heartbeat_s=self._heartbeat_s, heard=self._heard, turned=self._turned
+            endpoint,
+            heartbeat_s=self._heartbeat_s,
+            heard=self._heard,
+            turned=self._turned,
+            meter=self._meter,
         )
 
     def _problem(self, endpoint: Endpoint) -> str:

@@ -38,7 +38,7 @@ import msgpack
 from linearized.errors import LinearizedError
 from linearized.speculative import Sampling, TokenTree
 from serve_apps.link import texts
-from serve_apps.link.wire import BYTES, COUNT, NUMBER, SAMPLING, TEXT, TOKENS, Field, integer
+from serve_apps.link.wire import BYTES, COUNT, SAMPLING, TEXT, TOKENS, TREE, Field, integer
 
 VERSION = 4
 HEADER = 4
@@ -47,8 +47,6 @@ MAX_FRAME = 8 * 2**20
 MAX_MESSAGE = MAX_FRAME - 8
 MAX_HANDSHAKE = 512
 """Bytes that a peer may send before it has shown that it knows the secret."""
-MAX_NODES = 256
-"""Of one drafted tree."""
 MAX_DEPTH = 64
 """Levels of a tree that may be asked for."""
 
@@ -255,31 +253,14 @@ def _message(values: Any) -> Message:
     return message
 
 
-def _tree(value: Any) -> TokenTree:
-    if type(value) is not list or len(value) != 3 or any(type(one) is not list for one in value):
-        raise TypeError("expected token ids, their parents and their scores")
-    if len(value[1]) > MAX_NODES:
-        raise ValueError(f"a tree of {len(value[1])} nodes; at most {MAX_NODES} are allowed")
-    tokens, parents, scores = value
-    return TokenTree(
-        TOKENS.read(tokens), tuple(map(_PARENT.read, parents)), tuple(map(NUMBER.read, scores))
-    )
-
-
-def _pack_tree(tree: TokenTree) -> list[Any]:
-    return [tree.tokens, tree.parents, tree.scores]
-
-
-_PARENT = integer(-1, MAX_NODES)
 _DEPTH = integer(1, MAX_DEPTH)
-_TREE = Field(_tree, _pack_tree)
 _FIELDS: dict[type[Any], tuple[Field, ...]] = {
     Challenge: (COUNT, BYTES),
     Hello: (COUNT, BYTES, BYTES),
     Welcome: (BYTES,),
     Open: (COUNT, COUNT, TOKENS, COUNT, SAMPLING, _DEPTH),
     Commit: (COUNT, COUNT, COUNT, TOKENS, _DEPTH),
-    Draft: (COUNT, COUNT, COUNT, _TREE),
+    Draft: (COUNT, COUNT, COUNT, TREE),
     Close: (COUNT,),
     Heartbeat: (),
     GoAway: (),

@@ -33,9 +33,11 @@ from serve_apps.link import wire
 from serve_apps.link.wire import (
     ALTERNATIVES,
     COUNT,
+    FLAG,
     SAMPLING,
     TEXT,
     TOKENS,
+    TREE,
     Field,
     choice,
     optional,
@@ -152,6 +154,7 @@ _GENERATION = record(
         ),
         "speculate": optional(choice(*SPECULATE)),
         "owner": TEXT,
+        "trees": FLAG,
     },
 )
 _LEVELS = several(COUNT, MAX_LEVELS)
@@ -165,6 +168,7 @@ _EVENTS: dict[type[Any], Field] = {
             "tokens": TOKENS,
             "accepted": COUNT,
             "logprobs": several(ALTERNATIVES, MAX_TAKEN),
+            "tree": TREE,
         },
     ),
     Finished: record(
@@ -199,6 +203,9 @@ _DESCRIPTION = record(
         "draft": choice("none", "connected", "away"),
         "texts": COUNT,
         "room": COUNT,
+        "state_bytes": COUNT,
+        "state_token_bytes": COUNT,
+        "cache_token_bytes": COUNT,
     },
 )
 

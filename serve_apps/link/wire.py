@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from linearized.speculative import Alternatives, Sampling
+from linearized.speculative import Alternatives, Sampling, TokenTree
 
 MAX_TOKEN = 2**31 - 1
 MAX_ALTERNATIVES = 1024
 """Named for one token."""
+MAX_NODES = 256
+"""Of a tree."""
 
 
 def _as_it_is(value: Any) -> Any:
@@ -137,6 +139,27 @@ def _pack_alternatives(value: Alternatives) -> list[Any]:
     return [value.logprob, [token for token, _ in value.top], [number for _, number in value.top]]
 
 
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise TypeError("expected true or false")
+    return value
+
+
+def _tree(value: Any) -> TokenTree:
+    if type(value) is not list or len(value) != 3 or any(type(one) is not list for one in value):
+        raise TypeError("expected token ids, their parents and their scores")
+    if len(value[1]) > MAX_NODES:
+        raise ValueError(f"a tree of {len(value[1])} nodes; at most {MAX_NODES} are allowed")
+    tokens, parents, scores = value
+    return TokenTree(
+        _tokens(tokens), tuple(map(_PARENT.read, parents)), tuple(map(_number, scores))
+    )
+
+
+def _pack_tree(tree: TokenTree) -> list[Any]:
+    return [tree.tokens, tree.parents, tree.scores]
+
+
 COUNT = integer(0, 2**53)
 TOKEN = integer(0, MAX_TOKEN)
 TOKENS = Field(_tokens)
@@ -145,6 +168,9 @@ BYTES = blob(64)
 """A nonce or a proof."""
 TEXT = string(1000)
 ALTERNATIVES = Field(_alternatives, _pack_alternatives)
+FLAG = Field(_flag)
+_PARENT = integer(-1, MAX_NODES)
+TREE = Field(_tree, _pack_tree)
 SAMPLING = record(
     Sampling,
     {

@@ -21,7 +21,7 @@ import transformers
 
 import linearized
 from linearized.errors import ConfigError, LinearizedError, RequestError, StateError
-from linearized.speculative import Engine, Guide, ModelDrafter, Piece, Prefixes, Text
+from linearized.speculative import Engine, Guide, ModelDrafter, Piece, Prefixes, Text, TokenTree
 from linearized.speculative.generate import decoding, end_of_text
 from linearized.state import DecodeState
 from serve_apps import weights
@@ -42,8 +42,10 @@ from serve_apps.link.drafts import DraftLinks, Wake
 from serve_apps.link.listener import ANY_PORT
 from serve_apps.link.protocol import MAX_DEPTH, Endpoint
 from serve_apps.link.text_server import TextServer
+from serve_apps.metrics import Meter
 from serve_apps.target.guiding import Guiding
 from serve_apps.target.speculator import Speculator
+from serve_apps.target.watch import Watch
 from serve_apps.tokenizers import tokenizer_hash
 
 START_S = 900.0
@@ -53,6 +55,8 @@ MAX_NODES = 16
 READ_AHEAD = 64
 """Pieces of a text that wait for who reads it. Then the text waits, without a place among those
 that are gone on with."""
+LONG = 2**14
+"""Tokens over which it is averaged what one adds to a state."""
 LINK_S = 60.0
 """Seconds that the first link to a draft may take. After that the replica is ready without it."""
 
@@ -126,6 +130,7 @@ class TargetReplica:
         wake_draft: Wake | None = None,
         *,
         host: str = "127.0.0.1",
+        meter: Meter | None = None,
     ) -> None:
         """`find_drafts` names draft replicas; None means that there are none. `wake_draft` has one
         started while there is none and a text is to be drafted for. `host` is the address at which
@@ -136,6 +141,7 @@ class TargetReplica:
                 outside the target's.
         """
         self._config = config
+        meter = meter or Meter()
         self._forward = Forward(threads=config.threads, name="target")
         self._model = weights.load(
             config.path,
@@ -157,6 +163,7 @@ class TargetReplica:
                 vocab_size=self._vocab_size,
                 tokenizer=tokenizer_hash(self._tokenizer),
                 heartbeat_s=config.heartbeat_s,
+                meter=meter,
             )
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
@@ -165,15 +172,18 @@ class TargetReplica:
             model=_local_draft(config, self._vocab_size, self._tokenizer),
             depth=config.depth,
         )
+        prefixes = Prefixes(config.prefix_bytes) if config.prefix_bytes else None
         self._engine = Engine(
             self._model,
             drafters=self._speculator.drafters,
             rows=config.max_sessions,
             max_nodes=MAX_NODES,
-            prefixes=Prefixes(config.prefix_bytes) if config.prefix_bytes else None,
+            prefixes=prefixes,
             patience=config.read_ms / 1000,
         )
         """Touched in the forward thread only."""
+        self._bytes = _sizes(self._model)
+        self._watch = Watch(self._engine, prefixes, meter)
         self._pieces: dict[Text, _Pieces] = {}
         """Of the texts in the engine."""
         self._paused: dict[Text, asyncio.Task[DecodeState | None]] = {}
@@ -229,6 +239,7 @@ class TargetReplica:
             draft=draft,
             texts=self._num_texts,
             room=self._config.max_sessions,
+            **self._bytes,
         )
 
     async def check_health(self) -> None:
@@ -244,6 +255,7 @@ class TargetReplica:
             if task is not None and task.done() and not task.cancelled():
                 task.result()
         self._forward.check(self._config.stuck_s if self._ready.done() else START_S)
+        self._watch.tell()
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """Let ingresses go on elsewhere with their texts, for so long, and end."""
@@ -329,6 +341,7 @@ class TargetReplica:
                     tokens=piece.tokens,
                     accepted=piece.accepted,
                     logprobs=piece.logprobs,
+                    tree=piece.tree if job.trees else TokenTree.empty,
                 )
         finally:
             self._running.pop(text, None)
@@ -336,6 +349,7 @@ class TargetReplica:
             if self._pieces.pop(text, None) is not None:
                 self._forward.submit(self._engine.drop, text)
             self._speculator.close(text)
+            self._watch.end(text)
         if not started:
             yield _started(text)
         yield _finished(text)
@@ -362,7 +376,7 @@ class TargetReplica:
         """The engine goes on with it."""
         if self._rounds is None or self._rounds.done():
             raise LinearizedError("this replica no longer goes on with its texts")
-        await self._forward.run(self._engine.add, text, state)
+        await self._forward.run(self._watch.add, text, state, time.monotonic())
         self._wake.set()
 
     def _pause(self, text: Text) -> None:
@@ -396,7 +410,7 @@ class TargetReplica:
             self._wake.clear()
             while self._pieces:
                 try:
-                    found = await self._forward.run(self._engine.step)
+                    found = await self._forward.run(self._watch.step)
                 except Exception as error:
                     log.exception("a round failed; its texts end here")
                     await self._fail(error)
@@ -534,6 +548,20 @@ def _finished(text: Text) -> Finished:
         rounds=text.rounds,
         error=str(text.error) if text.error is not None else "",
     )
+
+
+def _sizes(model: transformers.PreTrainedModel) -> dict[str, int]:
+    """What the state of a text takes here, and its cache with softmax in all layers."""
+    state, config = linearized.new_state(model), model.config
+    heads = getattr(config, "num_attention_heads", 0)
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    grown = state.history.bytes_at(LONG) // LONG if state.history is not None else 0
+    return {
+        "state_bytes": state.nbytes,
+        "state_token_bytes": grown,
+        "cache_token_bytes": 2 * state.num_layers * heads * width * model.dtype.itemsize,
+    }
 
 
 def _local_draft(

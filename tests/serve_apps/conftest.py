@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import linearized
 from linearized.models import new_parameters
+from serve_apps.metrics import Meter, Metric
 
 
 def save_tiny(folder: Path, *, vocab: int, seed: int = 0, layers: int = 2) -> None:
@@ -65,3 +67,29 @@ def folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
     save_tiny(root / "other", vocab=100)
     save_padded(root / "draft", root / "padded", more=20)
     return {name: root / name for name in [*seeds, "other", "padded"]}
+
+
+class Kept(Meter):
+    """Remembers all numbers."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[Metric | str, ...], float] = defaultdict(float)
+        self.gauges: dict[Metric, float] = {}
+        self.values: dict[Metric, list[float]] = defaultdict(list)
+
+    def add(self, metric: Metric, value: float = 1, **labels: str) -> None:
+        assert metric.kind == "counter" and labels.keys() == set(metric.labels)
+        self.counts[metric, *labels.values()] += value
+
+    def set(self, metric: Metric, value: float) -> None:
+        assert metric.kind == "gauge"
+        self.gauges[metric] = value
+
+    def observe(self, metric: Metric, value: float) -> None:
+        assert metric.kind == "histogram"
+        self.values[metric].append(value)
+
+
+@pytest.fixture
+def meter() -> Kept:
+    return Kept()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from ray.serve.schema import ServeDeploySchema
 from cluster import keeper
 from cluster.local import LocalCluster
 from jobs.streams import Streams
+from serve_apps import metrics
 from serve_apps.app import Deployed, Given, build
 from serve_apps.link.protocol import Endpoint
 
@@ -265,6 +267,27 @@ def test_errors(client):
         error = response.json()["error"]
         assert error["code"] == code and error["message"] and "Traceback" not in response.text
         assert len(response.headers.get_list("x-request-id")) == 1
+
+
+@pytest.mark.ray
+def test_prometheus_is_told(app, client):
+    """Ray's agents are asked once in ten seconds or so what there is."""
+    assert complete(client).status_code == 200
+    (named,) = json.loads((app[1] / "prom_metrics_service_discovery.json").read_text())
+    wanted = {
+        metric.name for metric in (metrics.FIRST_TOKEN, metrics.GENERATED_TOKENS, metrics.RUNNING)
+    } | {metrics.ROUNDS.name, metrics.SNAPSHOT_BYTES.name, metrics.SESSIONS.name}
+    sample = re.compile(r"^ray_(linearized_\w+?)(_bucket|_sum|_count)?\{(.*)\} ", re.MULTILINE)
+
+    def seen():
+        pages = [httpx.get(f"http://{one}/metrics").text for one in named["targets"]]
+        return {name: labels for page in pages for name, _, labels in sample.findall(page)}
+
+    until(lambda: wanted <= seen().keys(), 60)
+    found = seen()
+    assert found.keys() <= metrics.METRICS.keys()
+    assert all('application="default"' in labels for labels in found.values())
+    assert 'deployment="draft"' in found[metrics.SESSIONS.name]
 
 
 @pytest.mark.ray

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from linearized.speculative import Alternatives
+from linearized.speculative import Alternatives, TokenTree
 from serve_apps.generation import Delta, Description, Finished, Refused, Started
 from serve_apps.http.ingress import IngressConfig, http_app
 from serve_apps.http.models import Model
@@ -40,12 +40,19 @@ class Echoing:
         self.raises: Exception = ValueError("secret detail")
         self.error = ""
         self.pause = 0.0
+        self.drafts = False
+        """Whether all but the last token of a word are drafted."""
 
     async def ready(self):
         if self.fails is not None:
             raise self.fails
         return Description(
-            fingerprint="fp", vocab_size=len(self._tokenizer), max_context=2000, draft="none"
+            fingerprint="fp",
+            vocab_size=len(self._tokenizer),
+            max_context=2000,
+            draft="none",
+            state_bytes=100,
+            cache_token_bytes=7,
         )
 
     async def close(self):
@@ -67,8 +74,13 @@ class Echoing:
                 if word == "fail":
                     raise self.raises
                 tokens = tuple(self._tokenizer(f" {word}")["input_ids"])
+                drafted = tokens[:-1] if self.drafts else ()
                 yield Delta(
-                    text=f" {word}", tokens=tokens, logprobs=self._logprobs(job, tokens, False)
+                    text=f" {word}",
+                    tokens=tokens,
+                    accepted=len(drafted),
+                    logprobs=self._logprobs(job, tokens, False),
+                    tree=TokenTree.chain([*drafted, 7]) if job.trees else TokenTree.empty,
                 )
             yield Delta(text="!", tokens=())
             yield Finished(
@@ -146,39 +158,58 @@ async def client(asking):
 class Served:
     url: str
     app: object
+    target: object
+    tokenizer: object
 
 
 @pytest.fixture(scope="session")
 def served(folders, chat_folder):
     """The app before a real, tiny model, on a port of its own."""
-    with serving(folders["target"], chat_folder, max_context=4096) as served:
+    with serving(tiny(folders["target"], max_context=4096), chat_folder) as served:
         yield served
 
 
 @pytest.fixture(scope="session")
 def served_briefly(folders, chat_folder):
     """The same with short texts only."""
-    with serving(folders["target"], chat_folder, max_context=24) as served:
+    with serving(tiny(folders["target"], max_context=24), chat_folder) as served:
         yield served
 
 
+@pytest.fixture(scope="session")
+def serving_echo(tokenizer):
+    """The app before the target that is made up, on a port of its own."""
+
+    def serving_echo(path, **settings):
+        return serving(lambda: Echoing(tokenizer), path, tokenizer=tokenizer, **settings)
+
+    return serving_echo
+
+
+def tiny(folder, *, max_context):
+    return lambda: TargetReplica(
+        TargetConfig(path=str(folder), max_context=max_context, pack=False)
+    )
+
+
 @contextlib.contextmanager
-def serving(folder, path, *, max_context):
+def serving(make, path, *, tokenizer=None, **settings):
+    """`make` makes the target, in the thread in which it is used."""
     started, ended = threading.Event(), threading.Event()
     found = {}
 
     async def main():
-        target = TargetReplica(TargetConfig(path=str(folder), max_context=max_context, pack=False))
+        target = make()
         try:
             await target.ready()
-            app = http_app([Model("tiny", path, target)], IngressConfig())
+            app = http_app([Model("tiny", path, target)], IngressConfig(**settings))
             options = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "ws": "none"}
             server = uvicorn.Server(uvicorn.Config(app, **options))
             serving = asyncio.create_task(server.serve())
             while not server.started:
                 await asyncio.sleep(0.01)
             port = server.servers[0].sockets[0].getsockname()[1]
-            found["served"] = Served(f"http://127.0.0.1:{port}", app)
+            found["served"] = Served(f"http://127.0.0.1:{port}", app, target, tokenizer)
             started.set()
             while not ended.is_set():
                 await asyncio.sleep(0.02)

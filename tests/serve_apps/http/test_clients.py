@@ -281,11 +281,12 @@ def test_what_is_known_of_a_prompt_changes_no_text(post, mode):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_the_lines_of_the_documentation_work(served):
-    """Each `curl` of docs/serving.md, as somebody would paste it."""
-    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/serving.md"])
+def test_the_lines_of_the_documentation_work(served, name):
+    """Each `curl` of the page, as somebody would paste it."""
+    page = (Path(__file__).parents[3] / name).read_text()
     lines = re.findall(r"^    (curl (?:.*\n(?=      ))*.*)$", page, re.MULTILINE)
-    assert len(lines) >= 4
+    assert len(lines) == page.count("    curl ") >= 1
     for line in lines:
         here = line.replace("localhost:8000", served.url).replace('"target"', '"tiny"')
         done = subprocess.run(

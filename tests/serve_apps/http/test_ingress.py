@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from serve_apps.generation import Delta, Refused
 from serve_apps.http import bodies, requests
 from serve_apps.http.streams import TargetLost
 from serve_apps.http.tokens import Tokenizer
+from serve_apps.logs import JsonLines
 
 SCOPE = {
     "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
@@ -466,3 +468,112 @@ async def test_line_breaks_of_unicode_are_escaped_in_events(client):
         assert not line or line.startswith("data: ")
     first = json.loads(events(response)[0])
     assert first["choices"][0]["text"] == text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_each_request_is_a_line_of_the_log(client, tokenizer, caplog, stream):
+    caplog.set_level(logging.INFO)
+    headers = {"x-request-id": "mine-2"}
+    body = {"model": "m", "prompt": "secret words", "stream": stream, "user": "secret name"}
+    await client.post("/v1/completions", json=body, headers=headers)
+    await client.get("/health")
+    (line,) = [r for r in caplog.records if r.name.startswith("serve_apps")]
+    seconds = line.fields.pop("seconds")
+    assert seconds >= 0 and line.fields == {
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "key": None,
+        "stream": stream,
+        "texts": 1,
+        "prompt_tokens": len(tokenizer("secret words")["input_ids"]),
+        "cached_tokens": 1,
+        "completion_tokens": sum(
+            len(tokenizer(f" {word}")["input_ids"]) for word in ("secret", "words")
+        ),
+        "rounds": 2,
+    }
+    assert "secret" not in JsonLines().format(line)
+
+
+async def test_lines_of_the_log_say_what_went_wrong(client, target, caplog):
+    caplog.set_level(logging.INFO)
+    await post(client, model="x")
+    target.raises = TargetLost("replica 3 died")
+    await post(client, prompt="fail", stream=True)
+    fields = [r.fields for r in caplog.records if r.getMessage() == "request"]
+    assert [(one["status"], one.get("code")) for one in fields] == [
+        (404, "model_not_found"), (200, "target_lost")
+    ]  # fmt: skip
+
+
+async def test_what_is_logged_in_a_request_bears_its_name(client, target, caplog):
+    caplog.set_level(logging.INFO)
+    names = []
+    handler = logging.Handler()
+    handler.emit = lambda record: names.append(json.loads(JsonLines().format(record)))
+    logger = logging.getLogger("serve_apps.http.guard")
+    logger.addHandler(handler)
+    try:
+        target.raises = TargetLost("replica 3 died")
+        for number in "ab":
+            body = {"model": "m", "prompt": "a fail", "stream": True}
+            headers = {"x-request-id": f"mine-{number}"}
+            await client.post("/v1/completions", json=body, headers=headers)
+    finally:
+        logger.removeHandler(handler)
+    assert [one["request_id"] for one in names] == ["mine-a"] * 2 + ["mine-b"] * 2
+    assert json.loads(JsonLines().format(caplog.records[-1])).get("request_id") is None
+
+
+async def test_rounds_are_told_to_who_asks(client, target, tokenizer):
+    options = {"stream": True, "prompt": "a béd", "stream_options": {"include_rounds": True}}
+    target.drafts = True
+    *chunks, _ = events(await post(client, **options))
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    first, *others = choices
+    assert first["prompt"] == {"tokens": len(tokenizer("a béd")["input_ids"]), "cached_tokens": 1}
+    assert first["text"] == "" and "round" not in first
+    rounds = [one["round"] for one in others if "round" in one]
+    assert len(rounds) == 2
+    text, marks = "".join(one["text"] for one in choices), []
+    for found in rounds:
+        marks += [(token["offset"], token["drafted"]) for token in found["tokens"]]
+        tree = found["tree"]
+        assert tree["parents"] == [-1, *range(len(tree["tokens"]) - 1)]
+        assert tree["accepted"] == list(range(len(found["tokens"]) - 1))
+    assert text == " a béd!"
+    assert marks[0][0] == 0 and marks == sorted(marks, key=lambda mark: mark[0])
+    assert [drafted for _, drafted in marks][-1] is False and any(drafted for _, drafted in marks)
+    assert all("usage" not in json.loads(chunk) for chunk in chunks)
+
+
+async def test_nobody_is_told_of_rounds_who_did_not_ask(client, target):
+    target.drafts = True
+    response = await post(client, stream=True)
+    assert "round" not in response.text and "cached_tokens" not in response.text
+    assert not target.jobs[0].trees
+    wrong = await post(client, stream_options={"include_rounds": True})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "stream_options"
+
+
+async def test_the_page_of_a_model_says_what_it_needs(client, target, asking, folder):
+    (model,) = (await client.get("/v1/models")).json()["data"]
+    assert model["chat"] and model["max_model_len"] == 2000
+    assert (model["state_bytes"], model["cache_token_bytes"]) == (100, 7)
+    target.fails = RuntimeError("no replica")
+    async with asking(path=folder) as plain:
+        (model,) = (await plain.get("/v1/models")).json()["data"]
+    assert not model["chat"] and "state_bytes" not in model
+
+
+async def test_the_playground_needs_nothing_from_outside(client):
+    response = await client.get("/")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert (await client.head("/")).status_code == 200
+    assert not re.findall(
+        r"(?:https?:)?//[\w.]+/", response.text.replace("www.w3.org/2000/svg", "")
+    )
+    assert " style=" not in response.text and " onclick=" not in response.text

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from linearized.speculative import Alternatives, Sampling
+from linearized.speculative import Alternatives, Sampling, TokenTree
+from serve_apps import metrics
 from serve_apps.generation import Delta, Description, Finished, Generation, Refused, Started
 from serve_apps.http import relay
 from serve_apps.http.relay import Relay
@@ -48,6 +49,7 @@ class Scripted:
                     tokens=some,
                     accepted=len(some) - 1,
                     logprobs=tuple(Alternatives(-float(token), ()) for token in some),
+                    tree=TokenTree.chain(some[:-1]) if job.trees else TokenTree.empty,
                 )
             self.live(at)
             yield Finished(reason="length", rounds=len(self.whole) // self.step)
@@ -224,3 +226,27 @@ async def test_whoever_stops_reading_ends_it():
         await anext(events)
     await events.aclose()
     assert one.ended == 1
+
+
+async def test_failovers_and_their_gaps_are_counted(meter):
+    replicas = Fixed(Scripted(dies_after=6), Scripted())
+    async for _ in Relay(replicas, meter=meter).complete(JOB):
+        pass
+    assert meter.counts[metrics.FAILOVERS,] == len(meter.values[metrics.GAP]) == 1
+
+
+async def test_rounds_are_told_of_once(caplog):
+    job = replace(JOB, trees=True)
+    first, second = Scripted(dies_after=6, step=3), Scripted(step=2)
+    events = await follow(first, second, job=job)
+    deltas = [event for event in events if isinstance(event, Delta)]
+    # The second replica's first round was in part seen already; what it drafted is left out.
+    assert [bool(event.tree) for event in deltas[:4]] == [True, True, False, True]
+    assert sum(len(event.tokens) for event in deltas) == len(WHOLE)
+
+
+async def test_the_log_does_not_say_what_was_said(caplog):
+    other = (*WHOLE[:5], 77, *WHOLE[6:])
+    with caplog.at_level(logging.WARNING):
+        await follow(Scripted(dies_after=6), Scripted(whole=other))
+    assert "77" not in caplog.text and str(WHOLE[5]) not in caplog.text

@@ -234,10 +234,11 @@ def greedy(temperature: float) -> list:
         ({"a": 1}, "begins with its number"),
         ([13, 1, 33], "integer between"),  # more events than a window has
         ([14, 1, [9, []]], "integer between"),  # no such event
-        ([14, 1, [1, ["a", [-1], 0, []]]], "token ids"),
-        ([14, 1, [1, ["a", [True], 0, []]]], "token ids"),
+        ([14, 1, [1, ["a", [-1], 0, [], [[], [], []]]]], "token ids"),
+        ([14, 1, [1, ["a", [True], 0, [], [[], [], []]]]], "token ids"),
+        ([14, 1, [1, ["a", [5], 0, [], [[5], [0], []]]]], "earlier node"),
         ([14, 1, [2, ["done", [], [], 1, ""]]], "expected one of"),
-        ([11, 1, []], "10 values"),
+        ([11, 1, []], "11 values"),
     ],
 )
 def test_refused(values, says):
