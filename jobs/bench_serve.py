@@ -1,275 +1,304 @@
-"""The app through its door, beside the engine alone: tokens a second, first token, time between
-tokens, the link's round trip, and the gap in a stream whose target is killed.
+"""The app through its door against what it should reach: beside the engine alone, with drafts,
+beside other servers, with prompts that were seen before, with targets that are killed, and with as
+many requests as it can take.
 
-    python -m jobs.bench_serve --target runs/mine/target --draft runs/mine/draft
-    python -m jobs.bench_serve --target runs/mine/target --url http://127.0.0.1:8000 --model other
+    python -m jobs.pair bench                     # once: trains what is measured
+    python -m jobs.bench_serve                    # on a machine that does nothing else
+    python -m jobs.bench_serve --parts one,many
+    python -m jobs.bench_serve --run runs/demo --quick    # for a look, not for figures
 
-Starts the app on a cluster of its own, as users start it; or, with `--url`, asks a server that runs
-already, whosever it is, if it has OpenAI's completions. Prompts are random token ids. Ends with one
-line of JSON.
+| part | what is measured |
+|---|---|
+| one | a text at a time, without drafts: the engine in this process, and the door |
+| draft | a text at a time through the door: with a draft in a replica of its own, and without |
+| many | several texts at a time: ours, `transformers serve` on the teacher, and others if given |
+| prefix | a long prompt the first time and the second; a short prefix that prompts share |
+| killed | the longest pause of a stream whose target is killed, with a second one there |
+| rate | as many requests a second as begin in time |
+
+Starts each server itself, on loopback, and ends it. Servers have as many threads in total as
+`--threads` says, and take turns with the same prompts. Ends with one line of JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import json
 import os
-import random
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
-import psutil
 import torch
 import typer
+from rich.console import Console
 
-import linearized
-from cluster.local import LocalCluster
-from jobs import measure
-from jobs.measure import Machine, last_line, show
-from linearized.errors import ClusterError
-from linearized.speculative import Engine, NgramDrafter, Sampling, Text
+from jobs import measure, serving
+from jobs.measure import Bar, Machine, Timing, last_line, show, show_bars
+from jobs.servers import Server, llama_server, ours, transformers_serve
+from jobs.serving import FIRST_S, SHARED, Asked, Corpus
+from linearized.errors import LinearizedError
 
-ROOT = Path(__file__).parents[1]
-START_S = 600.0
-KILLS = 5
+PARTS = ("one", "many", "prefix", "rate", "draft", "killed")
+"""Those that share an app stand side by side."""
+RIVAL = "transformers serve"
+LONG = 8192
+"""Tokens of the prompt that is seen twice."""
+Results = dict[str, Any]
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the model.")],
-    draft: Annotated[Path | None, typer.Option(help="Folder of the draft model.")] = None,
-    url: Annotated[str, typer.Option(help="A server that runs already.")] = "",
-    model: Annotated[str, typer.Option(help="Its model's name.")] = "",
-    streams: Annotated[str, typer.Option(help="Numbers of streams, with commas.")] = "1,4,8",
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
-    tokens: Annotated[int, typer.Option(help="New tokens of a text.")] = 64,
-    turns: Annotated[int, typer.Option(help="Texts of each stream.")] = 3,
-    speculate: Annotated[str, typer.Option(help="model, ngram, none; empty: not said.")] = "none",
+    run: Annotated[Path, typer.Option(help="A folder with target, draft, teacher, data.")] = Path(
+        "runs/bench"
+    ),
+    parts: Annotated[str, typer.Option(help="Which, with commas between.")] = ",".join(PARTS),
+    loads: Annotated[
+        str, typer.Option(help="Of `many`: streams x tokens of a prompt, with commas between.")
+    ] = "8x256,4x4096",
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of a text.")] = 64,
+    texts: Annotated[int, typer.Option(min=1, help="Of each stream in a turn of `many`.")] = 2,
+    turns: Annotated[int, typer.Option(min=1, help="Of each that is compared.")] = 9,
+    kills: Annotated[int, typer.Option(min=1, help="Targets to kill.")] = 10,
+    requests: Annotated[int, typer.Option(min=1, help="Of `rate`.")] = 1000,
+    request: Annotated[
+        str, typer.Option(help="Of `rate`: tokens of a prompt x new tokens.")
+    ] = "64x16",
+    threads: Annotated[int, typer.Option(min=0, help="Of each server; 0: one a core.")] = 0,
+    compile: Annotated[bool, typer.Option(help="Compile our steps.")] = False,
     settings: Annotated[str, typer.Option(help="More of the app's, as `key=value …`.")] = "",
-    kills: Annotated[int, typer.Option(help="Targets to kill in mid-stream.")] = KILLS,
+    llama: Annotated[
+        Path | None, typer.Option("--llama-server", help="llama.cpp's server, for `many`.")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The model for it.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few short texts.")] = False,
 ) -> None:
-    """Measure a server."""
+    """Measure the app, and those that people would start instead."""
+    long = LONG
+    if quick:
+        loads, tokens, texts, turns, kills, requests = "2x16", 8, 1, 2, 1, 12
+        request, long = "8x4", 64
+    chosen = parts.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(
+            f"there is no part {unknown.pop()!r}; choose from {', '.join(PARTS)}"
+        )
+    if (llama is None) != (gguf is None):
+        raise typer.BadParameter("--llama-server and --gguf go together")
+    threads = threads or os.cpu_count() or 1
     try:
-        sizes = [int(size) for size in streams.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"streams must be numbers with commas, got {streams!r}") from error
+        sizes = [_pair(load) for load in loads.split(",")]
+        prompt, new = _pair(request)
+        corpus = Corpus(run)
+    except (ValueError, OSError, LinearizedError) as error:
+        raise typer.BadParameter(str(error)) from error
+    asked = Asked(corpus=corpus, prompt=sizes[0][1], tokens=tokens, texts=texts, turns=turns)
     console = measure.console()
+    torch.set_num_threads(threads)
     machine = Machine.measure(torch.device("cpu"), torch.float32)
     console.print(str(machine))
-    vocabulary = json.loads((target / "config.json").read_text())["vocab_size"]
-    load = _Load(model or target.name, vocabulary, prompt, tokens, turns, speculate)
-    results: dict[str, Any] = {}
-    if url:
-        results["door"] = {size: asyncio.run(load.through(url, size)) for size in sizes}
-    else:
-        results["round_trip"] = _round_trip()
-        results["engine"] = {size: _alone(target, load, size) for size in sizes}
-        extra = [f"draft={draft}"] if draft is not None else []
-        with _app(target, [*extra, *settings.split()]) as (own, _):
-            results["door"] = {size: asyncio.run(load.through(own, size)) for size in sizes}
-        if kills:
-            two = [*settings.split(), "target_replicas=2", "target_cpus=0.9"]
-            with _app(target, two) as (own, folder):
-                results["gaps"] = [_gap(own, folder, load) for _ in range(kills)]
-    rows = [
-        [where, str(size), *(f"{value:,.1f}" for value in _in_columns(found))]
-        for where in ("engine", "door")
-        for size, found in results.get(where, {}).items()
-    ]
-    columns = ["where", "streams", "tokens/s", "first p50 ms", "p99", "between p50 ms", "p99"]
-    show(f"{prompt} tokens of prompt, {tokens} new ones", columns, rows, console)
-    for name, one in results.get("round_trip", {}).items():
-        console.print(f"link, {name}: p50 {1e3 * one['p50']:.2f} ms, p99 {1e3 * one['p99']:.2f} ms")
-    if results.get("gaps"):
-        gaps = sorted(results["gaps"])
-        middle = statistics.median(gaps)
-        console.print(f"a killed target: gaps of {middle:.2f} s p50, {gaps[-1]:.2f} s at most")
+
+    extra = [f"compile={str(compile).lower()}", *settings.split()]
+    results: Results = {}
+    if {"one", "many", "prefix", "rate"} & set(chosen):
+        with ours(run / "target", [f"target_cpus={threads}", "ingress_cpus=0", *extra]) as server:
+            if "one" in chosen:
+                pack = "pack=false" not in extra
+                engine = serving.engine_of(
+                    run / "target", threads=threads, pack=pack, compile=compile
+                )
+                results["one"] = {
+                    "round_trip": serving.round_trip(),
+                    **asyncio.run(serving.one_stream(asked, server, engine)),
+                }
+                _show_one(results["one"], console)
+            if "many" in chosen:
+                with _others(run, threads, sizes, tokens, llama, gguf, console) as others:
+                    results["many"] = _many(asked, sizes, [server, *others], console)
+            if "prefix" in chosen:
+                load = replace(asked, prompt=long)
+                results["prefix"] = asyncio.run(serving.seen_before(load, server))
+                _show_prefix(results["prefix"], console)
+            if "rate" in chosen:
+                load = replace(asked, prompt=prompt, tokens=new)
+                results["rate"] = asyncio.run(serving.at_highest_rate(load, server, requests))
+                _show_rate(results["rate"], request, console)
+    if "draft" in chosen and not (run / "draft").exists():
+        console.print("not there, and not measured: draft")
+    elif "draft" in chosen:
+        with ours(run / "target", [f"draft={run / 'draft'}", *extra]) as server:
+            results["draft"] = asyncio.run(serving.drafted(asked, server))
+            _show_draft(results["draft"], console)
+    if "killed" in chosen:
+        two = ["target_replicas=2", f"target_cpus={(threads - 0.1) / 2}", *extra]
+        with ours(run / "target", two) as server:
+            load = replace(asked, tokens=4 * tokens)
+            results["killed"] = asyncio.run(serving.killed(load, server, kills))
+            _show_killed(results["killed"], console)
+    bars = _bars(results)
+    show_bars(bars, console)
     config = {
-        "target": str(target), "draft": str(draft or ""), "url": url, "prompt": prompt,
-        "tokens": tokens, "turns": turns, "speculate": speculate, "settings": settings,
+        "run": str(run), "parts": chosen, "loads": loads, "tokens": tokens, "texts": texts,
+        "turns": turns, "kills": kills, "requests": requests, "request": request,
+        "threads": threads, "compile": compile, "settings": settings, "quick": quick,
     }  # fmt: skip
-    print(last_line("bench_serve", machine, config=config, results=results))
+    print(last_line("bench_serve", machine, config=config, results=results, bars=bars))
 
 
-class _Load:
-    """What is asked for, of whatever server."""
-
-    def __init__(
-        self, model: str, vocabulary: int, prompt: int, tokens: int, turns: int, speculate: str
-    ) -> None:
-        self.model, self.vocabulary, self.tokens = model, vocabulary, tokens
-        self.prompt, self.turns, self.speculate = prompt, turns, speculate
-
-    def ids(self, seed: int) -> list[int]:
-        draw = random.Random(seed)
-        return [draw.randrange(self.vocabulary) for _ in range(self.prompt)]
-
-    def body(self, seed: int, tokens: int) -> dict[str, Any]:
-        body = {"model": self.model, "prompt": self.ids(seed), "max_tokens": tokens}
-        ours = {"speculate": self.speculate} if self.speculate else {}
-        return {**body, **ours, "temperature": 0, "stream": True}
-
-    async def through(self, url: str, streams: int) -> dict[str, float]:
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            await self.times(client, 10**6, self.tokens)  # warm
-            began = time.perf_counter()
-            found = await asyncio.gather(
-                *(self._several(client, 1000 * stream) for stream in range(streams))
-            )
-            seconds = time.perf_counter() - began
-        return _summary([times for few in found for times in few], self.tokens, seconds)
-
-    async def _several(self, client: httpx.AsyncClient, first: int) -> list[list[float]]:
-        return [await self.times(client, first + turn, self.tokens) for turn in range(self.turns)]
-
-    async def times(
-        self,
-        client: httpx.AsyncClient,
-        seed: int,
-        tokens: int,
-        heard: Callable[[], None] = lambda: None,
-    ) -> list[float]:
-        """When the request was sent, and when its chunks came."""
-        times = [time.perf_counter()]
-        body = self.body(seed, tokens)
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                await response.aread()
-                raise ClusterError(f"the server answers {response.status_code}: {response.text}")
-            async for line in response.aiter_lines():
-                if "error" in line[:20]:
-                    raise ClusterError(f"the stream ends with {line}")
-                if line.startswith("data: {"):
-                    times.append(time.perf_counter())
-                    heard()
-        return times
+def _pair(text: str) -> tuple[int, int]:
+    """
+    Raises:
+        ValueError: it is no two numbers.
+    """
+    first, x, second = text.partition("x")
+    if x and first.isdecimal() and second.isdecimal() and int(first) and int(second):
+        return int(first), int(second)
+    raise ValueError(f"two numbers with an x between them are needed, such as 8x256, got {text!r}")
 
 
-def _summary(found: list[list[float]], tokens: int, seconds: float) -> dict[str, float]:
-    firsts = [times[1] - times[0] for times in found]
-    between = [pause for times in found for pause in _pauses(times)]
-    return {
-        "tokens_per_s": len(found) * tokens / seconds,
-        "first_p50": _quantile(firsts, 0.5),
-        "first_p99": _quantile(firsts, 0.99),
-        "between_p50": _quantile(between, 0.5),
-        "between_p99": _quantile(between, 0.99),
-    }
-
-
-def _pauses(times: list[float]) -> list[float]:
-    """Between the chunks of one stream."""
-    return [later - earlier for earlier, later in itertools.pairwise(times[1:])]
-
-
-def _in_columns(found: dict[str, float]) -> list[float]:
-    speed, *times = found.values()
-    return [speed, *(1e3 * seconds for seconds in times)]
-
-
-def _quantile(values: list[float], part: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
-
-
-def _alone(target: Path, load: _Load, streams: int) -> dict[str, float]:
-    """The engine in this process, with one thread as a target replica has it."""
-    torch.set_num_threads(1)
-    model = linearized.load(target)
-    linearized.pack(model)
-    drafters = [] if load.speculate == "none" else [NgramDrafter()]
-    engine = Engine(model, drafters=drafters, rows=16)
-    engine.measure()
-    found: list[list[float]] = []
-    began = time.perf_counter()
-    for turn in range(load.turns):
-        times: dict[Text, list[float]] = {}
-        for stream in range(streams):
-            prompt = load.ids(1000 * stream + turn)
-            text = Text(prompt, sampling=Sampling(), max_new_tokens=load.tokens)
-            times[text] = [time.perf_counter()]
-            engine.add(text)
-        while engine.busy:
-            for text, _ in engine.step():
-                times[text].append(time.perf_counter())
-        found += times.values()
-    return _summary(found, load.tokens, time.perf_counter() - began)
-
-
-def _round_trip() -> dict[str, dict[str, float]]:
-    command = [sys.executable, "-m", "serve_apps.link.round_trip"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+def _many(
+    asked: Asked, sizes: list[tuple[int, int]], servers: list[Server], console: Console
+) -> Results:
+    found = {}
+    for streams, length in sizes:
+        name, load = f"{streams} x {length}", replace(asked, prompt=length)
+        found[name] = asyncio.run(serving.many_streams(load, servers, streams))
+        _show_many(name, found[name], asked.tokens, console)
     return found
 
 
 @contextlib.contextmanager
-def _app(target: Path, settings: list[str]) -> Iterator[tuple[str, Path]]:
-    """The app on a cluster of its own: its URL, and the cluster's folder."""
-    with LocalCluster(num_cpus=max(2, os.cpu_count() or 1)) as cluster:
-        env = {**os.environ, **cluster.env}
-        serve = [sys.executable, "-m", "ray.serve.scripts"]
-        start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
-        app = ["run", "--non-blocking", "serve_apps.app:build", f"target={target}", *settings]
-        for command in (start, app):
-            done = subprocess.run(
-                [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True
+def _others(
+    run: Path,
+    threads: int,
+    sizes: list[tuple[int, int]],
+    tokens: int,
+    llama: Path | None,
+    gguf: Path | None,
+    console: Console,
+) -> Iterator[list[Server]]:
+    """Servers beside ours, all of which run and wait for their turns."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        if (run / "teacher").exists():
+            found.append(stack.enter_context(transformers_serve(run / "teacher", threads)))
+        else:
+            console.print("not there, and not measured: teacher, the softmax twin")
+        if llama is not None and gguf is not None:
+            streams = max(streams for streams, _ in sizes)
+            context = max(length for _, length in sizes) + tokens + 64
+            found.append(
+                stack.enter_context(
+                    llama_server(llama, gguf, threads, streams=streams, context=context)
+                )
             )
-            if done.returncode:
-                raise ClusterError(f"the app did not start: {done.stderr.strip()[-500:]}")
-        url = f"http://127.0.0.1:{cluster.http_port}"
-        _wait(lambda: httpx.get(f"{url}/health").status_code == 200)
-        yield url, cluster.temp
+        yield found
 
 
-def _gap(url: str, folder: Path, load: _Load) -> float:
-    """The longest pause of a stream whose target is killed. Both may go on with it: the one that
-    works most is killed."""
-    _wait(lambda: len(_targets(folder)) == 2)
-    time.sleep(3.0)  # until the ingress knows both
+def _bars(results: Results) -> list[Bar]:
+    one, draft = results.get("one"), results.get("draft")
+    prefix, killed, rate = results.get("prefix"), results.get("killed"), results.get("rate")
+    bars = [
+        Bar("one stream: time of a token, door / engine", _over(one, "token"), 1.15, least=False),
+        Bar("one stream: first token, door − engine, ms", _later(one), 10, least=False),
+        Bar("link: round trip p50, ms", _ms(one and one["round_trip"]["unix"]["p50"]), 0.3, False),
+        Bar(
+            "one stream, drafts in a replica / plain, tokens/s",
+            draft and draft["none"]["token"].median / draft["model"]["token"].median,
+            1.8,
+        ),
+    ]
+    for name, found in results.get("many", {"8 x 256": {}, "4 x 4096": {}}).items():
+        mine, theirs = found.get("ours"), found.get(RIVAL)
+        both = mine is not None and theirs is not None
+        speed = theirs["token"].median / mine["token"].median if both else None
+        pause = mine["between_p99"] / theirs["between_p99"] if both else None
+        bars += [
+            Bar(f"{name}: tokens/s, ours / {RIVAL}", speed, 2),
+            Bar(f"{name}: between tokens p99, ours / {RIVAL}", pause, 1, least=False),
+        ]
+    return [
+        *bars,
+        Bar(
+            "a prompt seen before: first token / the first time",
+            prefix and prefix["seen"].median / prefix["new"].median,
+            0.1,
+            least=False,
+        ),
+        Bar("a shared prefix: tokens not read again", prefix and prefix["shared"], SHARED),
+        Bar("a killed target: gap p99, s", killed and killed["gap_p99"], 2, least=False),
+        Bar("a killed target: other texts", killed and killed["differing"], 0, least=False),
+        Bar("highest rate: errors", rate and rate["errors"], 0, least=False),
+        Bar("highest rate: first token p99, s", rate and rate["first_p99"], FIRST_S, least=False),
+    ]
 
-    async def run() -> list[float]:
-        count = 0
-        before = {process: sum(process.cpu_times()[:2]) for process in _targets(folder)}
 
-        def heard() -> None:
-            nonlocal count
-            count += 1
-            if count == 64:
-                max(before, key=lambda one: sum(one.cpu_times()[:2]) - before[one]).kill()
-
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            return await load.times(client, 77, 256, heard)
-
-    times = asyncio.run(run())
-    return max(_pauses(times))
+def _over(one: Results | None, what: str) -> float | None:
+    return one and one["ours"][what].median / one["engine"][what].median
 
 
-def _targets(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "ServeReplica" in (name := " ".join(process.info["cmdline"] or [])) and (
-            ":target" in name and (parent := process.parent()) is not None
-        ):
-            found += [process] * (str(folder) in " ".join(parent.cmdline()))
-    return found
+def _later(one: Results | None) -> float | None:
+    return _ms(one and one["ours"]["first"].median - one["engine"]["first"].median)
 
 
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
-            if condition():
-                return
-        time.sleep(0.3)
-    raise ClusterError(f"the app was not healthy within {START_S:.0f} s")
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def _show_one(found: Results, console: Console) -> None:
+    rows = [
+        [name, str(found[name]["token"]), str(found[name]["first"])] for name in ("engine", "ours")
+    ]
+    show("One stream, no drafts", ["", "time of a token (quartiles)", "first token"], rows, console)
+    for kind, trip in found["round_trip"].items():
+        p50, p99 = (f"{1e3 * trip[part]:.2f} ms" for part in ("p50", "p99"))
+        console.print(f"round trip over the link, {kind}: p50 {p50}, p99 {p99}")
+
+
+def _show_draft(found: Results, console: Console) -> None:
+    rows = [[name, str(times["token"]), str(times["first"])] for name, times in found.items()]
+    title = "One stream, a draft in a replica of its own, one thread a side"
+    show(title, ["drafts", "time of a token (quartiles)", "first token"], rows, console)
+
+
+def _show_many(load: str, found: Results, tokens: int, console: Console) -> None:
+    rows = [
+        [
+            name,
+            f"{_rate(one['token'])} ({1 / one['token'].high:,.1f}–{1 / one['token'].low:,.1f})",
+            str(one["first"]),
+            f"{1e3 * one['between_p50']:,.1f} ms",
+            f"{1e3 * one['between_p99']:,.1f} ms",
+        ]
+        for name, one in found.items()
+    ]
+    columns = ["", "tokens/s (quartiles)", "first token", "between p50", "p99"]
+    show(f"{load} tokens of prompt, {tokens} new ones", columns, rows, console)
+
+
+def _rate(token: Timing) -> str:
+    return f"{1 / token.median:,.1f}"
+
+
+def _show_prefix(found: Results, console: Console) -> None:
+    rows = [["the first time", str(found["new"])], ["the second time", str(found["seen"])]]
+    show(f"First token of a prompt of {found['tokens']:,} tokens", ["", "time"], rows, console)
+    console.print(f"a prefix of {SHARED} tokens, third prompt: {found['shared']} not read again")
+
+
+def _show_killed(found: Results, console: Console) -> None:
+    console.print(
+        f"{len(found['gaps'])} killed targets: longest pauses of {found['gap_p50']:.2f} s p50, "
+        f"{found['gap_p99']:.2f} s p99; {found['differing']} texts other than in a calm run"
+    )
+
+
+def _show_rate(found: Results, request: str, console: Console) -> None:
+    console.print(
+        f"{found['requests']} requests of {request} tokens at {found['rate']:.2f} a second: first "
+        f"token p99 {found['first_p99']:.2f} s, {found['errors']} errors "
+        f"{'; '.join(found['reasons'])}"
+    )
 
 
 if __name__ == "__main__":
