@@ -60,7 +60,10 @@ class DraftReplica:
         """`host` is the address at which targets reach this machine."""
         self._config = config
         self._forward = Forward(threads=config.threads, name="draft")
-        self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
+        # In its thread: packing chooses by what is fastest with as many threads as that has.
+        self._model = self._forward.wait(
+            weights.load, config.path, pack=config.pack, compile=config.compile
+        )
         self._server = DraftServer(
             self._drafter,
             forward=self._forward,

@@ -122,7 +122,10 @@ class TargetReplica:
         """
         self._config = config
         self._forward = Forward(threads=config.threads, name="target")
-        self._model = weights.load(config.path, pack=config.pack, compile=config.compile)
+        # In its thread: packing chooses by what is fastest with as many threads as that has.
+        self._model = self._forward.wait(
+            weights.load, config.path, pack=config.pack, compile=config.compile
+        )
         linearized.models.check_decoder(self._model)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
         self._vocab_size = self._model.config.vocab_size
@@ -136,7 +139,9 @@ class TargetReplica:
         self._decode = decoding(self._tokenizer)
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
         self._speculator = Speculator(
-            links=self._links, model=_local_draft(config), depth=config.depth
+            links=self._links,
+            model=self._forward.wait(_local_draft, config),
+            depth=config.depth,
         )
         self._engine = Engine(
             self._model,
