@@ -180,18 +180,16 @@ def _others(
     """Servers beside ours, all of which run and wait for their turns."""
     with contextlib.ExitStack() as stack:
         found = []
+        streams = max(streams for streams, _ in sizes)
+        context = max(length for _, length in sizes) + tokens + 64
         if (run / "teacher").exists():
-            found.append(stack.enter_context(transformers_serve(run / "teacher", threads)))
+            twin = transformers_serve(run / "teacher", threads, streams=streams, context=context)
+            found.append(stack.enter_context(twin))
         else:
             console.print("not there, and not measured: teacher, the softmax twin")
         if llama is not None and gguf is not None:
-            streams = max(streams for streams, _ in sizes)
-            context = max(length for _, length in sizes) + tokens + 64
-            found.append(
-                stack.enter_context(
-                    llama_server(llama, gguf, threads, streams=streams, context=context)
-                )
-            )
+            other = llama_server(llama, gguf, threads, streams=streams, context=context)
+            found.append(stack.enter_context(other))
         yield found
 
 

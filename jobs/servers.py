@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 START_S = 600.0
 """Seconds that a server may take to its first healthy answer; compiling takes minutes."""
 STOP_S = 20.0
+PAGE, CHUNK = 256, 512
+"""Tokens of a page of transformers' cache, and of those that it reads at once."""
 WITH_USAGE = {"stream_options": {"include_usage": True}}
 
 
@@ -91,9 +93,12 @@ def ours(target: Path, settings: Sequence[str]) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def transformers_serve(model: Path, threads: int) -> Iterator[Server]:
-    """`transformers serve --continuous-batching` on a softmax model. Its batching fixes how the
-    first request is sampled for all.
+def transformers_serve(
+    model: Path, threads: int, *, streams: int, context: int
+) -> Iterator[Server]:
+    """`transformers serve --continuous-batching` on a softmax model, with room for so many texts of
+    so many tokens: left to itself it takes more than half of the machine's memory. Its batching
+    fixes how the first request is sampled for all.
 
     Raises:
         ClusterError: it did not start.
@@ -102,6 +107,8 @@ def transformers_serve(model: Path, threads: int) -> Iterator[Server]:
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
     command += ["--continuous-batching", "--device", "cpu", "--port", str(port)]
     command += ["--host", "127.0.0.1", "--log-level", "error"]
+    command += ["--cb-num-blocks", str(streams * (2 + context // PAGE))]
+    command += ["--cb-max-batch-tokens", str(CHUNK)]
     name = "transformers serve"
     with _started(name, command, threads, port) as process:
         yield Server(name=name, url=_url(port), model=str(model), process=process)
