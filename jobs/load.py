@@ -193,23 +193,17 @@ async def at_rate(
 
 
 async def highest(
-    passes: Callable[[float], Awaitable[bool]], start: float, *, probes: int
+    passes: Callable[[float], Awaitable[bool]], limit: float, *, probes: int
 ) -> float:
-    """The highest rate that is seen to pass, found by `probes` looks: doubled or halved from
-    `start` on until it lies between two, then in the middle of these (of their logarithms). 0.0:
-    none has passed."""
-    low, high, rate = 0.0, math.inf, start
+    """The highest rate below `limit` that is seen to pass, found by `probes` looks, each in the
+    middle between what has passed and what has not. 0.0: none has."""
+    low, high = 0.0, limit
     for _ in range(probes):
+        rate = (low + high) / 2
         if await passes(rate):
             low = rate
         else:
             high = rate
-        if not low:
-            rate = high / 2
-        elif high == math.inf:
-            rate = 2 * low
-        else:
-            rate = math.sqrt(low * high)
     return low
 
 

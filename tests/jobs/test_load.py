@@ -114,13 +114,12 @@ async def test_streams_go_on_side_by_side(server, client):
     assert server.most == 3 and seconds > 0
 
 
-@pytest.mark.parametrize("limit", [0.3, 1.0, 5.0, 40.0])
-async def test_the_highest_rate_lies_just_below_the_limit(limit):
+@pytest.mark.parametrize("able", [0.3, 1.0, 5.0, 9.9])
+async def test_the_highest_rate_lies_just_below_what_passes(able):
     async def passes(rate: float) -> bool:
-        return rate <= limit
+        return rate <= able
 
-    found = await highest(passes, 2.0, probes=9)
-    assert limit / 1.1 < found <= limit
+    assert able - 0.1 < await highest(passes, 10.0, probes=7) <= able
 
 
 async def test_no_rate_passes():
