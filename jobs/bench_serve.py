@@ -24,28 +24,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
 from jobs import measure, serving
-from jobs.measure import Bar, Machine, Timing, last_line, show, show_bars
+from jobs import serving_report as report
+from jobs.measure import Machine, last_line
 from jobs.servers import Server, llama_server, ours, transformers_serve
-from jobs.serving import FIRST_S, SHARED, Asked, Corpus
+from jobs.serving import Asked, Corpus
+from jobs.serving_report import Results
 from linearized.errors import LinearizedError
 
-PARTS = ("one", "many", "prefix", "rate", "draft", "killed")
-"""Those that share an app stand side by side."""
-RIVAL = "transformers serve"
+ALONE, WITH_DRAFT, TWO = "one target", "a target and a draft", "two targets"
+PARTS = {
+    "one": ALONE, "many": ALONE, "prefix": ALONE, "rate": ALONE, "draft": WITH_DRAFT, "killed": TWO,
+}  # fmt: skip
+"""With the app that each of them needs."""
 LONG = 8192
 """Tokens of the prompt that is seen twice."""
-Results = dict[str, Any]
+Rival = Callable[[], contextlib.AbstractContextManager[Server]]
+"""Starts a server, and ends it."""
 
 
 def main(
@@ -98,51 +105,137 @@ def main(
     machine = Machine.measure(torch.device("cpu"), torch.float32)
     console.print(str(machine))
 
-    extra = [f"compile={str(compile).lower()}", *settings.split()]
-    results: Results = {}
-    if {"one", "many", "prefix", "rate"} & set(chosen):
-        with ours(run / "target", [f"target_cpus={threads}", "ingress_cpus=0", *extra]) as server:
-            if "one" in chosen:
-                pack = "pack=false" not in extra
-                engine = serving.engine_of(
-                    run / "target", threads=threads, pack=pack, compile=compile
-                )
-                results["one"] = {
-                    "round_trip": serving.round_trip(),
-                    **asyncio.run(serving.one_stream(asked, server, engine)),
-                }
-                _show_one(results["one"], console)
-            if "many" in chosen:
-                with _others(run, threads, sizes, tokens, llama, gguf, console) as others:
-                    results["many"] = _many(asked, sizes, [server, *others], console)
-            if "prefix" in chosen:
-                load = replace(asked, prompt=long)
-                results["prefix"] = asyncio.run(serving.seen_before(load, server))
-                _show_prefix(results["prefix"], console)
-            if "rate" in chosen:
-                load = replace(asked, prompt=prompt, tokens=new)
-                results["rate"] = asyncio.run(serving.at_highest_rate(load, server, requests))
-                _show_rate(results["rate"], request, console)
-    if "draft" in chosen and not (run / "draft").exists():
+    settings_ = [f"compile={str(compile).lower()}", *settings.split()]
+    parts_ = _Parts(
+        run=run, asked=asked, threads=threads, settings=settings_, loads=sizes, kills=kills,
+        rate=replace(asked, prompt=prompt, tokens=new), requests=requests,
+        long=replace(asked, prompt=long), rivals=_rivals(run, threads, sizes, tokens, llama, gguf),
+        console=console,
+    )  # fmt: skip
+    names = [name for name in PARTS if name in chosen]
+    if "draft" in names and not (run / "draft").exists():
+        names.remove("draft")
         console.print("not there, and not measured: draft")
-    elif "draft" in chosen:
-        with ours(run / "target", [f"draft={run / 'draft'}", *extra]) as server:
-            results["draft"] = asyncio.run(serving.drafted(asked, server))
-            _show_draft(results["draft"], console)
-    if "killed" in chosen:
-        two = ["target_replicas=2", f"target_cpus={(threads - 0.1) / 2}", *extra]
-        with ours(run / "target", two) as server:
-            load = replace(asked, tokens=4 * tokens)
-            results["killed"] = asyncio.run(serving.killed(load, server, kills))
-            _show_killed(results["killed"], console)
-    bars = _bars(results)
-    show_bars(bars, console)
+    if "many" in names and not (run / "teacher").exists():
+        console.print("not there, and not measured: teacher, the softmax twin")
+    results, failed = parts_.measure(names)
+    bars = report.bars(results)
+    showreport.bars(bars, console)
     config = {
         "run": str(run), "parts": chosen, "loads": loads, "tokens": tokens, "texts": texts,
         "turns": turns, "kills": kills, "requests": requests, "request": request,
         "threads": threads, "compile": compile, "settings": settings, "quick": quick,
     }  # fmt: skip
-    print(last_line("bench_serve", machine, config=config, results=results, bars=bars))
+    print(
+        last_line("bench_serve", machine, config=config, results=results, failed=failed, bars=bars)
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+class _Parts:
+    """Measures parts one after the other, and shows each as soon as it is known."""
+
+    def __init__(
+        self,
+        *,
+        run: Path,
+        asked: Asked,
+        threads: int,
+        settings: list[str],
+        loads: list[tuple[int, int]],
+        rate: Asked,
+        requests: int,
+        long: Asked,
+        kills: int,
+        rivals: list[Rival],
+        console: Console,
+    ) -> None:
+        self._run, self._asked, self._threads, self._settings = run, asked, threads, settings
+        self._loads, self._rate_asked, self._requests, self._long = loads, rate, requests, long
+        self._kills, self._rivals, self._console = kills, rivals, console
+
+    def measure(self, names: list[str]) -> tuple[Results, dict[str, str]]:
+        """What was measured, by part; and why the others could not be."""
+        results: Results = {}
+        failed: dict[str, str] = {}
+        for kind, group in itertools.groupby(names, PARTS.__getitem__):
+            some = list(group)
+            try:
+                with ours(self._run / "target", self._app(kind)) as server:
+                    while some:
+                        with self._reporting(some[0], failed):
+                            results[some[0]] = getattr(self, f"_{some[0]}")(server)
+                        some.pop(0)
+            except LinearizedError as error:  # the app itself: none of them
+                for name in some:
+                    failed[name] = str(error)
+                    self._console.print(f"{name} could not be measured: {error}")
+        return results, failed
+
+    @contextlib.contextmanager
+    def _reporting(self, name: str, failed: dict[str, str]) -> Iterator[None]:
+        """One part that fails does not spoil the others, which may have taken long."""
+        try:
+            yield
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            self._console.print(f"{name} could not be measured: {failed[name]}")
+
+    def _app(self, kind: str) -> list[str]:
+        """Settings with which an app fills the threads."""
+        threads = self._threads
+        own = {
+            ALONE: [f"target_cpus={threads}", "ingress_cpus=0"],
+            WITH_DRAFT: [f"draft={self._run / 'draft'}"],
+            TWO: ["target_replicas=2", f"target_cpus={(threads - 0.1) / 2}"],
+        }
+        return [*own[kind], *self._settings]
+
+    def _one(self, server: Server) -> Results:
+        engine = serving.engine_of(
+            self._run / "target",
+            threads=self._threads,
+            pack="pack=false" not in self._settings,
+            compile="compile=true" in self._settings,
+        )
+        found = {
+            "round_trip": serving.round_trip(),
+            **asyncio.run(serving.one_stream(self._asked, server, engine)),
+        }
+        report.show_one(found, self._console)
+        return found
+
+    def _many(self, server: Server) -> Results:
+        found = {}
+        with contextlib.ExitStack() as stack:
+            servers = [server, *(stack.enter_context(start()) for start in self._rivals)]
+            for streams, length in self._loads:
+                name, load = f"{streams} x {length}", replace(self._asked, prompt=length)
+                found[name] = asyncio.run(serving.many_streams(load, servers, streams))
+                report.show_many(name, found[name], load.tokens, self._console)
+        return found
+
+    def _prefix(self, server: Server) -> Results:
+        found = asyncio.run(serving.seen_before(self._long, server))
+        report.show_prefix(found, self._console)
+        return found
+
+    def _rate(self, server: Server) -> Results:
+        found = asyncio.run(serving.at_highest_rate(self._rate_asked, server, self._requests))
+        report.show_rate(found, self._rate_asked, self._console)
+        return found
+
+    def _draft(self, server: Server) -> Results:
+        found = asyncio.run(serving.drafted(self._asked, server))
+        report.show_draft(found, self._console)
+        return found
+
+    def _killed(self, server: Server) -> Results:
+        load = replace(self._asked, tokens=2 * self._asked.tokens)
+        found = asyncio.run(serving.killed(load, server, self._kills))
+        report.show_killed(found, self._console)
+        return found
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -156,147 +249,24 @@ def _pair(text: str) -> tuple[int, int]:
     raise ValueError(f"two numbers with an x between them are needed, such as 8x256, got {text!r}")
 
 
-def _many(
-    asked: Asked, sizes: list[tuple[int, int]], servers: list[Server], console: Console
-) -> Results:
-    found = {}
-    for streams, length in sizes:
-        name, load = f"{streams} x {length}", replace(asked, prompt=length)
-        found[name] = asyncio.run(serving.many_streams(load, servers, streams))
-        _show_many(name, found[name], asked.tokens, console)
-    return found
-
-
-@contextlib.contextmanager
-def _others(
+def _rivals(
     run: Path,
     threads: int,
     sizes: list[tuple[int, int]],
     tokens: int,
     llama: Path | None,
     gguf: Path | None,
-    console: Console,
-) -> Iterator[list[Server]]:
-    """Servers beside ours, all of which run and wait for their turns."""
-    with contextlib.ExitStack() as stack:
-        found = []
-        streams = max(streams for streams, _ in sizes)
-        context = max(length for _, length in sizes) + tokens + 64
-        if (run / "teacher").exists():
-            twin = transformers_serve(run / "teacher", threads, streams=streams, context=context)
-            found.append(stack.enter_context(twin))
-        else:
-            console.print("not there, and not measured: teacher, the softmax twin")
-        if llama is not None and gguf is not None:
-            other = llama_server(llama, gguf, threads, streams=streams, context=context)
-            found.append(stack.enter_context(other))
-        yield found
-
-
-def _bars(results: Results) -> list[Bar]:
-    one, draft = results.get("one"), results.get("draft")
-    prefix, killed, rate = results.get("prefix"), results.get("killed"), results.get("rate")
-    bars = [
-        Bar("one stream: time of a token, door / engine", _over(one, "token"), 1.15, least=False),
-        Bar("one stream: first token, door − engine, ms", _later(one), 10, least=False),
-        Bar("link: round trip p50, ms", _ms(one and one["round_trip"]["unix"]["p50"]), 0.3, False),
-        Bar(
-            "one stream, drafts in a replica / plain, tokens/s",
-            draft and draft["none"]["token"].median / draft["model"]["token"].median,
-            1.8,
-        ),
-    ]
-    for name, found in results.get("many", {"8 x 256": {}, "4 x 4096": {}}).items():
-        mine, theirs = found.get("ours"), found.get(RIVAL)
-        both = mine is not None and theirs is not None
-        speed = theirs["token"].median / mine["token"].median if both else None
-        pause = mine["between_p99"] / theirs["between_p99"] if both else None
-        bars += [
-            Bar(f"{name}: tokens/s, ours / {RIVAL}", speed, 2),
-            Bar(f"{name}: between tokens p99, ours / {RIVAL}", pause, 1, least=False),
-        ]
-    return [
-        *bars,
-        Bar(
-            "a prompt seen before: first token / the first time",
-            prefix and prefix["seen"].median / prefix["new"].median,
-            0.1,
-            least=False,
-        ),
-        Bar("a shared prefix: tokens not read again", prefix and prefix["shared"], SHARED),
-        Bar("a killed target: gap p99, s", killed and killed["gap_p99"], 2, least=False),
-        Bar("a killed target: other texts", killed and killed["differing"], 0, least=False),
-        Bar("highest rate: errors", rate and rate["errors"], 0, least=False),
-        Bar("highest rate: first token p99, s", rate and rate["first_p99"], FIRST_S, least=False),
-    ]
-
-
-def _over(one: Results | None, what: str) -> float | None:
-    return one and one["ours"][what].median / one["engine"][what].median
-
-
-def _later(one: Results | None) -> float | None:
-    return _ms(one and one["ours"]["first"].median - one["engine"]["first"].median)
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e3 * seconds
-
-
-def _show_one(found: Results, console: Console) -> None:
-    rows = [
-        [name, str(found[name]["token"]), str(found[name]["first"])] for name in ("engine", "ours")
-    ]
-    show("One stream, no drafts", ["", "time of a token (quartiles)", "first token"], rows, console)
-    for kind, trip in found["round_trip"].items():
-        p50, p99 = (f"{1e3 * trip[part]:.2f} ms" for part in ("p50", "p99"))
-        console.print(f"round trip over the link, {kind}: p50 {p50}, p99 {p99}")
-
-
-def _show_draft(found: Results, console: Console) -> None:
-    rows = [[name, str(times["token"]), str(times["first"])] for name, times in found.items()]
-    title = "One stream, a draft in a replica of its own, one thread a side"
-    show(title, ["drafts", "time of a token (quartiles)", "first token"], rows, console)
-
-
-def _show_many(load: str, found: Results, tokens: int, console: Console) -> None:
-    rows = [
-        [
-            name,
-            f"{_rate(one['token'])} ({1 / one['token'].high:,.1f}–{1 / one['token'].low:,.1f})",
-            str(one["first"]),
-            f"{1e3 * one['between_p50']:,.1f} ms",
-            f"{1e3 * one['between_p99']:,.1f} ms",
-        ]
-        for name, one in found.items()
-    ]
-    columns = ["", "tokens/s (quartiles)", "first token", "between p50", "p99"]
-    show(f"{load} tokens of prompt, {tokens} new ones", columns, rows, console)
-
-
-def _rate(token: Timing) -> str:
-    return f"{1 / token.median:,.1f}"
-
-
-def _show_prefix(found: Results, console: Console) -> None:
-    rows = [["the first time", str(found["new"])], ["the second time", str(found["seen"])]]
-    show(f"First token of a prompt of {found['tokens']:,} tokens", ["", "time"], rows, console)
-    console.print(f"a prefix of {SHARED} tokens, third prompt: {found['shared']} not read again")
-
-
-def _show_killed(found: Results, console: Console) -> None:
-    console.print(
-        f"{len(found['gaps'])} killed targets: longest pauses of {found['gap_p50']:.2f} s p50, "
-        f"{found['gap_p99']:.2f} s p99; {found['differing']} texts other than in a calm run"
-    )
-
-
-def _show_rate(found: Results, request: str, console: Console) -> None:
-    console.print(
-        f"{found['requests']} requests of {request} tokens at {found['rate']:.2f} a second: first "
-        f"token p99 {found['first_p99']:.2f} s, {found['errors']} errors "
-        f"{'; '.join(found['reasons'])}"
-    )
+) -> list[Rival]:
+    """What starts the servers beside ours."""
+    streams = max(streams for streams, _ in sizes)
+    context = max(length for _, length in sizes) + tokens + 64
+    size = {"streams": streams, "context": context}
+    found: list[Rival] = []
+    if (run / "teacher").exists():
+        found.append(partial(transformers_serve, run / "teacher", threads, **size))
+    if llama is not None and gguf is not None:
+        found.append(partial(llama_server, llama, gguf, threads, **size))
+    return found
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from jobs import bench_serve
-from jobs.bench_serve import PARTS, _bars
+from jobs.bench_serve import PARTS
 from jobs.measure import Timing
+from jobs.serving_report import bars
 
 
 def invoke(*options: str):
@@ -53,17 +54,17 @@ def test_bars_are_what_was_measured():
         "killed": {"gap_p99": 1.5, "differing": 0},
         "rate": {"errors": 1, "first_p99": 1.9},
     }
-    met = [(round(bar.value, 9), bar.met) for bar in _bars(found) if bar.value is not None]
+    met = [(round(bar.value, 9), bar.met) for bar in bars(found) if bar.value is not None]
     assert met == [
         (2.0, False), (500.0, False), (0.1, True), (2.0, True),
         (2.0, True), (2.0, False),
         (0.5, False), (16, True), (1.5, True), (0, True), (1, False), (1.9, True),
     ]  # fmt: skip
-    assert [bar.name for bar in _bars(found) if bar.value is None] == [
+    assert [bar.name for bar in bars(found) if bar.value is None] == [
         "1 x 8: tokens/s, ours / transformers serve",
         "1 x 8: between tokens p99, ours / transformers serve",
     ]
-    assert all(bar.value is None for bar in _bars({}))
+    assert all(bar.value is None for bar in bars({}))
 
 
 @pytest.mark.ray
