@@ -38,7 +38,7 @@ from rich.console import Console
 
 from jobs import measure, serving
 from jobs import serving_report as report
-from jobs.measure import Machine, last_line
+from jobs.measure import Machine, last_line, show_bars
 from jobs.servers import Server, llama_server, ours, transformers_serve
 from jobs.serving import Asked, Corpus
 from jobs.serving_report import Results
@@ -120,7 +120,7 @@ def main(
         console.print("not there, and not measured: teacher, the softmax twin")
     results, failed = parts_.measure(names)
     bars = report.bars(results)
-    showreport.bars(bars, console)
+    show_bars(bars, console)
     config = {
         "run": str(run), "parts": chosen, "loads": loads, "tokens": tokens, "texts": texts,
         "turns": turns, "kills": kills, "requests": requests, "request": request,
