@@ -22,7 +22,7 @@ import httpx
 
 from linearized.errors import ClusterError
 
-ANSWER_S = 600.0
+ANSWER_S = 300.0
 """Seconds that an answer may be silent."""
 Prompt = str | list[int]
 

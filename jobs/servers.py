@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 START_S = 600.0
 """Seconds that a server may take to its first healthy answer; compiling takes minutes."""
 STOP_S = 20.0
-PAGE, CHUNK = 256, 512
-"""Tokens of a page of transformers' cache, and of those that it reads at once."""
+PAGE = 256
+"""Tokens of a page of transformers' cache."""
 WITH_USAGE = {"stream_options": {"include_usage": True}}
 
 
@@ -85,8 +85,7 @@ def ours(target: Path, settings: Sequence[str]) -> Iterator[Server]:
                 [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True
             )
             if done.returncode:
-                reason = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
-                raise ClusterError(f"the app did not start: {reason[0]}")
+                raise ClusterError(f"the app did not start: {done.stderr.strip()[-500:]}")
         url = f"http://127.0.0.1:{cluster.http_port}"
         wait(lambda: httpx.get(f"{url}/health").status_code == 200, "the app")
         yield Server(name="ours", url=url, model=target.name, body=WITH_USAGE, temp=cluster.temp)
@@ -108,7 +107,6 @@ def transformers_serve(
     command += ["--continuous-batching", "--device", "cpu", "--port", str(port)]
     command += ["--host", "127.0.0.1", "--log-level", "error"]
     command += ["--cb-num-blocks", str(streams * (2 + context // PAGE))]
-    command += ["--cb-max-batch-tokens", str(CHUNK)]
     name = "transformers serve"
     with _started(name, command, threads, port) as process:
         yield Server(name=name, url=_url(port), model=str(model), process=process)
