@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs import bench_serve
+from jobs import bench_serve, serving
 from jobs.bench_serve import PARTS
 from jobs.measure import Timing
+from jobs.servers import Server
 from jobs.serving_report import bars
+from linearized.errors import ClusterError
 
 
 def invoke(*options: str):
@@ -65,6 +68,36 @@ def test_bars_are_what_was_measured():
         "1 x 8: between tokens p99, ours / transformers serve",
     ]
     assert all(bar.value is None for bar in bars({}))
+
+
+def test_a_part_that_fails_does_not_spoil_the_others(pair, monkeypatch):
+    started: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def app(target, settings):
+        started.append(settings)
+        if "target_replicas=2" in settings:
+            raise ClusterError("the app did not start: too few CPUs")
+        yield Server(name="ours", url="http://127.0.0.1:9", model="m")
+
+    async def fails(*_):
+        raise ClusterError("the stream ends with an error")
+
+    async def found(*_):
+        return {"requests": 8, "rate": 1.0, "first_p99": 0.5, "errors": 0, "reasons": []}
+
+    monkeypatch.setattr(bench_serve, "ours", app)
+    monkeypatch.setattr(serving, "seen_before", fails)
+    monkeypatch.setattr(serving, "at_highest_rate", found)
+    options = ["--quick", "--parts", "killed,prefix,rate", "--threads", "2"]
+    done = invoke("--run", str(pair), *options, "--settings", "pack=false")
+    assert done.exit_code == 1
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert set(record["results"]) == {"rate"}
+    assert set(record["failed"]) == {"prefix", "killed"}
+    assert "too few CPUs" in record["failed"]["killed"] and "too few CPUs" in done.output
+    alone, two = started  # prefix and rate share an app
+    assert "target_cpus=2" in alone and "pack=false" in alone and "target_replicas=2" in two
 
 
 @pytest.mark.ray
