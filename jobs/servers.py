@@ -57,11 +57,11 @@ class Server:
                 self.process.suspend()
 
     def targets(self) -> list[psutil.Process]:
-        """Of ours: the processes of its target replicas."""
+        """Of ours: the processes of its target replicas, but for those that load their models."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             name = " ".join(process.info["cmdline"] or [])
-            if "ServeReplica" in name and ":target" in name:
+            if "ServeReplica" in name and ":target" in name and "__init__" not in name:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     parents = " ".join(one for up in process.parents() for one in up.cmdline())
                     found += [process] * (str(self.temp) in parents)

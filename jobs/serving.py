@@ -35,6 +35,7 @@ FIRST_S = 2.0
 """Seconds within which 99 of 100 texts should begin, at the highest rate."""
 SHARED = 16
 """Tokens of a short prefix that prompts share."""
+LOOK_S = 1.0
 SETTLE_S = 3.0
 """Seconds after which an ingress knows all targets."""
 
@@ -198,7 +199,7 @@ async def killed(asked: Asked, server: Server, kills: int) -> dict[str, Any]:
     gaps: list[float] = []
     differing = 0
     for prompt in asked.corpus.texts(kills, asked.prompt):
-        wait(lambda: len(server.targets()) == 2, "the second target")
+        wait(lambda: _are_warm(server, 2), "the second target")
         time.sleep(SETTLE_S)
         async with server.client(speculate="none") as client:
             answer = await client.ask(
@@ -238,6 +239,18 @@ async def at_highest_rate(asked: Asked, server: Server, requests: int) -> dict[s
         "errors": len(errors),
         "reasons": sorted(set(errors))[:5],
     }
+
+
+def _are_warm(server: Server, count: int) -> bool:
+    """Are there so many targets, none of which works? One that gets warm does nothing else."""
+    targets = server.targets()
+    try:
+        before = [_worked(process) for process in targets]
+        time.sleep(LOOK_S)
+        worked = [_worked(process) - then for process, then in zip(targets, before, strict=True)]
+    except psutil.Error:  # one has ended
+        return False
+    return len(targets) == count and max(worked) < LOOK_S / 4
 
 
 def _killer(server: Server, count: int) -> Callable[[int], None]:
