@@ -1,12 +1,23 @@
-"""The app through its door, beside the engine alone: tokens a second, first token, time between
-tokens, the link's round trip, and the gap in a stream whose target is killed.
+"""The app through its door against what it should reach: beside the engine alone, with drafts,
+beside other servers, with prompts that were seen before, with targets that are killed, and with as
+many requests as it can take.
 
-    python -m jobs.bench_serve --target runs/mine/target --draft runs/mine/draft
-    python -m jobs.bench_serve --target runs/mine/target --url http://127.0.0.1:8000 --model other
+    python -m jobs.pair bench                     # once: trains what is measured
+    python -m jobs.bench_serve                    # on a machine that does nothing else
+    python -m jobs.bench_serve --parts one,many
+    python -m jobs.bench_serve --run runs/demo --quick    # for a look, not for figures
 
-Starts the app on a cluster of its own, as users start it; or, with `--url`, asks a server that runs
-already, whosever it is, if it has OpenAI's completions. Prompts are random token ids. Ends with one
-line of JSON.
+| part | what is measured |
+|---|---|
+| one | a text at a time, without drafts: the engine in this process, and the door |
+| draft | a text at a time through the door: with a draft in a replica of its own, and without |
+| many | several texts at a time: ours, `transformers serve` on the teacher, and others if given |
+| prefix | a long prompt the first time and the second; a short prefix that prompts share |
+| killed | the longest pause of a stream whose target is killed, with a second one there |
+| rate | as many requests a second as begin in time |
+
+Starts each server itself, on loopback, and ends it. Servers have as many threads in total as
+`--threads` says, and take turns with the same prompts. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,262 +25,248 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import os
-import random
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import httpx
-import psutil
 import torch
 import typer
+from rich.console import Console
 
-import linearized
-from cluster.local import LocalCluster
-from jobs import measure
-from jobs.measure import Machine, last_line, show
-from linearized.errors import ClusterError
-from linearized.speculative import Engine, NgramDrafter, Sampling, Text
+from jobs import measure, serving
+from jobs import serving_report as report
+from jobs.measure import Machine, last_line, show_bars
+from jobs.servers import Server, llama_server, ours, transformers_serve
+from jobs.serving import Asked, Corpus
+from jobs.serving_report import Results
+from linearized.errors import LinearizedError
 
-ROOT = Path(__file__).parents[1]
-START_S = 600.0
-KILLS = 5
+ALONE, WITH_DRAFT, TWO = "one target", "a target and a draft", "two targets"
+PARTS = {
+    "one": ALONE, "many": ALONE, "prefix": ALONE, "rate": ALONE, "draft": WITH_DRAFT, "killed": TWO,
+}  # fmt: skip
+"""With the app that each of them needs."""
+LONG = 8192
+"""Tokens of the prompt that is seen twice."""
+Rival = Callable[[], contextlib.AbstractContextManager[Server]]
+"""Starts a server, and ends it."""
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the model.")],
-    draft: Annotated[Path | None, typer.Option(help="Folder of the draft model.")] = None,
-    url: Annotated[str, typer.Option(help="A server that runs already.")] = "",
-    model: Annotated[str, typer.Option(help="Its model's name.")] = "",
-    streams: Annotated[str, typer.Option(help="Numbers of streams, with commas.")] = "1,4,8",
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
-    tokens: Annotated[int, typer.Option(help="New tokens of a text.")] = 64,
-    turns: Annotated[int, typer.Option(help="Texts of each stream.")] = 3,
-    speculate: Annotated[str, typer.Option(help="model, ngram, none; empty: not said.")] = "none",
+    run: Annotated[Path, typer.Option(help="A folder with target, draft, teacher, data.")] = Path(
+        "runs/bench"
+    ),
+    parts: Annotated[str, typer.Option(help="Which, with commas between.")] = ",".join(PARTS),
+    loads: Annotated[
+        str, typer.Option(help="Of `many`: streams x tokens of a prompt, with commas between.")
+    ] = "8x256,4x4096",
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of a text.")] = 64,
+    texts: Annotated[int, typer.Option(min=1, help="Of each stream in a turn of `many`.")] = 2,
+    turns: Annotated[int, typer.Option(min=1, help="Of each that is compared.")] = 9,
+    kills: Annotated[int, typer.Option(min=1, help="Targets to kill.")] = 10,
+    requests: Annotated[int, typer.Option(min=1, help="Of `rate`.")] = 1000,
+    request: Annotated[
+        str, typer.Option(help="Of `rate`: tokens of a prompt x new tokens.")
+    ] = "64x16",
+    threads: Annotated[int, typer.Option(min=0, help="Of each server; 0: one a core.")] = 0,
+    compile: Annotated[bool, typer.Option(help="Compile our steps.")] = False,
     settings: Annotated[str, typer.Option(help="More of the app's, as `key=value …`.")] = "",
-    kills: Annotated[int, typer.Option(help="Targets to kill in mid-stream.")] = KILLS,
+    llama: Annotated[
+        Path | None, typer.Option("--llama-server", help="llama.cpp's server, for `many`.")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The model for it.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few short texts.")] = False,
 ) -> None:
-    """Measure a server."""
+    """Measure the app, and those that people would start instead."""
+    long = LONG
+    if quick:
+        loads, tokens, texts, turns, kills, requests = "2x16", 8, 1, 2, 1, 12
+        request, long = "8x4", 64
+    chosen = parts.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(
+            f"there is no part {unknown.pop()!r}; choose from {', '.join(PARTS)}"
+        )
+    if (llama is None) != (gguf is None):
+        raise typer.BadParameter("--llama-server and --gguf go together")
+    threads = threads or os.cpu_count() or 1
     try:
-        sizes = [int(size) for size in streams.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"streams must be numbers with commas, got {streams!r}") from error
+        sizes = [_pair(load) for load in loads.split(",")]
+        prompt, new = _pair(request)
+        corpus = Corpus(run)
+    except (ValueError, OSError, LinearizedError) as error:
+        raise typer.BadParameter(str(error)) from error
+    asked = Asked(corpus=corpus, prompt=sizes[0][1], tokens=tokens, texts=texts, turns=turns)
     console = measure.console()
+    torch.set_num_threads(threads)
     machine = Machine.measure(torch.device("cpu"), torch.float32)
     console.print(str(machine))
-    vocabulary = json.loads((target / "config.json").read_text())["vocab_size"]
-    load = _Load(model or target.name, vocabulary, prompt, tokens, turns, speculate)
-    results: dict[str, Any] = {}
-    if url:
-        results["door"] = {size: asyncio.run(load.through(url, size)) for size in sizes}
-    else:
-        results["round_trip"] = _round_trip()
-        results["engine"] = {size: _alone(target, load, size) for size in sizes}
-        extra = [f"draft={draft}"] if draft is not None else []
-        with _app(target, [*extra, *settings.split()]) as (own, _):
-            results["door"] = {size: asyncio.run(load.through(own, size)) for size in sizes}
-        if kills:
-            two = [*settings.split(), "target_replicas=2", "target_cpus=0.9"]
-            with _app(target, two) as (own, folder):
-                results["gaps"] = [_gap(own, folder, load) for _ in range(kills)]
-    rows = [
-        [where, str(size), *(f"{value:,.1f}" for value in _in_columns(found))]
-        for where in ("engine", "door")
-        for size, found in results.get(where, {}).items()
-    ]
-    columns = ["where", "streams", "tokens/s", "first p50 ms", "p99", "between p50 ms", "p99"]
-    show(f"{prompt} tokens of prompt, {tokens} new ones", columns, rows, console)
-    for name, one in results.get("round_trip", {}).items():
-        console.print(f"link, {name}: p50 {1e3 * one['p50']:.2f} ms, p99 {1e3 * one['p99']:.2f} ms")
-    if results.get("gaps"):
-        gaps = sorted(results["gaps"])
-        middle = statistics.median(gaps)
-        console.print(f"a killed target: gaps of {middle:.2f} s p50, {gaps[-1]:.2f} s at most")
+
+    settings_ = [f"compile={str(compile).lower()}", *settings.split()]
+    parts_ = _Parts(
+        run=run, asked=asked, threads=threads, settings=settings_, loads=sizes, kills=kills,
+        rate=replace(asked, prompt=prompt, tokens=new), requests=requests,
+        long=replace(asked, prompt=long), rivals=_rivals(run, threads, sizes, tokens, llama, gguf),
+        console=console,
+    )  # fmt: skip
+    names = [name for name in PARTS if name in chosen]
+    if "draft" in names and not (run / "draft").exists():
+        names.remove("draft")
+        console.print("not there, and not measured: draft")
+    if "many" in names and not (run / "teacher").exists():
+        console.print("not there, and not measured: teacher, the softmax twin")
+    results, failed = parts_.measure(names)
+    bars = report.bars(results)
+    show_bars(bars, console)
     config = {
-        "target": str(target), "draft": str(draft or ""), "url": url, "prompt": prompt,
-        "tokens": tokens, "turns": turns, "speculate": speculate, "settings": settings,
+        "run": str(run), "parts": chosen, "loads": loads, "tokens": tokens, "texts": texts,
+        "turns": turns, "kills": kills, "requests": requests, "request": request,
+        "threads": threads, "compile": compile, "settings": settings, "quick": quick,
     }  # fmt: skip
-    print(last_line("bench_serve", machine, config=config, results=results))
+    print(
+        last_line("bench_serve", machine, config=config, results=results, failed=failed, bars=bars)
+    )
+    if failed:
+        raise typer.Exit(1)
 
 
-class _Load:
-    """What is asked for, of whatever server."""
+class _Parts:
+    """Measures parts one after the other, and shows each as soon as it is known."""
 
     def __init__(
-        self, model: str, vocabulary: int, prompt: int, tokens: int, turns: int, speculate: str
-    ) -> None:
-        self.model, self.vocabulary, self.tokens = model, vocabulary, tokens
-        self.prompt, self.turns, self.speculate = prompt, turns, speculate
-
-    def ids(self, seed: int) -> list[int]:
-        draw = random.Random(seed)
-        return [draw.randrange(self.vocabulary) for _ in range(self.prompt)]
-
-    def body(self, seed: int, tokens: int) -> dict[str, Any]:
-        body = {"model": self.model, "prompt": self.ids(seed), "max_tokens": tokens}
-        ours = {"speculate": self.speculate} if self.speculate else {}
-        return {**body, **ours, "temperature": 0, "stream": True}
-
-    async def through(self, url: str, streams: int) -> dict[str, float]:
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            await self.times(client, 10**6, self.tokens)  # warm
-            began = time.perf_counter()
-            found = await asyncio.gather(
-                *(self._several(client, 1000 * stream) for stream in range(streams))
-            )
-            seconds = time.perf_counter() - began
-        return _summary([times for few in found for times in few], self.tokens, seconds)
-
-    async def _several(self, client: httpx.AsyncClient, first: int) -> list[list[float]]:
-        return [await self.times(client, first + turn, self.tokens) for turn in range(self.turns)]
-
-    async def times(
         self,
-        client: httpx.AsyncClient,
-        seed: int,
-        tokens: int,
-        heard: Callable[[], None] = lambda: None,
-    ) -> list[float]:
-        """When the request was sent, and when its chunks came."""
-        times = [time.perf_counter()]
-        body = self.body(seed, tokens)
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                await response.aread()
-                raise ClusterError(f"the server answers {response.status_code}: {response.text}")
-            async for line in response.aiter_lines():
-                if "error" in line[:20]:
-                    raise ClusterError(f"the stream ends with {line}")
-                if line.startswith("data: {"):
-                    times.append(time.perf_counter())
-                    heard()
-        return times
+        *,
+        run: Path,
+        asked: Asked,
+        threads: int,
+        settings: list[str],
+        loads: list[tuple[int, int]],
+        rate: Asked,
+        requests: int,
+        long: Asked,
+        kills: int,
+        rivals: list[Rival],
+        console: Console,
+    ) -> None:
+        self._run, self._asked, self._threads, self._settings = run, asked, threads, settings
+        self._loads, self._rate_asked, self._requests, self._long = loads, rate, requests, long
+        self._kills, self._rivals, self._console = kills, rivals, console
+
+    def measure(self, names: list[str]) -> tuple[Results, dict[str, str]]:
+        """What was measured, by part; and why the others could not be."""
+        results: Results = {}
+        failed: dict[str, str] = {}
+        for kind, group in itertools.groupby(names, PARTS.__getitem__):
+            some = list(group)
+            try:
+                with ours(self._run / "target", self._app(kind)) as server:
+                    while some:
+                        with self._reporting(some[0], failed):
+                            results[some[0]] = getattr(self, f"_{some[0]}")(server)
+                        some.pop(0)
+            except LinearizedError as error:  # the app itself: none of them
+                for name in some:
+                    failed[name] = str(error)
+                    self._console.print(f"{name} could not be measured: {error}")
+        return results, failed
+
+    @contextlib.contextmanager
+    def _reporting(self, name: str, failed: dict[str, str]) -> Iterator[None]:
+        """One part that fails does not spoil the others, which may have taken long."""
+        try:
+            yield
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            self._console.print(f"{name} could not be measured: {failed[name]}")
+
+    def _app(self, kind: str) -> list[str]:
+        """Settings with which an app fills the threads."""
+        threads = self._threads
+        own = {
+            ALONE: [f"target_cpus={threads}", "ingress_cpus=0"],
+            WITH_DRAFT: [f"draft={self._run / 'draft'}"],
+            TWO: ["target_replicas=2", f"target_cpus={(threads - 0.1) / 2}"],
+        }
+        return [*own[kind], *self._settings]
+
+    def _one(self, server: Server) -> Results:
+        engine = serving.engine_of(
+            self._run / "target",
+            threads=self._threads,
+            pack="pack=false" not in self._settings,
+            compile="compile=true" in self._settings,
+        )
+        found = {
+            "round_trip": serving.round_trip(),
+            **asyncio.run(serving.one_stream(self._asked, server, engine)),
+        }
+        report.show_one(found, self._console)
+        return found
+
+    def _many(self, server: Server) -> Results:
+        found = {}
+        with contextlib.ExitStack() as stack:
+            servers = [server, *(stack.enter_context(start()) for start in self._rivals)]
+            for streams, length in self._loads:
+                name, load = f"{streams} x {length}", replace(self._asked, prompt=length)
+                found[name] = asyncio.run(serving.many_streams(load, servers, streams))
+                report.show_many(name, found[name], load.tokens, self._console)
+        return found
+
+    def _prefix(self, server: Server) -> Results:
+        found = asyncio.run(serving.seen_before(self._long, server))
+        report.show_prefix(found, self._console)
+        return found
+
+    def _rate(self, server: Server) -> Results:
+        found = asyncio.run(serving.at_highest_rate(self._rate_asked, server, self._requests))
+        report.show_rate(found, self._rate_asked, self._console)
+        return found
+
+    def _draft(self, server: Server) -> Results:
+        found = asyncio.run(serving.drafted(self._asked, server))
+        report.show_draft(found, self._console)
+        return found
+
+    def _killed(self, server: Server) -> Results:
+        load = replace(self._asked, tokens=2 * self._asked.tokens)
+        found = asyncio.run(serving.killed(load, server, self._kills))
+        report.show_killed(found, self._console)
+        return found
 
 
-def _summary(found: list[list[float]], tokens: int, seconds: float) -> dict[str, float]:
-    firsts = [times[1] - times[0] for times in found]
-    between = [pause for times in found for pause in _pauses(times)]
-    return {
-        "tokens_per_s": len(found) * tokens / seconds,
-        "first_p50": _quantile(firsts, 0.5),
-        "first_p99": _quantile(firsts, 0.99),
-        "between_p50": _quantile(between, 0.5),
-        "between_p99": _quantile(between, 0.99),
-    }
+def _pair(text: str) -> tuple[int, int]:
+    """
+    Raises:
+        ValueError: it is no two numbers.
+    """
+    first, x, second = text.partition("x")
+    if x and first.isdecimal() and second.isdecimal() and int(first) and int(second):
+        return int(first), int(second)
+    raise ValueError(f"two numbers with an x between them are needed, such as 8x256, got {text!r}")
 
 
-def _pauses(times: list[float]) -> list[float]:
-    """Between the chunks of one stream."""
-    return [later - earlier for earlier, later in itertools.pairwise(times[1:])]
-
-
-def _in_columns(found: dict[str, float]) -> list[float]:
-    speed, *times = found.values()
-    return [speed, *(1e3 * seconds for seconds in times)]
-
-
-def _quantile(values: list[float], part: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
-
-
-def _alone(target: Path, load: _Load, streams: int) -> dict[str, float]:
-    """The engine in this process, with one thread as a target replica has it."""
-    torch.set_num_threads(1)
-    model = linearized.load(target)
-    linearized.pack(model)
-    drafters = [] if load.speculate == "none" else [NgramDrafter()]
-    engine = Engine(model, drafters=drafters, rows=16)
-    engine.measure()
-    found: list[list[float]] = []
-    began = time.perf_counter()
-    for turn in range(load.turns):
-        times: dict[Text, list[float]] = {}
-        for stream in range(streams):
-            prompt = load.ids(1000 * stream + turn)
-            text = Text(prompt, sampling=Sampling(), max_new_tokens=load.tokens)
-            times[text] = [time.perf_counter()]
-            engine.add(text)
-        while engine.busy:
-            for text, _ in engine.step():
-                times[text].append(time.perf_counter())
-        found += times.values()
-    return _summary(found, load.tokens, time.perf_counter() - began)
-
-
-def _round_trip() -> dict[str, dict[str, float]]:
-    command = [sys.executable, "-m", "serve_apps.link.round_trip"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+def _rivals(
+    run: Path,
+    threads: int,
+    sizes: list[tuple[int, int]],
+    tokens: int,
+    llama: Path | None,
+    gguf: Path | None,
+) -> list[Rival]:
+    """What starts the servers beside ours."""
+    streams = max(streams for streams, _ in sizes)
+    context = max(length for _, length in sizes) + tokens + 64
+    size = {"streams": streams, "context": context}
+    found: list[Rival] = []
+    if (run / "teacher").exists():
+        found.append(partial(transformers_serve, run / "teacher", threads, **size))
+    if llama is not None and gguf is not None:
+        found.append(partial(llama_server, llama, gguf, threads, **size))
     return found
-
-
-@contextlib.contextmanager
-def _app(target: Path, settings: list[str]) -> Iterator[tuple[str, Path]]:
-    """The app on a cluster of its own: its URL, and the cluster's folder."""
-    with LocalCluster(num_cpus=max(2, os.cpu_count() or 1)) as cluster:
-        env = {**os.environ, **cluster.env}
-        serve = [sys.executable, "-m", "ray.serve.scripts"]
-        start = ["start", "--http-host", "127.0.0.1", "--http-port", str(cluster.http_port)]
-        app = ["run", "--non-blocking", "serve_apps.app:build", f"target={target}", *settings]
-        for command in (start, app):
-            done = subprocess.run(
-                [*serve, *command], env=env, cwd=ROOT, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise ClusterError(f"the app did not start: {done.stderr.strip()[-500:]}")
-        url = f"http://127.0.0.1:{cluster.http_port}"
-        _wait(lambda: httpx.get(f"{url}/health").status_code == 200)
-        yield url, cluster.temp
-
-
-def _gap(url: str, folder: Path, load: _Load) -> float:
-    """The longest pause of a stream whose target is killed. Both may go on with it: the one that
-    works most is killed."""
-    _wait(lambda: len(_targets(folder)) == 2)
-    time.sleep(3.0)  # until the ingress knows both
-
-    async def run() -> list[float]:
-        count = 0
-        before = {process: sum(process.cpu_times()[:2]) for process in _targets(folder)}
-
-        def heard() -> None:
-            nonlocal count
-            count += 1
-            if count == 64:
-                max(before, key=lambda one: sum(one.cpu_times()[:2]) - before[one]).kill()
-
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            return await load.times(client, 77, 256, heard)
-
-    times = asyncio.run(run())
-    return max(_pauses(times))
-
-
-def _targets(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "ServeReplica" in (name := " ".join(process.info["cmdline"] or [])) and (
-            ":target" in name and (parent := process.parent()) is not None
-        ):
-            found += [process] * (str(folder) in " ".join(parent.cmdline()))
-    return found
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
-            if condition():
-                return
-        time.sleep(0.3)
-    raise ClusterError(f"the app was not healthy within {START_S:.0f} s")
 
 
 if __name__ == "__main__":

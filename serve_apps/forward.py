@@ -38,6 +38,10 @@ class Forward:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._timed, work, args, kwargs)
 
+    def wait(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same where there is no event loop yet: the caller waits."""
+        return self._executor.submit(self._timed, work, args, kwargs).result()
+
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
         """Queue the work without waiting for it."""
         self._executor.submit(self._timed, work, args, kwargs)

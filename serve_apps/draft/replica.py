@@ -73,7 +73,9 @@ class DraftReplica:
         self._meter = meter or Meter()
         self._grown = Growth()
         self._forward = Forward(threads=config.threads, name="draft")
-        self._model = weights.load(
+        # In its thread: packing chooses by what is fastest with as many threads as that has.
+        self._model = self._forward.wait(
+            weights.load,
             config.path,
             pack=config.pack,
             compile=config.compile,

@@ -143,7 +143,9 @@ class TargetReplica:
         self._config = config
         meter = meter or Meter()
         self._forward = Forward(threads=config.threads, name="target")
-        self._model = weights.load(
+        # In its thread: packing chooses by what is fastest with as many threads as that has.
+        self._model = self._forward.wait(
+            weights.load,
             config.path,
             pack=config.pack,
             compile=config.compile,
@@ -169,7 +171,7 @@ class TargetReplica:
         self._guiding = Guiding(self._tokenizer, self._vocab_size, self._stop_ids)
         self._speculator = Speculator(
             links=self._links,
-            model=_local_draft(config, self._vocab_size, self._tokenizer),
+            model=self._forward.wait(_local_draft, config, self._vocab_size, self._tokenizer),
             depth=config.depth,
         )
         prefixes = Prefixes(config.prefix_bytes) if config.prefix_bytes else None

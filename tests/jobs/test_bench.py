@@ -6,23 +6,16 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import transformers
 import typer
 from typer.testing import CliRunner
 
-import linearized
 from jobs import baselines, bench_decode, bench_models, bench_ops
 from jobs.measure import Bar, Timing, in_turns, peak_bytes, processor
 from linearized import ops
 from linearized.errors import DataError
-from linearized.medusa import MedusaHeads
-from linearized.training.blocks import ShardInfo, fill, write_shard
-from linearized.training.tokenizer import fingerprint
 
 CPU = torch.device("cpu")
 
@@ -135,40 +128,6 @@ def test_the_last_line_is_all_of_it(module, parts):
     assert machine["device"] and " ".join(machine["instructions"]) in done.stdout.splitlines()[0]
     assert machine["threads"] >= 1 and record["date"] and record["commit"]
     assert all({"name", "value", "bound", "met"} <= set(bar) for bar in record["bars"])
-
-
-@pytest.fixture(scope="module")
-def pair(tokenizer, tmp_path_factory) -> Path:
-    """All that jobs.bench_decode measures, with random weights."""
-    run = tmp_path_factory.mktemp("pair")
-    for name, layers, linear in (
-        ("teacher", 3, False), ("target", 3, True), ("draft", 1, True), ("softmax_draft", 1, False),
-        ("pruned", 2, True),
-    ):  # fmt: skip
-        torch.manual_seed(layers)
-        config = transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-            num_hidden_layers=layers, num_attention_heads=2, initializer_range=0.2,
-            bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config)
-        if linear:
-            linearized.linearize(model, linearized.LinearConfig(attention="grouped", group=8))
-        model.save_pretrained(run / name)
-        tokenizer.save_pretrained(run / name)
-    target = linearized.load(run / "target")
-    heads = MedusaHeads.on(target, 2, linearized.fingerprint(target))
-    heads.save_pretrained(run / "target" / "medusa")
-    layers = {"format": "linearized-layers/1", "layers": [0, 2]}
-    (run / "target" / "layers.json").write_text(json.dumps(layers))
-    rows, _ = fill([np.arange(3200, dtype=np.int32) % len(tokenizer)], block=96, end=0)
-    info = ShardInfo(
-        block=96, blocks=len(rows), tokens=rows.size, tokenizer=fingerprint(run / "target"),
-        documents=1, dropped=0, source="numbers", split="held_out",
-    )  # fmt: skip
-    (run / "data" / "held_out").mkdir(parents=True)
-    write_shard(run / "data" / "held_out" / "0.parquet", rows, info)
-    return run
 
 
 def test_every_drafter_is_compared_with_plain_decoding(pair):

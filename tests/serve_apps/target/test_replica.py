@@ -373,6 +373,20 @@ async def test_fast_weights_and_steps_change_no_text(folders, monkeypatch, way):
     assert texts[0] == texts[1]
 
 
+async def test_layouts_are_chosen_with_the_threads_that_steps_have(folders, monkeypatch):
+    seen: list[int] = []
+
+    def choose(layers, dtype, pack):
+        seen.append(torch.get_num_threads())
+        return {tuple(one.weight.shape): Choice.always("onednn") for one in layers}
+
+    monkeypatch.setattr(packing, "fastest", choose)
+    draft = DraftReplica(DraftConfig(path=str(folders["draft"]), threads=3))
+    await draft.close()
+    async with replica(folders, draft=str(folders["draft"]), threads=3):
+        assert seen and set(seen) == {3}
+
+
 async def test_nothing_of_the_end_is_lost_when_it_comes_late(folders, monkeypatch):
     step = Engine.step
 
