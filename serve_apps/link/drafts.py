@@ -39,7 +39,7 @@ class DraftLinks:
         vocab_size: int,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
-        """`wake` is called while there are sessions and no replica."""
+        """`wake` is called while something is ordered and there is no replica."""
         self.arrived = threading.Condition()
         """Told whenever a draft has said something, or will not."""
         self._find = find
@@ -50,7 +50,7 @@ class DraftLinks:
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._wanted: set[int] = set()
-        """Numbers of the sessions that have not been closed."""
+        """Numbers of the sessions for which something was ordered in vain."""
         self._peers = Peers(self._look, self._link, kind="draft")
         self._up = asyncio.Event()
 
@@ -83,9 +83,7 @@ class DraftLinks:
 
     def session(self, text: Text) -> DraftSession:
         """For this text. Nothing is sent before `order`."""
-        number = next(self._numbers)
-        self._wanted.add(number)
-        return DraftSession(self, number, text, self._vocab_size)
+        return DraftSession(self, next(self._numbers), text, self._vocab_size)
 
     def closed(self, session: DraftSession) -> None:
         """Nothing more will be asked for it."""
@@ -96,7 +94,11 @@ class DraftLinks:
         peers = {repr(peer.endpoint): peer for peer in self._peers if peer.usable}
         loads = {name: len(peer.sessions) for name, peer in peers.items()}
         name = place(f"{self._name}/{session.number}", loads)
-        return None if name is None else peers[name]
+        if name is None:
+            self._wanted.add(session.number)
+            return None
+        self._wanted.discard(session.number)
+        return peers[name]
 
     async def _look(self) -> Sequence[Endpoint]:
         found = await self._find()
