@@ -59,7 +59,7 @@ class DraftLinks:
 
     async def close(self) -> None:
         await self._peers.close()
-        await self._rest()
+        self._rest()
 
     @property
     def connected(self) -> bool:
@@ -103,7 +103,7 @@ class DraftLinks:
     async def _look(self) -> Sequence[Endpoint]:
         found = await self._find()
         if found or not self._wanted:
-            await self._rest()
+            self._rest()
         elif self._wake is not None and (self._waking is None or self._waking.done()):
             self._waking = asyncio.create_task(self._have_one_started(self._wake))
         return found
@@ -114,11 +114,10 @@ class DraftLinks:
         except Exception as error:  # whatever Serve raises: the next look tries again
             log.warning("no draft replica could be started: %s", error)
 
-    async def _rest(self) -> None:
+    def _rest(self) -> None:
         waking, self._waking = self._waking, None
         if waking is not None:
             waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
 
     def _link(self, endpoint: Endpoint) -> DraftPeer:
         if endpoint.vocab_size != self._vocab_size:
