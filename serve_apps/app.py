@@ -11,8 +11,8 @@ talks to targets, and a target to drafts, over connections of their own.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Collection
-from typing import Any
+from collections.abc import AsyncGenerator, Collection, Coroutine
+from typing import Any, TypeVar
 
 import ray
 from click import ClickException
@@ -42,6 +42,7 @@ from serve_apps.scaling import TEXTS, scale_drafts, scale_targets
 from serve_apps.settings import AppArgs, device, place
 from serve_apps.target.replica import TargetConfig, TargetReplica
 
+T = TypeVar("T")
 ANSWER_S = 3.0
 """Seconds within which all replicas say where they are."""
 RETRY_S = 0.2
@@ -162,19 +163,25 @@ class Deployed:
     async def endpoints(self) -> list[Endpoint]:
         """Of all that run. One that ends in this moment is left out."""
         try:
-            answers = self._handle.broadcast("endpoint")
-            found = await answers.results_async(timeout_s=ANSWER_S, return_exceptions=True)
+            found = await _within(ANSWER_S, self._all())
         except DeploymentUnavailableError:
             return []
         except TimeoutError:  # one of them hangs; Serve knows one that does not
-            found = [await self._handle.endpoint.remote()]
+            found = [await _within(ANSWER_S, self._one())]
         return [one for one in found if isinstance(one, Endpoint)]
 
     async def wake(self) -> None:
         """A call that waits for a replica is what makes Serve start one where there is none."""
+        await _within(None, self._one())
+
+    async def _all(self) -> list[Any]:
+        answers = self._handle.broadcast("endpoint")
+        return await answers.results_async(return_exceptions=True)
+
+    async def _one(self) -> Any:
         response = self._handle.endpoint.remote()
         try:
-            await response
+            return await response
         finally:
             response.cancel()
 
@@ -230,6 +237,23 @@ class Handle:
         finally:
             if not finished:
                 events.cancel()
+
+
+async def _within(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives. Whoever is late or cancelled here does not wait for it to stop: a call
+    to a replica that has gone may not.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    task = asyncio.create_task(work)
+    try:
+        done, _ = await asyncio.wait([task], timeout=seconds)
+    finally:
+        task.cancel()
+    if not done:
+        raise TimeoutError
+    return task.result()
 
 
 def _complaint(error: Any) -> str:

@@ -46,6 +46,7 @@ from serve_apps.http.writing import Writing
 
 READY_S = 2.0
 """Seconds that /health waits for the targets before it answers 503."""
+CLOSE_S = 5.0
 _DRAFTS = ("away", "none", "connected")
 """States of a draft, the worst first."""
 
@@ -146,7 +147,9 @@ class _Ingress:
         self._config = config
 
     async def close(self) -> None:
-        await asyncio.gather(*(model.close() for model in self._models.values()))
+        """Takes no longer than CLOSE_S, whatever happens to the connections."""
+        closing = [asyncio.create_task(model.close()) for model in self._models.values()]
+        await asyncio.wait(closing, timeout=CLOSE_S)
 
     async def health(self) -> JSONResponse:
         """Answers 200 once all targets are warm. `draft` says whether they have a draft: the worst

@@ -42,8 +42,8 @@ class DraftLinks:
         heartbeat_s: float = HEARTBEAT_S,
         meter: Meter | None = None,
     ) -> None:
-        """`wake` is called while there are sessions and no replica. `vocab_size`, `tokenizer`: the
-        target's, as its drafts have them in their Endpoints."""
+        """`wake` is called while something is ordered and there is no replica. `vocab_size`,
+        `tokenizer`: the target's, as its drafts have them in their Endpoints."""
         self.arrived = threading.Condition()
         """Told whenever a draft has said something, or will not."""
         self._find = find
@@ -56,7 +56,7 @@ class DraftLinks:
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._wanted: set[int] = set()
-        """Numbers of the sessions that have not been closed."""
+        """Numbers of the sessions for which something was ordered in vain."""
         self._peers = Peers(self._look, self._link, kind="draft")
         self._up = asyncio.Event()
 
@@ -65,7 +65,7 @@ class DraftLinks:
 
     async def close(self) -> None:
         await self._peers.close()
-        await self._rest()
+        self._rest()
 
     @property
     def connected(self) -> bool:
@@ -89,9 +89,7 @@ class DraftLinks:
 
     def session(self, text: Text) -> DraftSession:
         """For this text. Nothing is sent before `order`."""
-        number = next(self._numbers)
-        self._wanted.add(number)
-        return DraftSession(self, number, text)
+        return DraftSession(self, next(self._numbers), text)
 
     def closed(self, session: DraftSession) -> None:
         """Nothing more will be asked for it."""
@@ -102,12 +100,16 @@ class DraftLinks:
         peers = {repr(peer.endpoint): peer for peer in self._peers if peer.usable}
         loads = {name: len(peer.sessions) for name, peer in peers.items()}
         name = place(f"{self._name}/{session.number}", loads)
-        return None if name is None else peers[name]
+        if name is None:
+            self._wanted.add(session.number)
+            return None
+        self._wanted.discard(session.number)
+        return peers[name]
 
     async def _look(self) -> Sequence[Endpoint]:
         found = await self._find()
         if found or not self._wanted:
-            await self._rest()
+            self._rest()
         elif self._wake is not None and (self._waking is None or self._waking.done()):
             self._waking = asyncio.create_task(self._have_one_started(self._wake))
         return found
@@ -118,11 +120,10 @@ class DraftLinks:
         except Exception as error:  # whatever Serve raises: the next look tries again
             log.warning("no draft replica could be started: %s", error)
 
-    async def _rest(self) -> None:
+    def _rest(self) -> None:
         waking, self._waking = self._waking, None
         if waking is not None:
             waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
 
     def _link(self, endpoint: Endpoint) -> DraftPeer:
         if problem := self._problem(endpoint):

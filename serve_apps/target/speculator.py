@@ -23,6 +23,8 @@ from serve_apps.link.drafts import DraftLinks
 
 FIRST_DEPTH = 4
 """Levels that are asked for before it is known what pays."""
+REST_S = 600.0
+"""Seconds after which drafts that did not pay, and have been stopped since, are tried again."""
 
 
 LOOK_S = 0.05
@@ -94,11 +96,15 @@ class RemoteDrafter(Drafter):
         """Levels, in the last round."""
         self._usual = min(FIRST_DEPTH, depth)
         """Levels that are asked for; 0: drafts are at rest."""
+        self._rested = 0.0
+        """Since when they are."""
 
     def open(self, text: Text) -> None:
         """The draft reads the prompt while the target does, if drafts are in use."""
         self._loop = asyncio.get_running_loop()
         session = self._sessions[text] = self._links.session(text)
+        if not self._usual and not session.open and self._now() - self._rested > REST_S:
+            self._usual = min(FIRST_DEPTH, self.depth)
         if self._usual:
             session.order(self._usual)
 
@@ -109,8 +115,8 @@ class RemoteDrafter(Drafter):
             return
         if depth:
             session.order(depth)
-        elif text.num_left > 1:  # otherwise a tree would have been of no use
-            self._usual = 0
+        elif session.open and text.num_left > 1:  # otherwise a tree would have been of no use
+            self._usual, self._rested = 0, self._now()
 
     def close(self, text: Text) -> None:
         self._asked.pop(text, None)

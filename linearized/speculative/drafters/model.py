@@ -93,7 +93,7 @@ class ModelDrafter(Drafter):
         if self._num_tokens is not None and self._num_tokens > min(mine, theirs):
             raise ConfigError(
                 f"num_tokens is {self._num_tokens}, more than the draft's vocabulary of {mine} or "
-                f"the target's of {theirs} has"
+                f"the target's of {theirs} has; they must share one tokenizer"
             )
         self._target_rows = theirs
         # As many as the target's at once: programs are compiled for rows of a pool of one size.

@@ -291,6 +291,10 @@ async def test_a_draft_is_woken_for_a_text_and_for_nothing_else():
             assert not await it.wait_connected(0.1)
             assert asleep.asked == 0
             one, two = it.session(text(5)), it.session(text(6))
+            await asyncio.sleep(0.1)
+            assert asleep.asked == 0  # nothing is ordered
+            for session in (one, two):
+                session.order(2)
             await until(lambda: asleep.waiting == 1)
             one.close()
             await asyncio.sleep(0.1)
@@ -298,15 +302,16 @@ async def test_a_draft_is_woken_for_a_text_and_for_nothing_else():
             two.close()
             await until(lambda: asleep.waiting == 0)  # nobody wants it any more
             session = it.session(text(7))
+            session.order(2)
             await until(lambda: asleep.waiting == 1)
             asleep.starts.set()
             assert await it.wait_connected(20)
             session.order(2)
             assert await answer(session) == chain(7, 2)
             assert (asleep.asked, asleep.waiting) == (2, 0)
-            it.session(text(8))
+            it.session(text(8)).order(2)
         async with linked(Asleep(endpoint).find) as it:  # nobody can be woken
-            it.session(text(5))
+            it.session(text(5)).order(2)
             assert not await it.wait_connected(0.05)
 
 
@@ -318,7 +323,7 @@ async def test_a_draft_that_cannot_be_woken_is_tried_again(caplog):
         raise RuntimeError("no room")
 
     async with linked(finder(), wake=wake) as it:
-        it.session(text(5))
+        it.session(text(5)).order(2)
         await until(lambda: len(tries) > 2)
     assert "no draft replica could be started: no room" in caplog.text
 

@@ -12,14 +12,32 @@ from dataclasses import replace
 import pytest
 
 from linearized.speculative import Alternatives, Sampling
-from serve_apps.generation import Delta, Description, Finished, Generation, Refused, Started
-from serve_apps.link import discovery, listener, text_server
+from serve_apps.generation import (
+    Delta,
+    Description,
+    Finished,
+    Generation,
+    Left,
+    Refused,
+    Started,
+)
+from serve_apps.link import discovery, listener, text_link, text_server
 from serve_apps.link.connection import LinkError, dial
 from serve_apps.link.listener import Listener
 from serve_apps.link.protocol import Close
 from serve_apps.link.targets import Targets
 from serve_apps.link.text_server import TextServer
-from serve_apps.link.texts import PART, WINDOW, Cancel, Failed, More, Status, Submit
+from serve_apps.link.texts import (
+    PART,
+    STATE_PART,
+    WINDOW,
+    Cancel,
+    Failed,
+    More,
+    StatePart,
+    Status,
+    Submit,
+)
 
 
 class Words:
@@ -31,6 +49,9 @@ class Words:
         self.ill = False
         self.texts = 0
         self.fingerprint = fingerprint
+        self.state = b""
+        self.given: list[bytes] = []
+        self.left: set[int] = set()
 
     async def ready(self):
         return Description(
@@ -46,8 +67,12 @@ class Words:
         if self.ill:
             raise RuntimeError("ill")
 
+    def leave(self, job):
+        self.left.add(job.prompt[0])
+
     async def complete(self, job):
         name = job.prompt[0]
+        self.given.append(job.state)
         try:
             if name == 66:
                 raise RuntimeError("broken")
@@ -59,6 +84,9 @@ class Words:
             for i in range(job.max_tokens):
                 await asyncio.sleep(0)
                 self.said[name] = i + 1
+                if name in self.left and self.state:
+                    yield Left(state=self.state)
+                    return
                 yield Delta(text=f"w{i} ", tokens=(i,), logprobs=(Alternatives(-1.0, ()),))
             yield Finished(reason="length", rounds=job.max_tokens, drafted=(4, 2), accepted=(1, 1))
         finally:
@@ -346,3 +374,88 @@ async def until(condition, seconds=20.0):
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+async def leave_after(link, wanted, events):
+    """What is said of a text that is asked to leave after so many events."""
+    found = []
+    async with aclosing(link.complete(wanted)) as stream:
+        async for event in stream:
+            found.append(event)
+            if len(found) >= events:
+                link.leave(wanted)
+    return found
+
+
+async def test_states_are_handed_over_in_both_directions():
+    target = Words()
+    target.state = bytes(range(256)) * (STATE_PART * 3 // 256) + b"the end"
+    async with over_link(target) as link:
+        wanted = [job(name, 10**6) for name in range(5)]
+        found = await asyncio.gather(*(leave_after(link, one, 4) for one in wanted))
+        assert [events[-1] for events in found] == [Left(state=target.state)] * 5
+        told = [replace(one, max_tokens=3, state=target.state) for one in wanted]
+        target.left.clear()
+        target.given.clear()
+        found = await asyncio.gather(*(read(link, one) for one in told))
+        assert [type(events[-1]) for events in found] == [Finished] * 5
+        assert target.given == [target.state] * 5
+
+
+async def test_a_target_that_hands_nothing_over_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(text_link, "LEAVE_S", 0.05)
+    target = Words()
+    async with over_link(target) as link:
+        with pytest.raises(LinkError, match="does not hand the text over"):
+            await leave_after(link, job(1, 10**7), 3)
+        link.leave(job(2))  # no such text
+        assert len(await read(link, job(2))) == 7
+
+
+async def test_no_more_of_a_state_is_kept_than_is_allowed(monkeypatch):
+    monkeypatch.setattr(text_server, "MAX_STATE", 100)
+    target = Words()
+    async with served(target) as server:
+        connection = await dial(await server.endpoint(), heartbeat_s=0.1)
+        assert isinstance(await connection.receive(), Status)
+        for number in range(5):  # of texts that are given up
+            connection.send(StatePart(number, b"x" * 90))
+            connection.send(Cancel(number))
+        connection.send(StatePart(7, b"x" * 60))
+        connection.send(Submit(7, job(7)))
+        assert (await connection.receive()).text == 7 and target.given == [b"x" * 60]
+        for number in range(2):
+            connection.send(StatePart(number, b"x" * 60))
+        with pytest.raises(LinkError):
+            while True:
+                await connection.receive()
+        await connection.close()
+
+
+async def test_a_state_that_is_too_large_is_not_handed_over(monkeypatch):
+    monkeypatch.setattr(text_server, "MAX_STATE", 100)
+    target = Words()
+    target.state = b"x" * 101
+    async with over_link(target) as link:
+        assert (await leave_after(link, job(1, 10**6), 3))[-1] == Left()
+
+
+async def test_a_state_that_nobody_has_asked_for_ends_the_connection():
+    async def serve(connection):
+        connection.send(Status(await Words().ready()))
+        submit = await connection.receive()
+        connection.send(StatePart(submit.text, b"x"))
+        await connection.receive()
+
+    place = Listener(serve, heartbeat_s=0.1)
+    endpoint = await place.start(fingerprint="f", vocab_size=100)
+
+    async def find():
+        return [endpoint]
+
+    them = Targets(find, heartbeat_s=0.1)
+    link = await them.pick(seconds=20)
+    with pytest.raises(LinkError, match="nobody has asked for"):
+        await read(link, job(1))
+    await them.close()
+    await place.close()

@@ -8,14 +8,14 @@ import contextlib
 import pytest
 
 from linearized.speculative import Ask, Drafter, Sampling, Text, TokenTree
-from serve_apps.target.speculator import RemoteDrafter, Speculator
+from serve_apps.target.speculator import REST_S, RemoteDrafter, Speculator
 
 
 class Links:
     """Time passes only while somebody waits, and then what is told to happens."""
 
     def __init__(self):
-        self.now, self.events, self.sessions = 0.0, [], {}
+        self.now, self.events, self.sessions, self.opens = 0.0, [], {}, True
         self.arrived = self
 
     def session(self, text):
@@ -44,7 +44,7 @@ class Session:
     def __init__(self, links, text):
         self.links, self.text = links, text
         self.orders, self.tree, self.ordered = [], TokenTree.empty, 0
-        self.open = self.coming = True
+        self.open, self.coming = links.opens, True
         self.closed = False
 
     def order(self, depth):
@@ -203,3 +203,20 @@ async def test_another_replica_is_asked_at_once():
         drafter.propose([ask(one, 3, 0.5)])
         await asyncio.sleep(0)
         assert session.orders[before:]
+
+
+async def test_drafts_are_ordered_where_there_are_none_until_they_have_been_at_rest():
+    async with drafting(2) as (links, drafter, texts, sessions):
+        for session in sessions:
+            session.open = False
+        drafter.advance(texts[0])  # without a tree, as there is nobody
+        drafter.open(texts[0])
+        assert links.sessions[texts[0]].orders
+        links.sessions[texts[0]].open = True
+        drafter.advance(texts[0])  # without a tree, as it does not pay
+        assert drafter._usual == 0
+        for seconds, ordered in ((1.0, False), (REST_S, True)):
+            links.now += seconds
+            links.opens = False
+            drafter.open(texts[1])
+            assert bool(links.sessions[texts[1]].orders) == ordered
