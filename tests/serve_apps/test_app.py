@@ -79,7 +79,7 @@ def serve(cluster, folders, *args):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     url = f"http://127.0.0.1:{cluster.http_port}"
