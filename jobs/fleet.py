@@ -50,7 +50,7 @@ from serve_apps.target.replica import TargetConfig, TargetReplica
 
 KINDS = ("ingress", "target", "draft", "liar")
 """A liar is a draft whose trees make no sense."""
-START_S = 120.0
+START_S = 300.0
 DRAIN_S = 10.0
 """Seconds that a target which is asked to end waits for its texts."""
 HEARTBEAT_S = 0.5

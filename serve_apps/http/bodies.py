@@ -23,6 +23,8 @@ MAX_VALUES = 2**16
 """Values of a body, …"""
 MAX_CONTAINERS = 2**14
 """… and lists and objects among them, which take longest: so many are parsed within some 30 ms."""
+MAX_ESCAPES = 2**19
+"""Characters of a body that are escaped: they take some ten times as long as others."""
 PIECE = 2**16
 """Bytes that are looked at before others may go on."""
 _MARK = re.compile(rb'[,\[{"]')
@@ -58,9 +60,13 @@ def parse(body: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object that a body is. null asks for the default, as with OpenAI, and is left out.
 
     Raises:
-        ApiError: it is no JSON object, no Unicode text, or holds more than `max_values` values.
+        ApiError: it is no JSON object, no Unicode text, or holds more than `max_values` values or
+            MAX_ESCAPES escaped characters.
     """
-    if _at_most(body) > min(max_values, MAX_CONTAINERS):
+    if _marks(body, b"\\") > MAX_ESCAPES:
+        message = f"the body holds more than {MAX_ESCAPES} escaped characters; send them as UTF-8"
+        raise ApiError(400, message, code="too_many_values")
+    if 1 + _marks(body, b",[{") > min(max_values, MAX_CONTAINERS):
         values, containers = _count(body, max_values)
         if values > max_values or containers > MAX_CONTAINERS:
             most = f"{max_values} values, or {MAX_CONTAINERS} lists and objects"
@@ -76,10 +82,11 @@ def parse(body: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _at_most(body: bytes) -> int:
-    """No fewer than the values of a body: marks within its strings count, too."""
+def _marks(body: bytes, marks: bytes) -> int:
+    """How many of them there are, those within strings too. (Values are no more than commas and
+    opening brackets, and one.)"""
     starts = range(0, len(body), PIECE)
-    return 1 + sum(body.count(mark, at, at + PIECE) for at in starts for mark in b",[{")
+    return sum(body.count(mark, at, at + PIECE) for at in starts for mark in marks)
 
 
 def _count(body: bytes, max_values: int) -> tuple[int, int]:

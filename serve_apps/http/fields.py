@@ -247,7 +247,7 @@ def _guided(value: Any) -> Guide:
         if wrong is not None:
             problem = f"guided.choice must have strings that are not empty, got {quoted(wrong)}"
             raise invalid("guided", problem)
-        return Guide(kind, _source(json.dumps(source, ensure_ascii=False), "guided"))
+        return Guide(kind, _json(source, "guided"))
     if not isinstance(source, str) or not source:
         problem = f"guided.{kind} must be a string that is not empty, got {quoted(source)}"
         raise invalid("guided", problem)
@@ -257,6 +257,23 @@ def _guided(value: Any) -> Guide:
 def _schema(value: Any, param: str) -> str:
     if not isinstance(value, dict):
         raise invalid(param, f"{param}: a JSON schema is an object, got {quoted(value)}")
+    return _json(value, param)
+
+
+def _json(value: Any, param: str) -> str:
+    """As JSON, if that is short enough: to write a long one stops everybody for long."""
+    left, rest = MAX_GUIDE, [value]
+    while rest and left >= 0:
+        one = rest.pop()
+        if isinstance(one, str):
+            left -= len(one)
+        elif isinstance(one, dict):
+            left -= sum(map(len, one))
+            rest += one.values()
+        elif isinstance(one, list):
+            rest += one
+    if left < 0:
+        raise invalid(param, f"{param} may have {MAX_GUIDE} characters, got more")
     try:
         return _source(json.dumps(value, ensure_ascii=False), param)
     except RecursionError:

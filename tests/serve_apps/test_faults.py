@@ -14,15 +14,12 @@ SHORT = [
     "kill -9 of the ingress",
     "SIGTERM to a target",
     "garbage from and to targets",
-    "garbage from and to drafts",
-    "targets 45 ms away",
     "drafts 500 ms away",
-    "a full queue",
     "hostile bodies",
 ]
 
 
-async def suffer(folders, faults, *, tokens=120, **counts):
+async def suffer(folders, faults, *, tokens=80, **counts):
     async with Fleet(folders["target"], folders["draft"], settings=SETTINGS, **counts) as fleet:
         streams = Streams(fleet.url, "target", tokens=tokens)
         try:
@@ -32,19 +29,19 @@ async def suffer(folders, faults, *, tokens=120, **counts):
             await streams.close()
     for row in rows:
         assert row.good, row
-        asked = (8 + 80 * (row.fault == "a full queue")) * row.tries
-        assert row.same + sum(row.errors.values()) >= 8 * row.tries <= asked
+        assert row.same + sum(row.errors.values()) == 8 * row.tries
     return rows
 
 
+@pytest.mark.timeout(400)
 async def test_every_text_is_that_of_a_calm_run_or_has_a_clear_error(folders):
     rows = await suffer(folders, dict.fromkeys(SHORT, 1), drafts=1)
     assert sum(row.same for row in rows) >= 8 * (len(SHORT) - 1)
 
 
 async def test_trees_that_cannot_be_change_nothing(folders):
-    (row,) = await suffer(folders, {LIES: 2}, targets=1, drafts=0, liars=2)
-    assert row.same == 16
+    (row,) = await suffer(folders, {LIES: 1}, targets=1, drafts=0, liars=2)
+    assert row.same == 8
 
 
 @pytest.mark.slow

@@ -39,6 +39,8 @@ HOSTILE = {
     "numbers": b'{"prompt": [' + b",".join([b"1"] * 300_000) + b"]}",
     "lists": b'{"prompt": [' + b",".join([b"[]"] * 300_000) + b"]}",
     "names": b"{" + b",".join(b'"%d":1' % i for i in range(300_000)) + b"}",
+    "escapes": b'{"prompt": "' + rb"\u0041" * 600_000 + b'"}',
+    "NUL": b'{"prompt": "' + rb"\u0000" * 600_000 + b'"}',
     "depth": b'{"prompt": ' + b"[" * 300_000 + b"]" * 300_000 + b"}",
 }
 
@@ -51,7 +53,7 @@ def test_too_many_values_are_not_even_parsed(body, monkeypatch):
 
 
 def test_marks_in_texts_are_no_values():
-    for text in (",[{" * 200_000, '",' * 200_000, "\\" * 200_001, '\\"' * 100_001):
+    for text in (",[{" * 200_000, '",' * 200_000, "\\" * 100_001, '\\"' * 100_001):
         body = json.dumps({"prompt": text, "more": [1, 2]}).encode()
         assert bodies.parse(body, max_values=6)["prompt"] == text
     assert refusal(b'{"a": ",,,,,,,,", "b": [1,2]}', max_values=4).code == "too_many_values"

@@ -232,6 +232,16 @@ def test_what_users_send_is_not_repeated_whole():
         assert len(error.message) < 400 and len(error.param or "") <= 100
 
 
+@pytest.mark.parametrize(
+    "rule", [{"json_schema": {"title": "x" * 10**6}}, {"choice": ["x" * 10**6, "y"]}]
+)
+def test_a_long_rule_is_not_written_out(rule, monkeypatch):
+    body = json.dumps({**OK, "guided": rule}).encode()
+    monkeypatch.setattr("serve_apps.http.fields.json.dumps", lambda *_, **__: pytest.fail("was"))
+    error = refusal(CompletionRequest, body)
+    assert (error.status, error.param) == (400, "guided") and "65536" in error.message
+
+
 def test_the_first_wrong_element_is_enough():
     """vllm#49239: an error is built for each of a million elements."""
     for wrong in (["a"] * 30 + [5] * 200_000, [1] * 50 + ["a"] * 50, [[1]] * 10 + [[-1]]):
