@@ -83,10 +83,9 @@ class Corpus:
 
     def texts(self, count: int, num_tokens: int) -> list[str]:
         """Of so many tokens, give or take what merges differently at the ends."""
-        return [
-            self._tokenizer.decode(self.ids(num_tokens), skip_special_tokens=True)
-            for _ in range(count)
-        ]
+        ids = [self.ids(num_tokens) for _ in range(count)]
+        found: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return found
 
     def read(self, text: str) -> list[int]:
         """Its token ids, as a server reads it."""

@@ -19,10 +19,27 @@ Results = dict[str, Any]
 def bars(results: Results) -> list[Bar]:
     one, draft = results.get("one"), results.get("draft")
     prefix, killed, rate = results.get("prefix"), results.get("killed"), results.get("rate")
+    if rate is not None and not rate["requests"]:
+        rate = None  # no rate was low enough
     bars = [
-        Bar("one stream: time of a token, door / engine", _over(one, "token"), 1.15, least=False),
-        Bar("one stream: first token, door − engine, ms", _later(one), 10, least=False),
-        Bar("link: round trip p50, ms", _ms(one and one["round_trip"]["unix"]["p50"]), 0.3, False),
+        Bar(
+            "one stream: time of a token, door / engine",
+            one and one["ours"]["token"].median / one["engine"]["token"].median,
+            1.15,
+            least=False,
+        ),
+        Bar(
+            "one stream: first token, door − engine, ms",
+            one and 1e3 * (one["ours"]["first"].median - one["engine"]["first"].median),
+            10,
+            least=False,
+        ),
+        Bar(
+            "link: round trip p50, ms",
+            one and 1e3 * one["round_trip"]["unix"]["p50"],
+            0.3,
+            least=False,
+        ),
         Bar(
             "one stream, drafts in a replica / plain, tokens/s",
             draft and draft["none"]["token"].median / draft["model"]["token"].median,
@@ -105,18 +122,6 @@ def show_rate(found: Results, asked: Asked, console: Console) -> None:
         f"{found['errors']} errors "
         f"{'; '.join(found['reasons'])}"
     )
-
-
-def _over(one: Results | None, what: str) -> float | None:
-    return one and one["ours"][what].median / one["engine"][what].median
-
-
-def _later(one: Results | None) -> float | None:
-    return _ms(one and one["ours"]["first"].median - one["engine"]["first"].median)
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e3 * seconds
 
 
 def _rate(token: Timing) -> str:

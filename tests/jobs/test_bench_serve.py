@@ -55,7 +55,7 @@ def test_bars_are_what_was_measured():
         "prefix": {"new": second, "seen": half, "shared": 16},
         "draft": {"none": {"token": second}, "model": {"token": half}},
         "killed": {"gap_p99": 1.5, "differing": 0},
-        "rate": {"errors": 1, "first_p99": 1.9},
+        "rate": {"requests": 9, "errors": 1, "first_p99": 1.9},
     }
     met = [(round(bar.value, 9), bar.met) for bar in bars(found) if bar.value is not None]
     assert met == [
@@ -68,6 +68,8 @@ def test_bars_are_what_was_measured():
         "1 x 8: between tokens p99, ours / transformers serve",
     ]
     assert all(bar.value is None for bar in bars({}))
+    no_rate = {"rate": {"requests": 0, "errors": 0, "first_p99": 0.0}}
+    assert all(bar.value is None for bar in bars(no_rate))
 
 
 def test_a_part_that_fails_does_not_spoil_the_others(pair, monkeypatch):
