@@ -113,7 +113,7 @@ async def _soak(fleet: Fleet, streams: Streams, requests: int, at_a_time: int, s
 
 async def _one(streams: Streams, draw: random.Random, wrong: list[str]) -> str:
     """What became of a request of some kind."""
-    kind = draw.choices(("known", "new", "wrong", "leaves"), (4, 10, 2, 2))[0]
+    kind = draw.choices(("known", "new", "refused", "leaves"), (4, 10, 2, 2))[0]
     if kind == "known":
         name = draw.choice(list(ASKED))
         heard = await streams.ask(name)
@@ -128,7 +128,7 @@ async def _one(streams: Streams, draw: random.Random, wrong: list[str]) -> str:
         "max_tokens": draw.choice([0, 1, 2, 8, 16]),
         "temperature": draw.choice([0, 1.0]),
     }
-    if kind == "wrong":
+    if kind == "refused":
         body |= draw.choice([{"n": 0}, {"colour": 1}, {"prompt": []}, {"max_tokens": 10**9}])
     if kind == "leaves":
         with contextlib.suppress(TimeoutError):
@@ -136,7 +136,7 @@ async def _one(streams: Streams, draw: random.Random, wrong: list[str]) -> str:
                 await streams.client.post("/v1/completions", json={**body, "max_tokens": 1000})
         return "left"
     answer = await streams.client.post("/v1/completions", json=body)
-    good = answer.status_code == 400 if kind == "wrong" else "[DONE]" in answer.text
+    good = answer.status_code == 400 if kind == "refused" else "[DONE]" in answer.text
     if not good:
         wrong.append(f"{body}: {answer.text[-500:]}")
     return kind

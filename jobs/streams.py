@@ -122,10 +122,9 @@ class Streams:
         names = list(self._asked) * times
         asking = [asyncio.create_task(self.ask(name, on_chunk)) for name in names]
         if strike is not None:
-            ended = asyncio.gather(*asking)
-            waiting = asyncio.create_task(due.wait())
-            both: list[asyncio.Future[Any]] = [ended, waiting]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            ended: asyncio.Future[Any] = asyncio.gather(*asking)
+            waiting: asyncio.Future[Any] = asyncio.create_task(due.wait())
+            await asyncio.wait([ended, waiting], return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
             await strike()
         count = Count()
