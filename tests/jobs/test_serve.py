@@ -110,7 +110,7 @@ def test_it_serves_until_it_is_interrupted(linear, tokenizer, tmp_path):
         text=True,
         start_new_session=True,
     )
-    guard = threading.Timer(300, serve.kill)
+    guard = threading.Timer(400, serve.kill)
     guard.start()
     try:
         said = ""
@@ -133,6 +133,7 @@ def test_it_serves_until_it_is_interrupted(linear, tokenizer, tmp_path):
         guard.cancel()
         serve.kill()
         serve.wait()
+        serve.stdout.close()
     assert serve.returncode == 0 and rest.endswith("Stopped\n") and "Traceback" not in rest
     deadline = time.monotonic() + 60
     while marked(tmp_path) and time.monotonic() < deadline:
