@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.serve import ServeConfig, main, models, start_command, welcome
 from linearized.errors import ConfigError
@@ -91,12 +92,15 @@ def marked(run: Path) -> list[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_it_serves_until_it_is_interrupted(folders, tmp_path):
+def test_it_serves_until_it_is_interrupted(linear, tokenizer, tmp_path):
+    for name in ("target", "draft"):
+        model = linear(vocab=len(tokenizer), dtype=torch.float32)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "jobs.serve", "demo", f"port={port}"]
-    command += [f"target={folders['target']}", f"draft={folders['draft']}"]
+    command = [sys.executable, "-m", "jobs.serve", "demo", f"port={port}", f"run={tmp_path}"]
     serve = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -106,7 +110,7 @@ def test_it_serves_until_it_is_interrupted(folders, tmp_path):
         text=True,
         start_new_session=True,
     )
-    guard = threading.Timer(300, serve.kill)
+    guard = threading.Timer(400, serve.kill)
     guard.start()
     try:
         said = ""
@@ -129,6 +133,7 @@ def test_it_serves_until_it_is_interrupted(folders, tmp_path):
         guard.cancel()
         serve.kill()
         serve.wait()
+        serve.stdout.close()
     assert serve.returncode == 0 and rest.endswith("Stopped\n") and "Traceback" not in rest
     deadline = time.monotonic() + 60
     while marked(tmp_path) and time.monotonic() < deadline:
