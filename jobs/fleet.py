@@ -23,7 +23,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -451,7 +451,7 @@ def _lies(
     yield Draft(session, epoch, base, draw.choice(trees))
 
 
-_RUNS: dict[str, Callable[[Any, _Owner, str], Awaitable[None]]] = {
+_RUNS: dict[str, Callable[[Any, _Owner, str], Coroutine[Any, Any, None]]] = {
     "ingress": _ingress,
     "target": _target,
     "draft": _replica_of_a_draft,
