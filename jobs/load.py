@@ -108,8 +108,7 @@ class Client:
             async with self._client.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    error = f"status {response.status_code}: {response.text[:200]}"
-                    return Answer(asked, (), error=error)
+                    return Answer(asked, (), error=_refusal(response))
                 async for line in response.aiter_lines():
                     if not line.startswith("data: "):
                         continue
@@ -159,6 +158,15 @@ class Client:
         if answer.error:
             raise ClusterError(f"the server does not answer: {answer.error}")
         return answer
+
+
+def _refusal(response: httpx.Response) -> str:
+    """Without the request's name, so that equal reasons are equal."""
+    try:
+        reason = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        reason = response.text[:200]
+    return f"status {response.status_code}: {reason}"
 
 
 async def side_by_side(
