@@ -283,19 +283,21 @@ class _Ingress:
         Raises:
             ApiError: there is none, or the key may not use it.
         """
-        served = ", ".join(map(quoted, self._models))
+        key: Key | None = request.scope[KEY]
+        mine = [one for one in self._models if _may_use(key, one)]
+        served = ", ".join(map(quoted, mine))
         if name is None and len(self._models) > 1:
             message = f"model is missing; choose from {served}"
             raise ApiError(400, message, code="missing_parameter", param="model")
-        if name is None or type(name) is not str:  # what is wrong with it is said with the rest
-            return next(iter(self._models.values()))
-        if name not in self._models:
+        if type(name) is str and name not in self._models:
             message = f"there is no model {quoted(name)}; served here: {served}"
             raise ApiError(404, message, code="model_not_found", param="model")
-        if not _may_use(request.scope[KEY], name):
-            message = f"this API key may not use the model {quoted(name)}"
+        # What is wrong with a name that is no text is said with the rest.
+        found = name if type(name) is str else next(iter(mine or self._models))
+        if found not in mine:
+            message = f"this API key may not use the model {quoted(found)}"
             raise ApiError(403, message, code="model_not_allowed", param="model")
-        return self._models[name]
+        return self._models[found]
 
 
 class _Stream(StreamingResponse):

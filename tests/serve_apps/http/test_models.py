@@ -93,6 +93,19 @@ async def test_a_key_is_bound_to_some_of_them(two, asking):
         assert (await complete(client, model="large")).status_code == 200
         assert (await complete(client, model="small")).status_code == 403
         assert two["small"].jobs == []
+        told = (await complete(client, model="other")).json()["error"]["message"]
+        assert "large" in told and "small" not in told
+
+
+async def test_a_key_is_bound_where_the_only_model_is_not_named(two, asking):
+    del two["large"]
+    key = Key(name="a", sha256=sha256(b"sk-a").hexdigest(), models=("other",))
+    async with asking(keys=(key,)) as client:
+        client.headers["authorization"] = "Bearer sk-a"
+        for path, body in {"/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [1]}}.items():
+            response = await client.post(path, json=body)
+            assert response.status_code == 403, path
+            assert response.json()["error"]["code"] == "model_not_allowed"
 
 
 async def test_ready_when_all_are(two, asking):
