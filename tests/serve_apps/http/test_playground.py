@@ -89,7 +89,7 @@ def test_a_completion(page, echoing):
     ends(page)
     output = page.locator("#output")
     assert output.text_content() == f"{PROMPT} {PROMPT}!"
-    assert "".join(texts(page, "c")) == "the"
+    sync_api.expect(page.locator("#output .c")).to_have_text("the")
     drafted, chosen = texts(page, "d"), texts(page, "s")
     assert drafted and chosen and "!" in chosen[-1]
     assert all(one in f"{PROMPT}!" for one in drafted)
