@@ -46,7 +46,8 @@ from serve_apps.link.connection import LinkError
 from serve_apps.link.listener import Listener
 from serve_apps.link.protocol import Commit, Draft, Endpoint, Open
 from serve_apps.link.targets import Targets
-from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target.config import TargetConfig
+from serve_apps.target.replica import TargetReplica
 
 KINDS = ("ingress", "target", "draft", "liar")
 """A liar is a draft whose trees make no sense."""
