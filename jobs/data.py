@@ -15,7 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from cluster.progress import Progress, note
 from cluster.session import session
-from jobs import cli
+from jobs import cli, models
 from linearized.errors import ConfigError, DataError
 from linearized.training import corpus, tokenizer
 from linearized.training.blocks import FORMAT, ShardInfo, fill, write_shard
@@ -44,7 +44,7 @@ class DataConfig:
     """The column of JSON Lines, Parquet or a dataset that holds the text. null means `text`, or the
     only column of strings."""
     tokenizer: str | None = None
-    """Folder or Hub name of an existing tokenizer. null trains one."""
+    """Folder or Hub name of an existing tokenizer, or a GGUF file. null trains one."""
     vocab_size: int = 2048
     """Number of entries of a tokenizer that is trained here."""
     block: int = 256
@@ -80,6 +80,9 @@ RECIPES = {"demo": demo, "bench": bench}
 
 
 def main(config: DataConfig) -> None:
+    if config.tokenizer is not None:
+        cache = config.out.parent / models.CACHE
+        config = replace(config, tokenizer=models.tokenizer_of(config.tokenizer, cache))
     prepare(config)
 
 

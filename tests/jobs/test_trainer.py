@@ -18,15 +18,14 @@ import torch
 
 import linearized
 from cluster.local import LocalCluster
-from jobs import layers, prune
-from jobs.run import Run, Shape, Stage, Workers, stamp
+from jobs import layers
+from jobs.run import Run, Shape, Stage, Workers
 from jobs.trainer import fit
 from linearized.errors import ConfigError, DataError, LinearizedError
 from linearized.medusa import MedusaHeads
 from linearized.training.blocks import Blocks
 from linearized.training.objective import Medusa
 from linearized.training.optim import Optim
-from linearized.training.pruning import Cut
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPE = Shape(hidden=32, layers=2, heads=2, intermediate=64)
@@ -126,8 +125,9 @@ def test_a_linearized_model_comes_out(target):
 @pytest.mark.timeout(500)
 def test_heads_are_trained_and_the_target_is_not(cluster, data, target):
     before = {file.name: file.read_bytes() for file in target.out.glob("*.safetensors")}
-    settings = [f"target={target.out}", f"data={data}", "heads.count=2", "eval_blocks=16"]
-    python(cluster, "-m", "jobs.medusa", "demo", *settings, "train.steps=40", "train.optim.lr=0.01")
+    settings = [f"target={target.out}", f"data={data}", "student.count=2", "eval_blocks=16"]
+    settings += ["stages.0.steps=40", "stages.0.optim.lr=0.01"]
+    python(cluster, "-m", "jobs.finetune", "medusa", *settings)
     done = json.loads((target.out / "medusa" / "run.json").read_text())
     heads = MedusaHeads.from_pretrained(target.out / "medusa")
     untrained = MedusaHeads(heads=2, hidden=32, vocab_size=300, target=heads.target)
@@ -148,9 +148,9 @@ def test_heads_are_trained_and_the_target_is_not(cluster, data, target):
 def test_a_target_is_pruned_to_its_draft(cluster, data, target, tmp_path):
     out = tmp_path / "pruned"
     settings = [f"target={target.out}", f"data={data}", f"out={out}"]
-    settings += ["train.steps=40", "train.optim.lr=0.005"]
+    settings += ["stages.0.steps=40", "stages.0.optim.lr=0.005"]
     cut = ["cut.layers=2", "cut.kv_heads=1", "cut.channels=4", "blocks=8", "eval_blocks=16"]
-    python(cluster, "-m", "jobs.prune", "demo", *settings, *cut)
+    python(cluster, "-m", "jobs.finetune", "prune", *settings, *cut)
     done = json.loads((out / "run.json").read_text())
     assert done["perplexity"]["after"] < done["perplexity"]["before"]
     model, draft = linearized.load(target.out), linearized.load(out)
@@ -159,21 +159,6 @@ def test_a_target_is_pruned_to_its_draft(cluster, data, target, tmp_path):
     settings = {"max_new_tokens": 12, "stop_ids": (), "adaptive": False}
     plain = linearized.generate(model, [1, 2, 3], **settings)
     assert linearized.generate(model, [1, 2, 3], drafter=draft, **settings) == plain
-
-
-@pytest.mark.ray
-def test_what_is_cut_out_and_by_what_tells_prunings_apart(data, target, tmp_path):
-    """The cut model is the student of a run: by its stamp that is known again, or not."""
-    config = replace(
-        prune.demo(), target=target.out, data=data, blocks=4,
-        cut=Cut(layers=2, kv_heads=1, channels=20),
-    )  # fmt: skip
-    other = Cut(layers=2, kv_heads=1, channels=8)
-    stamps = []
-    for one in (config, config, replace(config, blocks=2), replace(config, cut=other)):
-        prune._cut(one, tmp_path / "cut")
-        stamps.append(stamp(tmp_path / "cut"))
-    assert stamps[0] == stamps[1] and len(set(stamps)) == 3
 
 
 @pytest.mark.ray
