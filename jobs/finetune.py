@@ -15,7 +15,7 @@ from jobs.data import DataConfig
 from jobs.pruning import Pruning
 from jobs.recipes import RECIPES as RECIPES
 from jobs.run import Run
-from jobs.trainer import fit
+from jobs.train import fit
 
 
 def main(made: Run | list[Any]) -> None:

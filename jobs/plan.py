@@ -265,7 +265,7 @@ def _scratch(run: Run) -> PreTrainedModel:
     import torch
     import transformers
 
-    from jobs.trainer import _flash, _llama
+    from jobs.train.models import _flash, _llama
     from linearized.training import tokenizer
 
     none = SimpleNamespace(bos_token_id=None, eos_token_id=None, pad_token_id=None)

@@ -296,7 +296,7 @@ def draw(report: dict[str, Any], losses: dict[str, list[list[float]]], file: Pat
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for name, points in losses.items():
         last = [point for point in points if point[0] == points[-1][0]]
-        left.plot([point[1] for point in last], _smooth([point[2] for point in last]), label=name)
+        left.plot([x[1] for x in last], _smooth([x[2] for x in last]), label=name)
     left.set(title="loss of the last stage, smoothed", xlabel="step", ylabel="nats a token")
     left.legend(frameon=False)
     perplexity = report["perplexity"]

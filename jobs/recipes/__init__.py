@@ -7,6 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jobs.recipes.adapt import (
+    adapt,
+    flash_110m,
+    llama2_7b,
+    llama2_7b_paper,
+    llama2_13b,
+    llama2_13b_paper,
+    qwen3_8b,
+    qwen3_8b_paper,
+)
 from jobs.recipes.bench import (
     bench_draft,
     bench_medusa,
@@ -22,11 +32,19 @@ RECIPES: dict[str, Callable[..., Any]] = {
     recipe.__name__: recipe
     for recipe in (
         demo,
+        adapt,
         pretrain,
         flash,
         draft,
         medusa,
         prune,
+        llama2_7b,
+        llama2_13b,
+        qwen3_8b,
+        llama2_7b_paper,
+        llama2_13b_paper,
+        qwen3_8b_paper,
+        flash_110m,
         bench_teacher,
         bench_target,
         bench_draft,

@@ -56,13 +56,13 @@ class Optim:
         groups = [
             {
                 "name": "matrices",
-                "params": [p for p in old if p.ndim >= 2],
+                "params": [p for p in old if _ndim(p) >= 2],
                 "lr": self.lr,
                 "weight_decay": self.weight_decay,
             },
             {
                 "name": "vectors",
-                "params": [p for p in old if p.ndim < 2],
+                "params": [p for p in old if _ndim(p) < 2],
                 "lr": self.lr,
                 "weight_decay": 0.0,
             },
@@ -74,3 +74,8 @@ class Optim:
             },
         ]
         return [group for group in groups if group["params"]]
+
+
+def _ndim(parameter: nn.Parameter) -> int:
+    """DeepSpeed empties parameters that are shared out over workers and keeps their shape aside."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
