@@ -1,9 +1,11 @@
 # make demo    the main job on this machine: train, linearize, serve, report (FRESH=1 starts over,
-#              MODEL=path linearizes that Hugging Face folder instead of a model trained here)
+#              MODEL=… linearizes that model instead of one trained here: a Hugging Face folder, a
+#              GGUF file, or a name on the Hub)
 # make serve   serves what make demo has trained, with a playground, until Ctrl-C (PORT=8000)
 # make test    the tests;  make test-all    those that take long, too
 # make bench-quick   the few ratios that tell how fast this machine is, in four minutes
 # make check   formatting, lint, types, import floors
+# make clean   removes what make has built; what jobs have made, in runs/, stays
 # Every target first builds .venv from pyproject.toml, once.
 
 PYTHON ?= python3
@@ -46,4 +48,5 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build linearized.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	if [ -f $(STAMP) ]; then rm -rf .venv; fi

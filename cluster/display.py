@@ -17,15 +17,19 @@ from rich.text import Text
 
 from cluster.progress import Event
 
+PLAIN_S = 30.0
+"""Seconds of a stage between two of its lines where there are no bars."""
+
 
 class Display:
-    """`show` each event as it comes. Stages that run are bars; each that ends leaves one line."""
+    """`show` each event as it comes. Stages that run are bars on a terminal, and elsewhere a line
+    now and then; each that ends leaves one line."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._announced: set[str] = set()
+        self._last: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -48,6 +52,11 @@ class Display:
         else:
             self._finish(event)
 
+    def say(self, line: str) -> None:
+        """Print a line of somebody else's as it is."""
+        text = Text.from_ansi(line)
+        (self._bars.console if self._bars else self.console).print(text)
+
     def close(self) -> None:
         """Take the bars away; what was printed stays."""
         if self._bars is not None:
@@ -59,9 +68,11 @@ class Display:
 
     def _move(self, event: Event) -> None:
         if not self.console.is_terminal:
-            if event.stage not in self._announced:
-                self._announced.add(event.stage)
-                self._print(f"  {event.stage} …")
+            last = self._last.setdefault(event.stage, -PLAIN_S)
+            if event.seconds - last >= PLAIN_S:
+                self._last[event.stage] = event.seconds
+                how_far = "" if last < 0 else f"  {_line(event)}"
+                self._print(f"  {event.stage} …{how_far}")
             return
         if self._bars is None:
             self._bars = Progress(
@@ -70,6 +81,7 @@ class Display:
                 _Tail(table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self.console,
                 transient=True,
+                redirect_stdout=False,  # what others print comes through `say`
             )
             self._bars.start()
         if event.stage not in self._tasks:
@@ -84,7 +96,7 @@ class Display:
             self._bars.remove_task(task)
             if not self._tasks:
                 self.close()
-        self._announced.discard(event.stage)
+        self._last.pop(event.stage, None)
         mark = "✓" if event.state == "done" else "✗"
         parts = [f"{mark} {event.stage}", f"{event.seconds:.1f} s", _amount(event)]
         self._print("  ".join(part for part in [*parts, _values(event)] if part))
@@ -97,11 +109,16 @@ class _Tail(ProgressColumn):
         event: Event | None = task.fields.get("event")
         if event is None:
             return Text("")
-        parts = [_amount(event)]
-        if event.total and 0 < event.done < event.total:
-            left = event.seconds * (event.total - event.done) / event.done
-            parts.append(f"{math.ceil(left)} s left")
-        return Text("  ".join(part for part in [*parts, _values(event)] if part))
+        return Text(_line(event))
+
+
+def _line(event: Event) -> str:
+    """How much, how much longer, and the last measurements."""
+    parts = [_amount(event)]
+    if event.total and 0 < event.done < event.total:
+        left = event.seconds * (event.total - event.done) / event.done
+        parts.append(f"{math.ceil(left)} s left")
+    return "  ".join(part for part in [*parts, _values(event)] if part)
 
 
 def _amount(event: Event) -> str:

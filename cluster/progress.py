@@ -4,21 +4,27 @@
         for step in range(300):
             progress.update(step + 1, loss=loss)
 
-On a terminal this draws a bar. Elsewhere, as in a Ray job, it prints one line an event, which
-`parse` reads back on the other side: no logs to be scraped, no files to be shared.
+On a terminal this draws a bar, elsewhere it prints a plain line now and then. A process whose
+output another of ours reads prints one line an event, which `parse` reads back on the other side:
+no logs to be scraped, no files to be shared. Such are Ray's workers, which their driver hears, and
+jobs that `cluster.submit` follows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
+import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO, cast
 
 if TYPE_CHECKING:
     from cluster.display import Display
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
 INTERVAL_S = 0.25
 """A stage prints at most one line in this many seconds. Its first and last lines are always
 printed."""
+
+READ = "LINEARIZED_EVENTS"
+"""The environment variable that says that a process of ours reads this one's output."""
 
 # Ray puts "(RayTrainWorker pid=123) ", coloured or not, before what a worker prints.
 _LINE = re.compile(r"^(?:\x1b\[[0-9;]*m)*(?:\([^()]*\))?(?:\x1b\[[0-9;]*m)* ?::(\w+) (.*)$")
@@ -141,21 +150,117 @@ def _progress(fields: Any) -> Event:
     return Event(kind="progress", **fields)
 
 
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """For as long as this lasts, events that others' lines on standard output hold, such as those
+    of Ray's workers, are shown as this process's own."""
+    ear = _Ear(_said())
+    try:
+        with contextlib.redirect_stdout(ear):
+            yield
+    finally:
+        ear.end()
+
+
+class _Ear(io.TextIOBase):
+    """Standard output, in whose lines events are found."""
+
+    def __init__(self, said: TextIO) -> None:
+        self.said = said
+        self._begun: dict[int, str] = {}
+
+    def write(self, text: str) -> int:
+        # Threads write pieces of lines, each of its own lines.
+        thread = threading.get_ident()
+        *lines, self._begun[thread] = (self._begun.get(thread, "") + text).split("\n")
+        for line in lines:
+            self._take(line)
+        return len(text)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.said.encoding
+
+    def flush(self) -> None:
+        self.said.flush()
+
+    def isatty(self) -> bool:
+        return self.said.isatty()
+
+    def fileno(self) -> int:
+        return self.said.fileno()
+
+    def end(self) -> None:
+        """Say what has not become a line."""
+        for rest in filter(None, self._begun.values()):
+            self.said.write(rest)
+        self._begun.clear()
+
+    def _take(self, line: str) -> None:
+        event = parse(line)
+        if event is not None:
+            _emit(event)
+        elif _is_read():
+            self.said.write(line + "\n")
+        else:
+            with _LOCK:
+                _display().say(line)
+
+
+class _Out:
+    """What stands behind standard output now, where it is listened to, too."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        return _said().write(text)
+
+    def flush(self) -> None:
+        _said().flush()
+
+    def isatty(self) -> bool:
+        return _said().isatty()
+
+    def fileno(self) -> int:
+        return _said().fileno()
+
+
+def _said() -> TextIO:
+    return sys.stdout.said if isinstance(sys.stdout, _Ear) else sys.stdout
+
+
 def _emit(event: Event) -> None:
-    if sys.stdout.isatty():
-        _display().show(event)
-    else:
+    if _is_read():
         # One write, so that lines of several threads do not mix.
-        sys.stdout.write(event.line() + "\n")
-        sys.stdout.flush()
+        _said().write(event.line() + "\n")
+        _said().flush()
+    else:
+        with _LOCK:
+            _display().show(event)
+
+
+def _is_read() -> bool:
+    """Does a process of ours read what this one prints?"""
+    if os.environ.get(READ):
+        return True
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+
+
+_LOCK = threading.Lock()
+"""Of the display: Ray's lines come in a thread of their own."""
 
 
 @functools.cache
 def _display() -> Display:
     """A terminal has one bottom line, so a process has one display."""
+    from rich.console import Console
+
     from cluster.display import Display
 
-    return Display()
+    return Display(Console(file=cast(TextIO, _Out()), highlight=False, soft_wrap=True))
 
 
 def _plain(value: Any) -> Any:

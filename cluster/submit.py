@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from cluster.display import Display
-from cluster.progress import Event, parse
+from cluster.progress import READ, Event, parse
 from linearized.errors import ClusterError, JobError
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def _upload(
 ) -> None:
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "job", "submit", "--no-wait"]
     command += ["--submission-id", id, "--working-dir", str(working_dir), "--log-color", "false"]
+    command += ["--runtime-env-json", json.dumps({"env_vars": {READ: "1"}})]
     done = subprocess.run(
         [*command, "--", *entrypoint],
         env={**os.environ, **cluster_env},

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.progress import Progress, note
-from jobs import cli
+from jobs import cli, models
 from linearized.errors import ConfigError, DataError, LinearizedError, RequestError
 from linearized.speculative.sampling import Sampling
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     model: Path = Path("runs/demo/target")
-    """A linearized model's folder, tokenizer included."""
+    """A model's folder, tokenizer included; or a GGUF file, or a name on the Hub."""
     prompt: str | None = None
     """One text to go on with; it is shown as it comes."""
     prompts: Path | None = None
@@ -91,6 +91,8 @@ def main(config: GenerateConfig) -> None:
         torch.set_num_threads(config.threads)
     lines = list(_lines(config))
     _check_out(config)
+    cache = (Path("runs") if config.out is None else config.out.parent) / models.CACHE
+    config = replace(config, model=models.folder_of(config.model, cache))
     model = linearized.load(config.model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)

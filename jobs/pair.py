@@ -1,8 +1,7 @@
 """Make what jobs.bench_decode measures: a target, its drafts, and their softmax twins.
 
-Runs jobs.data, jobs.pretrain, jobs.finetune, jobs.draft, jobs.medusa, jobs.layers and jobs.prune
-one after the other, each by its recipe `bench`. What has finished is reused; what was interrupted
-goes on from its last checkpoint.
+Runs jobs.data, jobs.finetune and jobs.layers one after the other, with their recipes `bench` and
+`bench_…`. What has finished is reused; what was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import Any
 
 from cluster.progress import note
 from cluster.session import session
-from jobs import cli, data, draft, finetune, layers, measure, medusa, pretrain, prune
+from jobs import cli, data, finetune, layers, measure
+from jobs.recipes import bench as recipes
 from linearized.errors import ConfigError
 
 RUN = Path("runs/bench")
@@ -60,21 +60,22 @@ RECIPES = {"bench": bench}
 def main(config: PairConfig) -> None:
     workers = _workers(config)
 
-    def here(recipe: Any) -> Any:
-        return replace(recipe, workers=replace(recipe.workers, **workers))
+    def train(made: Any) -> None:
+        *before, run = made if isinstance(made, list) else [made]
+        finetune.main([*before, replace(run, workers=replace(run.workers, **workers))])
 
     stages: dict[str, Callable[[], object]] = {
         "data": lambda: data.main(data.bench()),
-        "teacher": lambda: pretrain.main(here(pretrain.bench())),
-        "target": lambda: finetune.main(here(finetune.bench())),
-        "draft": lambda: draft.main(here(draft.bench())),
-        "softmax draft": lambda: draft.main(here(draft.bench_softmax())),
+        "teacher": lambda: train(recipes.bench_teacher()),
+        "target": lambda: train(recipes.bench_target()),
+        "draft": lambda: train(recipes.bench_draft()),
+        "softmax draft": lambda: train(recipes.bench_softmax_draft()),
     }
     if config.drafters:
         stages |= {
-            "medusa": lambda: medusa.main(here(medusa.bench())),
+            "medusa": lambda: train(recipes.bench_medusa()),
             "layers": lambda: layers.main(replace(layers.bench(), threads=config.cpus)),
-            "pruned": lambda: prune.main(here(prune.bench())),
+            "pruned": lambda: train(recipes.bench_pruned()),
         }
     with session(num_cpus=config.cpus):
         for stage in stages.values():

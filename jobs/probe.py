@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.progress import Progress, note
-from jobs import cli, measure, probe_report
+from jobs import cli, measure, models, probe_report
 from linearized.config import ATTENTIONS, NAMED, LinearConfig
 from linearized.errors import ConfigError
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     model: str
-    """Folder or Hub name of the softmax model."""
+    """The softmax model: a Hugging Face folder, a GGUF file, or a name on the Hub."""
     text: str = "stdlib"
     """What to fit on, in the form that jobs.data takes."""
     held_out: tuple[str, ...] = ()
@@ -131,6 +131,7 @@ def main(config: ProbeConfig) -> None:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
     config.out.mkdir(parents=True, exist_ok=True)
+    config = replace(config, model=str(models.folder_of(config.model, config.out / models.CACHE)))
     asked = _asked(config)
     if not config.fresh and _done(config.out / "probe.json") == asked:
         note(f"probe: {config.out / 'probe.json'} is of the same model, texts and settings")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,29 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.progress import Progress
 from jobs import cli
 from linearized.errors import ConfigError, DataError
+
+GREEDY = {"temperature": 0}
+CHANCE: Mapping[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 0}
+SAMPLE_TOKENS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     run: Path = Path("runs/demo")
     """Folder that holds data, teacher, target and draft, as the earlier jobs wrote them."""
+    model: Path | None = None
+    """Folder of the softmax model. null means `teacher` in `run`."""
     url: str = "http://127.0.0.1:8000"
     """Address of the app."""
     prompts: int = 6
+    """Number of held-out texts to go on with."""
+    samples: int = 2
+    """Number of them that softmax model and linearized model go on with side by side."""
     prompt_tokens: int = 96
     new_tokens: int = 160
     seconds: str = "{}"
@@ -34,6 +45,8 @@ class ReportConfig:
         for name in ("prompts", "prompt_tokens", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.samples < 0:
+            raise ConfigError(f"samples must be at least 0, got {self.samples}")
 
 
 def demo() -> ReportConfig:
@@ -62,10 +75,11 @@ def main(config: ReportConfig) -> None:
     started = time.perf_counter()
     prompts = _prompts(config)
     plain, speculative = _measure(config, prompts)
+    samples = _samples(config, prompts[: config.samples])
     target, draft = _training(config.run / "target"), _training(config.run / "draft")
     trained = {"linearized": target, "draft": draft}
-    if (config.run / "teacher").exists():  # else it is the user's own model
-        trained = {"teacher": _training(config.run / "teacher"), **trained}
+    if (_softmax(config) / "run.json").exists():  # else it is the user's own model
+        trained = {"teacher": _training(_softmax(config)), **trained}
     seconds = {**json.loads(config.seconds), "report": round(time.perf_counter() - started, 1)}
     report = {
         "perplexity": {
@@ -86,7 +100,7 @@ def main(config: ReportConfig) -> None:
         ),
         "texts_equal": [a.text for a in plain] == [a.text for a in speculative],
         "seconds": seconds,
-        "completions": [{"prompt": a.prompt, "text": a.text} for a in speculative[:2]],
+        "samples": samples,
     }
     (config.run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     losses = {name: done["losses"] for name, done in trained.items()}
@@ -98,6 +112,10 @@ def main(config: ReportConfig) -> None:
             "greedy speculative text differs from greedy plain text; both are in "
             f"{config.run / 'report.json'} and this must never be: please report it"
         )
+
+
+def _softmax(config: ReportConfig) -> Path:
+    return config.model or config.run / "teacher"
 
 
 def _prompts(config: ReportConfig) -> list[str]:
@@ -131,14 +149,54 @@ def _measure(config: ReportConfig, prompts: list[str]) -> tuple[list[Answer], li
     return answers["none"], answers["model"]
 
 
-def _complete(client: httpx.Client, prompt: str, mode: str, new_tokens: int) -> Answer:
+def _samples(config: ReportConfig, prompts: list[str]) -> list[dict[str, str]]:
+    """How the softmax model goes on, and how the linearized one does, by the same chance: sampled,
+    since greedy texts of small models soon repeat themselves."""
+    if not prompts:
+        return []
+    with httpx.Client(base_url=config.url, timeout=120) as client:
+        linearized = [
+            _complete(client, prompt, "none", SAMPLE_TOKENS, CHANCE).text for prompt in prompts
+        ]
+    softmax = _softmax_texts(_softmax(config), prompts)
+    return [
+        {"prompt": prompt, "teacher": one, "linearized": other}
+        for prompt, one, other in zip(prompts, softmax, linearized, strict=True)
+    ]
+
+
+def _softmax_texts(folder: Path, prompts: list[str]) -> list[str]:
+    import transformers
+
+    import linearized
+    from linearized.models import decoder
+
+    model = decoder(linearized.load(folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = []
+    with Progress("report: softmax model", total=len(prompts), unit="texts") as progress:
+        for done, prompt in enumerate(prompts, start=1):
+            ids = tokenizer(prompt).input_ids
+            new = linearized.generate(model, ids, max_new_tokens=SAMPLE_TOKENS, **CHANCE)
+            texts.append(str(tokenizer.decode(new, skip_special_tokens=True)))
+            progress.update(done)
+    return texts
+
+
+def _complete(
+    client: httpx.Client,
+    prompt: str,
+    mode: str,
+    new_tokens: int,
+    chance: Mapping[str, Any] = GREEDY,
+) -> Answer:
     models = client.get("/v1/models").raise_for_status().json()
     body = {
         "model": models["data"][0]["id"],
         "prompt": prompt,
         "max_tokens": new_tokens,
-        "temperature": 0,
         "speculate": mode,
+        **chance,
     }
     started = time.perf_counter()
     response = client.post("/v1/completions", json=body)
@@ -216,10 +274,14 @@ def show(report: dict[str, Any], console: Console) -> None:
     for i, (stage, seconds) in enumerate(report["seconds"].items()):
         table.add_row("" if i else "seconds", stage, f"{seconds:.1f}")
     console.print(table)
-    for completion in report["completions"]:
-        console.rule("held-out code, and how the model goes on", style="dim")
-        console.print(completion["prompt"][-200:], style="dim", markup=False, end="")
-        console.print(completion["text"], markup=False)
+    for sample in report["samples"]:
+        console.rule("held-out text, and how each model goes on (sampled)", style="dim")
+        console.print(sample["prompt"][-200:], style="dim", markup=False)
+        beside = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("teacher", "linearized"):
+            beside.add_column(name, ratio=1)
+        beside.add_row(Text(sample["teacher"]), Text(sample["linearized"]))
+        console.print(beside)
 
 
 def draw(report: dict[str, Any], losses: dict[str, list[list[float]]], file: Path) -> None:
@@ -234,7 +296,7 @@ def draw(report: dict[str, Any], losses: dict[str, list[list[float]]], file: Pat
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for name, points in losses.items():
         last = [point for point in points if point[0] == points[-1][0]]
-        left.plot([step for _, step, _ in last], _smooth([loss for *_, loss in last]), label=name)
+        left.plot([x[1] for x in last], _smooth([x[2] for x in last]), label=name)
     left.set(title="loss of the last stage, smoothed", xlabel="step", ylabel="nats a token")
     left.legend(frameon=False)
     perplexity = report["perplexity"]

@@ -5,15 +5,17 @@ Knows settings and where files lie; knows nothing of Ray, DeepSpeed or how train
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, DataError
 from linearized.speculative.drafters.layers import FILE as LAYERS
-from linearized.training.objective import OBJECTIVES
+from linearized.training.objective import OBJECTIVES, TRAINED
 from linearized.training.optim import Optim
 
 
@@ -63,6 +65,29 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters in place of full weights, by PEFT. What linearizing added is trained in
+    full beside them. (Hu et al., "LoRA", 2021.)"""
+
+    rank: int = 8
+    alpha: float = 16.0
+    """The adapters' product is multiplied with alpha / rank."""
+    modules: str | tuple[str, ...] = "auto"
+    """Names of the linear layers that get adapters, such as `(q_proj, v_proj)`. "auto" means all
+    but the output matrix."""
+    merge: bool = True
+    """Whether the weights of the result contain the adapters. Otherwise these lie in its folder
+    `adapter`, in PEFT's format, and the weights are what they were before."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ConfigError(
+                f"lora.rank must be at least 1 and lora.alpha above 0, got {self.rank} and "
+                f"{self.alpha}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """A number of training steps with one objective."""
 
@@ -71,6 +96,23 @@ class Stage:
     optim: Optim
     batch: int = 16
     """Number of blocks in a step, over all workers."""
+    micro: int | None = None
+    """Number of blocks in one forward of one worker, whose gradients are added up over a step. null
+    means batch / workers. It changes memory, and neither loss nor gradient."""
+    context: int | None = None
+    """Number of tokens of each block that are trained on, from its beginning. null means all."""
+    trained: str = "all"
+    """Which weights learn: `all`; `layers`, which leaves out the embeddings and the output matrix;
+    or `attention`. Transfer trains attention in any case."""
+    lora: Lora | None = None
+    """null trains full weights."""
+    checkpointing: bool = False
+    """Whether layers are computed again in the backward pass instead of being kept in memory."""
+    text: float = 0.5
+    """Share of the cross-entropy on the text in `distillation`; the rest is the divergence from the
+    teacher."""
+    temperature: float = 1.0
+    """By which the logits of teacher and student are divided in the divergence."""
     checkpoint_every: int = 1000
     """Number of steps between checkpoints. Every stage also ends with a checkpoint."""
 
@@ -81,6 +123,27 @@ class Stage:
         for name in ("steps", "batch", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro is not None and self.micro < 1:
+            raise ConfigError(f"micro must be at least 1, got {self.micro}")
+        if self.context is not None and self.context < 2:
+            raise ConfigError(f"context must be at least 2, got {self.context}")
+        if not 0 <= self.text <= 1:
+            raise ConfigError(f"text must be from 0 to 1, got {self.text}")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature must be above 0, got {self.temperature}")
+        if self.trained not in TRAINED:
+            raise ConfigError(f"trained must be one of {', '.join(TRAINED)}, got {self.trained!r}")
+        if self.lora is not None and self.trained != "all":
+            raise ConfigError(
+                f"trained={self.trained} is about full weights; with lora, name lora.modules"
+            )
+        if self.lora is not None and self.objective == "medusa":
+            raise ConfigError("Medusa's heads are new and small: train them without lora")
+
+    def parts(self, workers: int) -> int:
+        """Number of forwards in which each worker goes through its share of a step."""
+        share = self.batch // workers
+        return 1 if self.micro is None else share // min(self.micro, share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +162,8 @@ class Workers:
     zero: int = 2
     """DeepSpeed's ZeRO stage, from 0 to 3."""
     max_failures: int = 1
-    """How often a run is resumed from its last checkpoint after a worker has died."""
+    """How often a run is resumed from its last checkpoint after a worker has died. What a worker
+    refuses, such as a wrong tokenizer, would be refused again, and ends the run at once."""
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.cpus < 1:
@@ -134,6 +198,9 @@ class Run:
     seed: int = 0
     eval_blocks: int = 256
     """Number of held-out blocks on which perplexity is measured."""
+    storage: str | None = None
+    """Folder, or URI such as `s3://bucket/runs`, for checkpoints. null means the folder
+    `checkpoints` beside `out`. All nodes must see it."""
     fresh: bool = field(default=False, compare=False, repr=False)
     """Whether to start over even if this run has finished or left a checkpoint."""
 
@@ -143,10 +210,35 @@ class Run:
                 raise ConfigError(
                     f"batch {stage.batch} must be a multiple of the {self.workers.count} workers"
                 )
+            share = stage.batch // self.workers.count
+            if stage.micro is not None and share % min(stage.micro, share):
+                raise ConfigError(
+                    f"micro {stage.micro} must divide the {share} blocks of a worker (batch "
+                    f"{stage.batch} on {self.workers.count} workers)"
+                )
+        for stage in self.stages[:-1]:
+            if stage.lora is not None and not stage.lora.merge:
+                raise ConfigError(
+                    "lora.merge=false is for the last stage: another one would train on weights "
+                    "without what was learned"
+                )
 
     def key(self) -> str:
-        """A hash that is equal for runs with equal settings and equal inputs."""
-        digest = hashlib.blake2b(repr(self).encode(), digest_size=8)
+        """A hash that is equal for runs with equal settings and equal inputs. Where files lie, and
+        on how many workers a run goes, does not matter: it may be taken up elsewhere."""
+        settings = {
+            "name": self.name,
+            "student": None if isinstance(self.student, Path) else _settings(self.student),
+            "teacher": self.teacher is not None,
+            "linear": None if self.linear is None else self.linear.to_dict(),
+            "stages": [_settings(stage, without=_NO_MATTER) for stage in self.stages],
+            "gpu": self.workers.gpu,
+            "autocast": self.workers.autocast,
+            "seed": self.seed,
+            "eval_blocks": self.eval_blocks,
+        }
+        text = json.dumps(settings, sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=8)
         for folder in self.inputs:
             if not folder.exists():
                 raise DataError(
@@ -178,10 +270,10 @@ class Run:
         if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{self.out} exists and is not this job's; choose another out")
 
-    @property
-    def storage(self) -> Path:
-        """Folder in which Ray keeps the run's checkpoints."""
-        return self.out.parent / "checkpoints" / self.out.name
+    def checkpoints(self, key: str) -> str:
+        """Folder or URI of this run's checkpoints."""
+        root = self.storage or str(self.out.parent / "checkpoints")
+        return f"{root.rstrip('/')}/{self.out.name}-{key}"
 
     def absolute(self) -> Run:
         student = self.student.absolute() if isinstance(self.student, Path) else self.student
@@ -192,7 +284,23 @@ class Run:
             out=self.out.absolute(),
             student=student,
             teacher=teacher,
+            storage=_absolute(self.storage),
         )
+
+
+_NO_MATTER = ("micro", "checkpointing", "checkpoint_every")
+"""Fields of a stage that do not change what it learns."""
+
+
+def _settings(value: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A dataclass as JSON can hold it, with its type's name."""
+    fields = dataclasses.asdict(value)
+    kept = {name: fields[name] for name in fields if name not in without}
+    return {"kind": type(value).__name__, **kept}
+
+
+def _absolute(storage: str | None) -> str | None:
+    return storage if storage is None or "://" in storage else str(Path(storage).absolute())
 
 
 def stamp(folder: Path) -> bytes:

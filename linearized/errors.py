@@ -4,7 +4,8 @@ LinearizedError
 ├── ConfigError        a setting has a value that cannot work
 ├── ModelError         a model cannot be linearized, loaded or driven as asked
 ├── StateError         a decode state does not fit the model or call it is given to
-├── DataError          a corpus, tokenizer or file of blocks cannot be read
+├── DataError          a corpus, tokenizer, checkpoint or file of blocks cannot be read or written
+├── TrainingError      training cannot go on: its loss is not finite, or its memory is used up
 ├── RequestError       one generation request cannot be served (carries the parameter's name)
 ├── ClusterError       a Ray cluster did not start, answer or end
 └── JobError           a submitted job failed (carries its name, status and last log lines)
@@ -32,6 +33,10 @@ class StateError(LinearizedError):
 
 
 class DataError(LinearizedError):
+    pass
+
+
+class TrainingError(LinearizedError):
     pass
 
 

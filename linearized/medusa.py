@@ -109,7 +109,7 @@ class MedusaHeads(nn.Module):
         if fingerprint != self.target:
             raise ModelError(
                 f"these Medusa heads were trained on model {self.target}, not on {fingerprint}; "
-                "train them anew with jobs.medusa"
+                "train them anew with `jobs.finetune medusa`"
             )
 
     @torch.no_grad()

@@ -79,13 +79,13 @@ def generate(  # type: ignore[misc]
     `drafter`: None, a smaller model with the same tokenizer, a `Drafter`, a name, or several of
     these in the order in which to ask them; it changes the speed and never the text. Names are
     "ngram", "layers" and "medusa": the latter two are looked for in the folder that the model was
-    loaded from, where `jobs.layers` and `jobs.medusa` leave them. `stop`: the text ends with the
-    token after which the first of these strings is certain. That takes `tokenizer`; the strings may
-    name special tokens. `stop_ids`: it ends after one of these tokens; by default the model's end
-    of text. `seed`, `choice`: a sampled text is a function of both. Prompt i gets the choice number
-    `choice` + i, so equal prompts get different texts, and `generate(model, prompts[i],
-    choice=choice + i, …)` gives one of them again. `guide`: what the texts obey, from `Guides`. For
-    the other parameters see `Sampling`.
+    loaded from, where `jobs.layers` and `jobs.finetune medusa` leave them. `stop`: the text ends
+    with the token after which the first of these strings is certain. That takes `tokenizer`; the
+    strings may name special tokens. `stop_ids`: it ends after one of these tokens; by default the
+    model's end of text. `seed`, `choice`: a sampled text is a function of both. Prompt i gets the
+    choice number `choice` + i, so equal prompts get different texts, and `generate(model,
+    prompts[i], choice=choice + i, …)` gives one of them again. `guide`: what the texts obey, from
+    `Guides`. For the other parameters see `Sampling`.
     `rows`: prompts at a time. `adaptive`: verify only what pays, by times measured before the first
     token and by what drafts really gave; both are kept for the next call. Without it, verify all
     that is drafted. `on_tokens(index of the prompt, new

@@ -14,8 +14,8 @@ from linearized.models import new_parameters
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optim:
-    """Settings of AdamW. The learning rate warms up linearly and then follows a cosine down to a
-    tenth."""
+    """Settings of AdamW. The learning rate warms up linearly and then follows a cosine down to
+    `floor`."""
 
     lr: float
     new_lr: float = 1e-2
@@ -25,6 +25,8 @@ class Optim:
     """Number of steps of the warm-up."""
     weight_decay: float = 0.1
     """Weight decay of matrices. Vectors and new parameters have none."""
+    floor: float = 0.1
+    """Share of the learning rate that is left at the end. 1 keeps it constant."""
     clip: float = 1.0
     """Largest norm of the gradient; larger ones are scaled down to it."""
 
@@ -32,6 +34,8 @@ class Optim:
         for name in ("lr", "new_lr", "clip"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.floor <= 1:
+            raise ConfigError(f"floor must lie between 0 and 1, got {self.floor}")
         for name in ("warmup", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -41,7 +45,7 @@ class Optim:
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         progress = min((step - self.warmup) / max(steps - self.warmup, 1), 1.0)
-        return 0.55 + 0.45 * math.cos(math.pi * progress)
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for torch and DeepSpeed optimizers. They hold the parameters that
@@ -52,13 +56,13 @@ class Optim:
         groups = [
             {
                 "name": "matrices",
-                "params": [p for p in old if p.ndim >= 2],
+                "params": [p for p in old if _ndim(p) >= 2],
                 "lr": self.lr,
                 "weight_decay": self.weight_decay,
             },
             {
                 "name": "vectors",
-                "params": [p for p in old if p.ndim < 2],
+                "params": [p for p in old if _ndim(p) < 2],
                 "lr": self.lr,
                 "weight_decay": 0.0,
             },
@@ -70,3 +74,8 @@ class Optim:
             },
         ]
         return [group for group in groups if group["params"]]
+
+
+def _ndim(parameter: nn.Parameter) -> int:
+    """DeepSpeed empties parameters that are shared out over workers and keeps their shape aside."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

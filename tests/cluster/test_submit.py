@@ -108,6 +108,12 @@ def test_failed_job_is_explained(cluster, tmp_path, capfd):
     assert "line 7" not in shown
 
 
+def test_nothing_is_written_into_the_folder_that_goes_with_a_job(cluster, tmp_path):
+    command = ["python", "-m", "jobs.data", "demo", f"source={ROOT / 'README.md'}"]
+    with pytest.raises(JobError, match="out=runs/demo/data is relative, .*LINEARIZED_STORAGE"):
+        submit(cluster.env, command, name="data", working_dir=ROOT, log=tmp_path / "job.log")
+
+
 def test_interrupt_stops_the_job(cluster, tmp_path):
     seen = threading.Event()
 

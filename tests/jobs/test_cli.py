@@ -6,11 +6,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
-from jobs.cli import describe, override, run
+from jobs.cli import configured, describe, override, run
 from linearized.errors import ConfigError, JobError
 
 
@@ -48,6 +48,20 @@ class Run:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    name: str
+    size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    parts: tuple[Named, ...] = (Named(name="a"), Named(name="b"))
+
+
+FAST = Optim(lr=0.5)
+
+
 def tiny() -> Run:
     """The smallest there is.
 
@@ -58,6 +72,13 @@ def tiny() -> Run:
 
 def large() -> Run:
     return Run(out=Path("runs/large"), name="large")
+
+
+def stepped(
+    *, size: Annotated[int, "How large it is."] = 3, optim: Optim = FAST, out: Path = Path("x")
+) -> list[Stage | Run]:
+    """Something before the run."""
+    return [Stage(steps=size), Run(out=out, optim=optim, name=f"of {size}")]
 
 
 RECIPES = {"tiny": tiny, "large": large}
@@ -150,6 +171,96 @@ def test_help_lists_recipes_and_fields():
     assert "runs/large" in describe(RECIPES, None, only="large")
 
 
+def test_parts_of_a_tuple_have_names():
+    changed = override(Pair(), ["parts.b.size=5", "parts.0.size=4"])
+    assert [part.size for part in changed.parts] == [4, 5]
+    with pytest.raises(ConfigError, match="unknown field parts.c; there are parts.0, parts.1"):
+        override(Pair(), ["parts.c.size=5"])
+    same = Pair(parts=(Named(name="a"), Named(name="a")))
+    with pytest.raises(ConfigError, match="unknown field parts.a"):
+        override(same, ["parts.a.size=5"])
+
+
+def test_what_a_recipe_takes_is_set_like_a_field():
+    words = ["stepped", "size=5", "optim.betas=[0, 0]", "seed=4", "out=y"]
+    first, last = configured({"stepped": stepped}, words)
+    assert first == Stage(steps=5)
+    assert last == Run(out=Path("y"), name="of 5", optim=Optim(lr=0.5, betas=(0, 0)), seed=4)
+    with pytest.raises(ConfigError, match="unknown field sise; there are size, optim, out, out,"):
+        configured({"stepped": stepped}, ["stepped", "sise=5"])
+    with pytest.raises(ConfigError, match="size must be int, got 'big'"):
+        configured({"stepped": stepped}, ["stepped", "size=big"])
+    text = describe({"stepped": stepped}, None, only="stepped")
+    assert "size: int = 3  # How large it is." in text
+    assert "optim.lr: float = 0.5" in text and "seed: int = 0" in text
+
+
+YAML = """
+recipe: tiny
+seed: 7
+optim: {lr: 1e-2}
+extra: {lr: 0.5}
+stages:
+  1: {steps: 5}
+name: "null"
+"""
+TOML = """
+recipe = "tiny"
+seed = 7
+name = "null"
+extra = {lr = 0.5}
+[optim]
+lr = 1e-2
+[stages.1]
+steps = 5
+"""
+
+
+@pytest.mark.parametrize(("file", "text"), [("run.yaml", YAML), ("run.toml", TOML)])
+def test_a_file_stands_for_settings(tmp_path, file, text):
+    (tmp_path / file).write_text(text)
+    config = configured(RECIPES, [str(tmp_path / file), "seed=8"])
+    want = Run(
+        out=Path("runs/tiny"), name="null", seed=8, optim=Optim(lr=1e-2), extra=Optim(lr=0.5),
+        stages=(Stage(), Stage(steps=5)),
+    )  # fmt: skip
+    assert config == want
+    other = configured(RECIPES, ["seed=1", "optim.lr=3", str(tmp_path / file)])
+    assert (other.seed, other.optim.lr) == (7, 1e-2), "later words go before earlier ones"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.yaml", "sed: 1", "unknown field sed; there are out"),
+        ("a.yaml", "optim: {lrr: 1}", "unknown field optim.lrr; there are optim.lr"),
+        ("a.yaml", "extra: {lrr: 1}", "unknown field extra.lrr"),
+        ("a.yaml", "recipe: huge", "unknown recipe 'huge'; choose from tiny, large"),
+        ("a.yaml", "seed: fast", "seed must be int, got 'fast'"),
+        ("a.yaml", "- 1", "must hold keys and values"),
+        ("a.yaml", "a: [", "a.yaml is no YAML"),
+        ("a.toml", "a = [", "a.toml is no TOML"),
+        ("a.toml", "seed = 1\nseed = 2", "a.toml is no TOML"),
+        ("a.yaml", "seed: 1\nseed: 2", "a.yaml is no YAML: .*seed"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        configured(
+            RECIPES,
+            ["tiny", str(tmp_path / name)] if "recipe" not in text else [str(tmp_path / name)],
+        )
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read .*none.yaml: No such file"):
+        configured(RECIPES, ["tiny", str(tmp_path / "none.yaml")])
+    (tmp_path / "b.toml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="b.toml is no TOML"):
+        configured(RECIPES, ["tiny", str(tmp_path / "b.toml")])
+
+
 def _call(monkeypatch, *arguments: str, job=lambda config: print(config.seed)) -> int:
     monkeypatch.setattr(sys, "argv", ["job", *arguments])
     with pytest.raises(SystemExit) as exit:
@@ -178,6 +289,19 @@ def test_errors_are_one_line(monkeypatch, capsys, arguments, words):
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_a_dry_run_shows_and_does_nothing(monkeypatch, capsys):
+    def called(*words: str, **settings) -> int:
+        monkeypatch.setattr(sys, "argv", ["job", *words])
+        with pytest.raises(SystemExit) as exit:
+            run(RECIPES, lambda config: print("done"), None, **settings)
+        return int(exit.value.code or 0)
+
+    assert called("tiny", "--dry-run", "seed=3", plan=lambda config: print(config.seed)) == 0
+    assert capsys.readouterr().out == "3\n"
+    assert called("tiny", "--dry-run") == 2
+    assert capsys.readouterr().err == "error: this job has no --dry-run; leave it out\n"
 
 
 def test_error_of_the_job_is_one_line_and_a_bug_is_not(monkeypatch, capsys):

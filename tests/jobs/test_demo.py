@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli, data, probe
+from jobs import demo as demo_job
+from jobs.demo import DemoConfig
+from jobs.recipes import RECIPES
+
 ROOT = Path(__file__).parent.parent.parent
 MARK = "LINEARIZED_TEST_MARK"
 
@@ -89,3 +94,21 @@ def test_the_whole_demo(tmp_path):
     output, _ = again.communicate(timeout=600)
     assert again.returncode == 0, output
     assert [file.stat().st_mtime_ns for file in made] == before, "finished stages are reused"
+
+
+def test_a_model_of_the_users_own_is_adapted(tmp_path):
+    config = DemoConfig(run=tmp_path, fresh=True)
+    stages = demo_job._training(tmp_path, Path("/m"), config)
+    assert list(stages) == ["data", "probe", "linearize", "draft"]
+    assert all(command[-1] == "fresh=true" for command in stages.values())
+    assert stages["linearize"][2:5] == ["jobs.finetune", "adapt", "stages.transfer.steps=60"]
+    run = cli.configured(RECIPES, stages["linearize"][3:])
+    assert run.student == Path("/m") and run.out == tmp_path / "target" and run.fresh
+    assert "tokenizer=/m" in stages["data"]
+    own = demo_job._training(tmp_path, None, DemoConfig(run=tmp_path))
+    assert list(own) == ["data", "teacher", "probe", "linearize", "draft"]
+    for name in ("teacher", "linearize", "draft"):
+        cli.configured(RECIPES, own[name][3:])
+    for name, module in (("data", data), ("probe", probe)):
+        for command in (own[name], stages[name]):
+            cli.configured(module.RECIPES, command[3:])

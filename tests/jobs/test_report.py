@@ -17,7 +17,7 @@ RUN = {
     "perplexity": {"teacher": 40.0, "before": 200.0, "after": 42.0},
     "parameters": 3_000_000,
     "tokens": 1_000_000,
-    "losses": [[0, 0, 9.0], [1, 0, 5.0], [1, 10, 4.0]],
+    "losses": [[0, 0, 9.0], [1, 0, 5.0, 1e-3, 900], [1, 10, 4.0, 1e-4, 900]],
 }
 
 
@@ -31,7 +31,9 @@ class App(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        assert body["model"] == "target" and body["temperature"] == 0
+        assert body["model"] == "target"
+        if body["temperature"]:
+            assert body["temperature"] == 0.8 and body["max_tokens"] == report.SAMPLE_TOKENS
         mode = body["speculate"]
         accepted, rejected, rounds = {"none": (0, 0, 12), "model": (8, 8, 4)}[mode]
         details = {
@@ -58,6 +60,9 @@ def run(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(RUN))
     monkeypatch.setattr(report, "_prompts", lambda config: ["one", "two", "three"])
+    monkeypatch.setattr(
+        report, "_softmax_texts", lambda folder, prompts: [f"{folder.name} says"] * len(prompts)
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), App)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -84,6 +89,8 @@ def test_report(run):
     assert done["texts_equal"] is True
     assert done["tokens_per_second"]["plain"] > 0 < done["tokens_per_second"]["speculative"]
     assert done["seconds"]["data"] == 3.5
+    said = {"teacher": "teacher says", "linearized": " a text"}
+    assert done["samples"] == [{"prompt": prompt, **said} for prompt in ("one", "two")]
     assert (run.run / "report.png").read_bytes().startswith(b"\x89PNG")
     text = io.StringIO()
     report.show(done, Console(file=text, width=100))
@@ -92,6 +99,7 @@ def test_report(run):
         "1.050 x teacher",
         "200.00",
         "3.00 M",
+        "teacher says",
         "a text",
     ):
         assert words in text.getvalue()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from jobs.run import Run, Shape, Stage, Workers
+from jobs.run import Lora, Run, Shape, Stage, Workers
 from linearized.errors import ConfigError, DataError
 from linearized.training.optim import Optim
 
@@ -82,7 +83,79 @@ def test_nothing_of_somebody_else_is_overwritten(run):
 
 
 def test_runs_side_by_side_keep_their_checkpoints_apart(run, tmp_path):
-    assert run.storage != replace(run, out=tmp_path / "other").storage
+    other = replace(run, out=tmp_path / "other")
+    assert run.checkpoints("k") != other.checkpoints("k") != other.checkpoints("m")
+    assert run.checkpoints("k") == f"{tmp_path}/checkpoints/draft-k"
+    far = replace(run, storage="s3://bucket/runs/")
+    assert far.absolute().checkpoints("k") == "s3://bucket/runs/draft-k"
+
+
+def test_where_a_run_lies_and_on_what_it_goes_does_not_matter(run, tmp_path):
+    """It is taken up from a checkpoint by its key, maybe elsewhere."""
+    key = run.key()
+    moved = tmp_path / "moved"
+    shutil.copytree(run.data, moved / "data")
+    shutil.copytree(run.teacher, moved / "teacher")
+    elsewhere = replace(
+        run, data=moved / "data", teacher=moved / "teacher", out=moved / "out", storage="s3://x/y"
+    )
+    assert elsewhere.key() == key == elsewhere.absolute().key()
+    more = replace(run, workers=Workers(count=1, cpus=4, zero=3, max_failures=9))
+    assert more.key() == key
+    [stage] = run.stages
+    saving = replace(stage, micro=1, checkpointing=True, checkpoint_every=7)
+    assert replace(run, stages=(saving,)).key() == key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective": "imitation"}, {"steps": 2}, {"text": 0.1}, {"temperature": 2.0},
+        {"context": 8}, {"lora": Lora()}, {"lora": Lora(rank=3)}, {"optim": Optim(lr=2e-3)},
+    ],
+)  # fmt: skip
+def test_what_is_learned_does_matter(run, change):
+    [stage] = run.stages
+    keys = {replace(run, stages=(replace(stage, **change),)).key(), run.key()}
+    assert len(keys) == 2
+
+
+def test_precision_tells_runs_apart(run):
+    workers = [Workers(count=1), Workers(count=1, gpu=True), Workers(count=1, autocast=True)]
+    assert len({replace(run, workers=one).key() for one in workers}) == 3
+
+
+def test_a_worker_goes_through_its_share_in_equal_parts(run):
+    stage = replace(run.stages[0], batch=12)
+    found = [replace(stage, micro=micro).parts(2) for micro in (None, 1, 2, 3, 6, 100)]
+    assert found == [1, 6, 3, 2, 1, 1]
+    with pytest.raises(ConfigError, match="micro 4 must divide the 6 blocks of a worker"):
+        replace(run, stages=(replace(stage, micro=4),), workers=Workers(count=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"micro": 0}, "micro must be at least 1"),
+        ({"context": 1}, "context must be at least 2"),
+        ({"text": 1.5}, "text must be from 0 to 1"),
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"lora": Lora(), "objective": "medusa"}, "without lora"),
+    ],
+)
+def test_settings_of_a_stage_that_cannot_work_are_named(run, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        replace(run.stages[0], **settings)
+    with pytest.raises(ConfigError, match="lora.rank must be at least 1"):
+        Lora(rank=0)
+
+
+def test_adapters_that_are_not_merged_end_a_run(run):
+    [stage] = run.stages
+    kept = replace(stage, lora=Lora(merge=False))
+    replace(run, stages=(stage, kept))
+    with pytest.raises(ConfigError, match="lora.merge=false is for the last stage"):
+        replace(run, stages=(kept, stage))
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"key": 3}'])

@@ -10,12 +10,17 @@ import torch
 
 import linearized
 from linearized.errors import ConfigError
+from linearized.medusa import MedusaHeads
 from linearized.models import attention_modules, new_parameters
+from linearized.training.batch import Batch
 from linearized.training.objective import (
+    TRAINED,
     Distillation,
     Imitation,
+    Medusa,
     Objective,
     Transfer,
+    chosen,
     cross_entropy,
 )
 from linearized.training.optim import Optim
@@ -34,11 +39,16 @@ def tokens(batch: int = 4, length: int = 40) -> torch.Tensor:
     return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+def mean(objective: Objective, batch: Batch | None = None) -> torch.Tensor:
+    summed, count = objective(batch or Batch(tokens()))
+    return summed / count
+
+
 def train(objective: Objective, steps: int, lr: float = 1e-3) -> list[float]:
     optimizer = torch.optim.AdamW(Optim(lr=lr).groups(objective))
     losses = []
     for _ in range(steps):
-        loss = objective(tokens())
+        loss = mean(objective)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -67,8 +77,9 @@ def test_transfer_measures_each_layer_on_the_teachers_own_input(pair):
             x = layer.input_layernorm(x)
             a = layer.self_attn(x, position_embeddings=rotary, attention_mask=None)[0]
             b = twin.self_attn(x, position_embeddings=rotary, attention_mask=None)[0]
-            want.append(((a - b).square().mean() / a.square().mean()).item())
-        loss = Transfer(student, teacher)(tokens())
+            error = (a - b).square().mean((1, 2)) / a.square().mean((1, 2))
+            want.append(error.mean().item())
+        loss = mean(Transfer(student, teacher))
     assert float(loss) == pytest.approx(sum(want) / 2, rel=1e-4)
 
 
@@ -95,17 +106,122 @@ def test_whole_model_objectives_train_everything_but_the_teacher(pair, objective
     assert all(name.startswith("student.") for name in made.state_dict())
 
 
-def test_distillation_is_half_text_half_teacher(pair):
+@pytest.mark.parametrize("text", [0.0, 0.25, 1.0])
+def test_distillation_is_part_text_part_teacher(pair, text):
     student, teacher = pair
     with torch.no_grad():
-        loss = Distillation(student, teacher)(tokens())
-        p = teacher(input_ids=tokens()).logits.softmax(-1)
-        q = student(input_ids=tokens()).logits.softmax(-1)
-        divergence = (p * (p / q).log()).sum(-1).mean()
-        text = cross_entropy(student(input_ids=tokens()).logits, tokens())
-        imitation = Imitation(student, teacher)(tokens())
-    assert float(loss) == pytest.approx(float((text + divergence) / 2), rel=1e-4)
-    assert float(imitation) == pytest.approx(float(divergence), rel=1e-4)
+        loss = mean(Distillation(student, teacher, text=text))
+        p = teacher(input_ids=tokens()).logits[:, :-1].softmax(-1)
+        q = student(input_ids=tokens()).logits[:, :-1].softmax(-1)
+        far = float((p * (p / q).log()).sum(-1).mean())
+        near = float(cross_entropy(student(input_ids=tokens()).logits, tokens()))
+        imitation = mean(Imitation(student, teacher))
+    assert float(loss) == pytest.approx(text * near + (1 - text) * far, rel=1e-4)
+    assert float(imitation) == pytest.approx(far, rel=1e-4)
+
+
+def test_temperature_softens_both_and_keeps_the_size_of_gradients(pair):
+    student, teacher = pair
+    with torch.no_grad():
+        loss = mean(Imitation(student, teacher, temperature=2.0))
+        p = (teacher(input_ids=tokens()).logits[:, :-1] / 2).softmax(-1)
+        q = (student(input_ids=tokens()).logits[:, :-1] / 2).softmax(-1)
+    assert float(loss) == pytest.approx(4 * float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+
+
+def documents(batch: int = 4, length: int = 40) -> Batch:
+    """Rows of several documents, with tokens that are not learned, no two rows alike."""
+    places = torch.arange(length).expand(batch, -1)
+    lengths = torch.tensor([7, 11, 40, 13])[:batch, None]
+    trained = (places % lengths != 0) & (places % 5 != 2)
+    trained[0, : length // 2] = False
+    return Batch(tokens(batch, length), places // lengths, trained)
+
+
+ALL = [Objective, Transfer, Distillation, Imitation, Medusa]
+
+
+@pytest.mark.parametrize("objective", ALL)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_loss_and_gradient_are_the_same_however_rows_are_shared_out(pair, objective, parts):
+    """transformers#37766, pytorch/torchtitan#1842: means of means weigh tokens unevenly. Splits
+    stand for micro-batches and for ranks alike."""
+    student, teacher = (model.double() for model in pair)
+    if objective is Medusa:
+        student = MedusaHeads(heads=2, hidden=32, vocab_size=61, target="x").double()
+    made = objective(student, teacher if objective.needs_teacher else None)
+    found = []
+    for split in (1, parts):
+        pieces = [made(piece) for piece in documents().split(split)]
+        total = sum(count for _, count in pieces)
+        loss = sum(summed for summed, _ in pieces) / total
+        loss.backward()
+        gradient = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+        student.zero_grad()
+        found.append((loss.detach(), gradient))
+    (loss, gradient), (other, others) = found
+    assert loss == pytest.approx(other, rel=1e-6) and len(gradient) == len(others) > 0
+    for x, y in zip(gradient, others, strict=True):
+        assert torch.allclose(x, y, rtol=1e-6, atol=1e-6 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_documents_of_a_row_teach_what_they_would_alone(pair, objective):
+    """fla-org/flash-linear-attention#838, NVIDIA-NeMo/Automodel#2147: in a student's linear
+    attention and convolution, in a teacher's softmax, and in the loss."""
+    student, teacher = (model.double() for model in pair)
+    for parameter in new_parameters(student):
+        torch.nn.init.normal_(parameter)
+    if objective is Medusa:
+        student = MedusaHeads(heads=1, hidden=32, vocab_size=61, target="x").double()
+        torch.nn.init.normal_(student.blocks[0].weight)
+    made = objective(student, teacher if objective.needs_teacher else None)
+    joined = tokens(1, 40)
+    segments = torch.arange(40)[None] // 20
+    trained = torch.ones(1, 40, dtype=torch.bool)
+    trained[:, [0, 20]] = False
+    if objective is Transfer:  # its errors are relative to a row
+        made.summed = lambda batch: squared(made, batch)
+    with torch.no_grad():
+        together = made.summed(Batch(joined, segments, trained))
+        alone = [made.summed(Batch(part)) for part in joined.split(20, dim=1)]
+    if objective is Medusa:  # the last guess of the first document is of the second
+        assert torch.isfinite(together)
+        return
+    assert float(together) == pytest.approx(float(sum(alone)), rel=1e-9)
+
+
+def squared(made: Transfer, batch: Batch) -> torch.Tensor:
+    """The squared error of the layers' outputs, summed."""
+    errors: list[torch.Tensor] = []
+
+    def kept(module, args, kwargs, wanted):
+        given = module(*args, **{**kwargs, "attention_mask": None})[0]
+        errors.append((given - wanted).square().sum())
+        return torch.ones(len(wanted))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linearized.training.objective.transfer_errors", kept)
+        Transfer.summed(made, batch)
+    return torch.stack(errors).sum()
+
+
+def test_only_some_parameters_are_trained_where_that_is_asked(pair):
+    student, teacher = pair
+    only = [student.get_input_embeddings().weight, *new_parameters(student)]
+    made = Transfer(student, teacher, only=only)
+    trained = {id(p) for p in made.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in new_parameters(student)}
+
+
+def test_which_weights_learn_goes_by_name(pair):
+    student, _ = pair
+    embedding = student.get_input_embeddings().weight
+    attention = {id(p) for module in attention_modules(student) for p in module.parameters()}
+    found = {which: {id(p) for p in chosen(student, which)} for which in TRAINED}
+    assert found["all"] == {id(p) for p in student.parameters()}
+    assert found["all"] - found["layers"] == {id(embedding)}
+    assert found["attention"] == attention
 
 
 @pytest.mark.parametrize("objective", [Objective, Transfer, Distillation, Imitation])
@@ -114,8 +230,8 @@ def test_bfloat16_loses_little(pair, objective):
     student, teacher = pair
     given = teacher if objective.needs_teacher else None
     with torch.no_grad():
-        want = objective(student, given)(tokens())
-        low = objective(student.bfloat16(), given and given.bfloat16())(tokens())
+        want = mean(objective(student, given))
+        low = mean(objective(student.bfloat16(), given and given.bfloat16()))
     assert low.dtype == torch.float32
     assert float(low) == pytest.approx(float(want), rel=0.05)
 

@@ -39,7 +39,14 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
     assert optim.scale(1000, 100) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("settings", [{"lr": 0}, {"new_lr": -1}, {"clip": 0}, {"warmup": -1}])
+def test_a_floor_of_one_keeps_the_rate():
+    optim = Optim(lr=1e-3, warmup=10, floor=1.0)
+    assert [optim.scale(step, 100) for step in (10, 50, 100)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": 0}, {"new_lr": -1}, {"clip": 0}, {"warmup": -1}, {"floor": 1.1}]
+)
 def test_what_cannot_work_is_named(settings):
     (name,) = settings
     with pytest.raises(ConfigError, match=f"{name} must be"):
