@@ -1,6 +1,6 @@
-"""Turn text into token blocks: read, split by document, tokenize, fill blocks, write Parquet.
+"""Turn text into token blocks: read, split by document, tokenize, fill blocks, write Arrow.
 
-Writes to `out`: tokenizer/, train/*.parquet, held_out/*.parquet and data.json, all of it or
+Writes to `out`: tokenizer/, train/*.arrow, held_out/*.arrow and data.json, all of it or
 nothing. With several nodes, `out` must be on storage that all of them see. A second run with the
 same settings and the same files reuses what is there.
 """
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,7 +28,7 @@ from cluster.session import session
 from jobs import cli
 from linearized.errors import ConfigError, DataError
 from linearized.training import corpus, tokenizer
-from linearized.training.blocks import FORMAT, ShardInfo, fill, write_shard
+from linearized.training.blocks import FORMAT, Document, fill, write_shard
 
 TOKENIZER_BYTES = 2**28
 """A tokenizer is trained on at most about this much text, documents evenly spaced."""
@@ -171,7 +172,7 @@ def _fill(
         (folder / split).mkdir()
         counts[split] = dict.fromkeys(("documents", "tokens", "blocks", "dropped"), 0)
         for number, rows in enumerate(_shards(table)):
-            path = str(folder / split / f"{number:05d}.parquet")
+            path = str(folder / split / f"{number:05d}.arrow")
             size = len(rows)
             columns = {"path": [path] * size, "split": [split] * size, "text": rows["text"]}
             shards.append(pa.table(columns))
@@ -228,17 +229,16 @@ def _fill_shard(shard: pa.Table, *, folder: str, end: int, info: dict[str, Any])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     paths, splits = set(shard["path"].to_pylist()), set(shard["split"].to_pylist())
     assert len(paths) == len(splits) == 1, "Ray Data split or joined shards"
-    documents = tokenizer.Encoder(folder)(shard["text"].to_pylist())
-    rows, dropped = fill(documents, block=info["block"], end=end)
-    counts = ShardInfo(
-        blocks=len(rows),
-        tokens=rows.size,
-        dropped=dropped,
-        documents=len(documents),
+    encoded = tokenizer.Encoder(folder)(shard["text"].to_pylist())
+    documents = (Document(np.array([*ids, end], np.int32)) for ids in encoded)
+    filled = fill(documents, block=info["block"])
+    counts = write_shard(
+        Path(paths.pop()),
+        filled,
+        tokenizer=info["tokenizer"],
+        source=info["source"],
         split=splits.pop(),
-        **info,
     )
-    write_shard(Path(paths.pop()), rows, counts)
     return pa.Table.from_pylist([asdict(counts)])
 
 

@@ -145,10 +145,10 @@ def _stage(
     with Progress(title, total=stage.steps, unit="steps", quiet=rank != 0) as progress:
         started = time.perf_counter()
         for step in range(first, stage.steps):
-            tokens = blocks.batch(
+            batch = blocks.batch(
                 step, batch_size=stage.batch, rank=rank, world_size=world, seed=run.seed + index
             )
-            loss = engine(tokens.to(engine.device))
+            loss = engine(batch.tokens.to(engine.device))
             engine.backward(loss)
             engine.step()
             value = float(loss.detach())

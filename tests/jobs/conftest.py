@@ -12,7 +12,7 @@ import transformers
 
 import linearized
 from linearized.medusa import MedusaHeads
-from linearized.training.blocks import ShardInfo, fill, write_shard
+from linearized.training.blocks import Document, fill, write_shard
 from linearized.training.tokenizer import fingerprint
 
 
@@ -40,11 +40,10 @@ def pair(tokenizer, tmp_path_factory) -> Path:
     heads.save_pretrained(run / "target" / "medusa")
     layers = {"format": "linearized-layers/1", "layers": [0, 2]}
     (run / "target" / "layers.json").write_text(json.dumps(layers))
-    rows, _ = fill([np.arange(3200, dtype=np.int32) % len(tokenizer)], block=96, end=0)
-    info = ShardInfo(
-        block=96, blocks=len(rows), tokens=rows.size, tokenizer=fingerprint(run / "target"),
-        documents=1, dropped=0, source="numbers", split="held_out",
-    )  # fmt: skip
+    filled = fill([Document(np.arange(3200, dtype=np.int32) % len(tokenizer))], block=96)
     (run / "data" / "held_out").mkdir(parents=True)
-    write_shard(run / "data" / "held_out" / "0.parquet", rows, info)
+    write_shard(
+        run / "data" / "held_out" / "0.arrow", filled, tokenizer=fingerprint(run / "target"),
+        source="numbers", split="held_out",
+    )  # fmt: skip
     return run

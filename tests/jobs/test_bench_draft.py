@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import linearized
 from jobs import bench_draft
 from jobs.bench_draft import DEAD, LATE, PLAIN, REPLICA, TURNS, Found, Spent
-from linearized.training.blocks import ShardInfo, fill, write_shard
+from linearized.training.blocks import Document, fill, write_shard
 from linearized.training.tokenizer import fingerprint
 
 
@@ -36,13 +36,12 @@ def run(tokenizer, tmp_path) -> Path:
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     ids = np.arange(3200, dtype=np.int32) * 7 % len(tokenizer)
-    rows, _ = fill([ids], block=32, end=0)
-    info = ShardInfo(
-        block=32, blocks=len(rows), tokens=rows.size, tokenizer=fingerprint(tmp_path / "target"),
-        documents=1, dropped=0, source="numbers", split="held_out",
-    )  # fmt: skip
+    filled = fill([Document(ids)], block=32)
     (tmp_path / "data" / "held_out").mkdir(parents=True)
-    write_shard(tmp_path / "data" / "held_out" / "0.parquet", rows, info)
+    write_shard(
+        tmp_path / "data" / "held_out" / "0.arrow", filled,
+        tokenizer=fingerprint(tmp_path / "target"), source="numbers", split="held_out",
+    )  # fmt: skip
     return tmp_path
 
 

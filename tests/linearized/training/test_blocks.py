@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,44 +14,93 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linearized.errors import ConfigError, DataError
-from linearized.training.blocks import Blocks, ShardInfo, _order, fill, write_shard
+from linearized.training.blocks import (
+    BEGINS,
+    TRAINED,
+    Blocks,
+    Document,
+    _place,
+    fill,
+    write_shard,
+)
 
-END = 0
 
-
-def shard(path, rows, **changes):
+def shard(path, rows, *, tokenizer="abc"):
+    """Rows of one document."""
     rows = np.asarray(rows, np.int32)
-    fields = dict(
-        block=rows.shape[1], blocks=len(rows), tokens=rows.size, dropped=0, documents=1,
-        tokenizer="abc", source="test", split="train",
-    )  # fmt: skip
-    write_shard(path, rows, ShardInfo(**{**fields, **changes}))
+    filled = fill([Document(rows.reshape(-1))], block=rows.shape[1])
+    write_shard(path, filled, tokenizer=tokenizer, source="test", split="train")
+
+
+def relabel(path, **changes):
+    """Change what a shard's metadata says."""
+    table = pa.ipc.open_file(path).read_all()
+    said = {**json.loads(table.schema.metadata[b"linearized.blocks"]), **changes}
+    table = table.replace_schema_metadata({b"linearized.blocks": json.dumps(said)})
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """23 blocks of 4 tokens in shards of 10, 0, 12 and 1; block i begins with 100 + i."""
+    """23 blocks of 4 tokens in shards of 10, 0, 12 and 1; block i begins with 4 i."""
     rows = np.arange(23)[:, None] * 4 + np.arange(4)
     for name, (start, stop) in enumerate([(0, 10), (10, 10), (10, 22), (22, 23)]):
-        shard(tmp_path / f"{name:05d}.parquet", rows[start:stop])
+        shard(tmp_path / f"{name:05d}.arrow", rows[start:stop])
     return tmp_path
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 2**31 - 1), max_size=40), max_size=20),
-    st.integers(2, 33),
+documents = st.lists(
+    st.lists(st.tuples(st.integers(1, 2**31 - 1), st.booleans()), max_size=40), max_size=20
 )
+
+
+@given(documents, st.integers(2, 33))
 def test_every_token_is_packed_or_counted_as_dropped(documents, block):
-    rows, dropped = fill(documents, block=block, end=END)
-    stream = [token for ids in documents for token in [*ids, END]]
-    assert rows.dtype == np.int32 and rows.shape[1] == block
-    assert rows.flatten().tolist() == stream[: rows.size]
-    assert dropped == len(stream) - rows.size < block
+    given_ = [
+        Document(
+            np.array([token for token, _ in document], np.int32),
+            np.array([learned for _, learned in document], bool),
+        )
+        for document in documents
+    ]
+    found = fill(iter(given_), block=block)
+    stream = [token for document in documents for token, _ in document]
+    marks = [
+        BEGINS if place == 0 else TRAINED * learned
+        for document in documents
+        for place, (_, learned) in enumerate(document)
+    ]
+    assert found.tokens.dtype == np.int32 and found.tokens.shape[1] == block
+    assert found.tokens.flatten().tolist() == stream[: found.tokens.size]
+    assert found.marks.shape == found.tokens.shape
+    assert found.marks.flatten().tolist() == marks[: found.tokens.size]
+    assert found.dropped == len(stream) - found.tokens.size < block
+    assert found.documents == len(documents)
+
+
+def test_a_document_is_learned_but_for_its_first_token(tmp_path):
+    """Its end included, also where a block ends between the two."""
+    filled = fill([Document([5, 6, 0]), Document([7, 0]), Document([8, 9, 8, 0])], block=4)
+    write_shard(tmp_path / "0.arrow", filled, tokenizer="abc", source="test", split="train")
+    blocks = Blocks(tmp_path)
+    batch = blocks.batch_of([1, 0])
+    assert batch.tokens.tolist() == [[0, 8, 9, 8], [5, 6, 0, 7]]
+    assert batch.segment_ids.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    assert batch.trained.tolist() == [[False, False, True, True], [False, True, True, False]]
+    assert batch.predictions() == 4
+    assert blocks.shards[0].dropped == 1 and blocks.shards[0].trained == 5
+
+
+def test_rows_of_one_document_need_no_marks(folder):
+    batch = Blocks(folder).batch_of([1, 0])
+    assert batch.segment_ids is None and batch.trained is None
+    assert batch.predictions() == 6
 
 
 def test_a_block_that_predicts_nothing():
     with pytest.raises(ConfigError, match="at least 2"):
-        fill([[1]], block=1, end=END)
+        fill([Document([1])], block=1)
 
 
 def test_what_a_split_holds(folder):
@@ -56,18 +110,61 @@ def test_what_a_split_holds(folder):
     rows = blocks.rows([22, 0, 10, 9, 21, 0])
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[i * 4 + j for j in range(4)] for i in (22, 0, 10, 9, 21, 0)]
-    assert Blocks(folder / "00003.parquet").rows([0]).tolist() == [[88, 89, 90, 91]]
+    assert Blocks(folder / "00003.arrow").rows([0]).tolist() == [[88, 89, 90, 91]]
     assert blocks.rows([]).shape == (0, 4)
     for index in (-1, 23):
         with pytest.raises(IndexError, match="0 to 22"):
             blocks.rows([index])
 
 
-def test_a_shard_is_plain_parquet(folder):
-    table = pq.read_table(folder / "00000.parquet")
+def test_a_shard_is_plain_arrow(folder):
+    table = pa.ipc.open_file(folder / "00000.arrow").read_all()
     assert table["tokens"].type == pa.list_(pa.int32(), 4)
     assert table["tokens"][1].as_py() == [4, 5, 6, 7]
+    assert table["marks"][0].as_py() == [BEGINS, TRAINED, TRAINED, TRAINED]
     assert b"linearized.blocks" in table.schema.metadata
+
+
+def test_a_large_corpus_takes_no_more_memory_than_a_small_one(tmp_path):
+    """What is mapped can be given back at any time, and is no memory of the process's own."""
+    shard(tmp_path / "00000.arrow", np.ones((30_000, 1024), np.int32))  # 154 MB
+    code = """
+import sys
+from linearized.training.blocks import Blocks
+
+def own():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+
+blocks = Blocks(sys.argv[1])
+blocks.batch(0, batch_size=8)
+before = own()
+for step in range(1000):
+    blocks.batch(step, batch_size=8)
+print(own() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 20_000  # KB
+
+
+def test_shards_of_the_first_version_are_read(tmp_path):
+    """Parquet without marks: each row is one document."""
+    flat = pa.array(np.arange(12, dtype=np.int32))
+    said = dict(
+        block=4, blocks=3, tokens=12, dropped=0, documents=1, tokenizer="abc", source="test",
+        split="train", format=1,
+    )  # fmt: skip
+    table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(flat, 4)})
+    table = table.replace_schema_metadata({b"linearized.blocks": json.dumps(said)})
+    pq.write_table(table, tmp_path / "00000.parquet", compression="zstd")
+    blocks = Blocks(tmp_path)
+    batch = blocks.batch_of([2, 0])
+    assert batch.tokens.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]] == blocks.rows([2, 0]).tolist()
+    assert batch.segment_ids is None and batch.trained is None
 
 
 @pytest.mark.parametrize("batch_size", [12, 24, 60])
@@ -82,7 +179,7 @@ def test_the_batch_of_a_step_does_not_depend_on_the_world_size(folder, batch_siz
             for rank in range(world_size)
         ]
         assert all(len(share) == batch_size // world_size for share in shares)
-        assert torch.equal(torch.cat(shares), whole)
+        assert torch.equal(torch.cat([share.tokens for share in shares]), whole.tokens)
 
 
 def test_a_run_goes_on_where_it_was(folder):
@@ -90,29 +187,39 @@ def test_a_run_goes_on_where_it_was(folder):
     through = [blocks.batch(step, batch_size=4, seed=1) for step in range(40)]
     resumed = Blocks(folder)
     for step in range(39, 19, -1):
-        assert torch.equal(resumed.batch(step, batch_size=4, seed=1), through[step])
+        assert torch.equal(resumed.batch(step, batch_size=4, seed=1).tokens, through[step].tokens)
 
 
 def test_an_epoch_holds_every_block_once_in_an_order_of_its_own(folder):
     blocks = Blocks(folder)
-    first = torch.cat([blocks.batch(step, batch_size=1) for step in range(23 * 3)])[:, 0] // 4
-    epochs = first.reshape(3, 23).tolist()
+
+    def seen(steps, seed=0):
+        rows = [blocks.batch(step, batch_size=1, seed=seed).tokens for step in range(steps)]
+        return torch.cat(rows)[:, 0] // 4
+
+    epochs = seen(23 * 3).reshape(3, 23).tolist()
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = torch.cat([blocks.batch(step, batch_size=1, seed=1) for step in range(23)])[:, 0] // 4
-    assert sorted(other.tolist()) == list(range(23)) and other.tolist() not in epochs
+    other = seen(23, seed=1).tolist()
+    assert sorted(other) == list(range(23)) and other not in epochs
+
+
+@given(st.integers(1, 500), st.integers(-3, 3), st.integers(0, 5))
+def test_every_order_is_a_permutation(size, seed, epoch):
+    order = [_place(at, size, seed) for at in range(epoch * size, (epoch + 1) * size)]
+    assert sorted(order) == list(range(size))
 
 
 def test_the_order_never_changes():
     """Written down, because a run may be taken up by a later version."""
-    assert _order(10, 0, 0).tolist() == [4, 8, 0, 1, 7, 6, 2, 5, 3, 9]
-    assert _order(10, 0, 1).tolist() == [9, 7, 0, 1, 6, 3, 4, 5, 2, 8]
-    assert _order(10, -1, 0).tolist() == [5, 4, 9, 6, 2, 3, 7, 1, 8, 0]
+    assert [_place(at, 10, 0) for at in range(10)] == [0, 3, 9, 1, 6, 2, 4, 7, 8, 5]
+    assert [_place(at, 10, 0) for at in range(10, 20)] == [1, 0, 5, 8, 7, 6, 3, 2, 9, 4]
+    assert [_place(at, 10, -1) for at in range(10)] == [9, 7, 2, 6, 3, 1, 4, 0, 8, 5]
 
 
 def test_the_order_is_fair():
     """Each place of the first ten sees each tenth of the blocks about equally often."""
-    tenths = np.array([_order(1000, seed, 0)[:10] // 100 for seed in range(500)])
+    tenths = np.array([[_place(at, 1000, seed) // 100 for at in range(10)] for seed in range(500)])
     counts = np.array([np.bincount(place, minlength=10) for place in tenths.T])
     assert counts.min() > 20 and counts.max() < 90  # 50 expected, six standard deviations
 
@@ -133,13 +240,14 @@ def test_a_batch_that_cannot_be(folder, settings, message):
 
 
 def test_shards_that_do_not_belong_together(folder):
-    shard(folder / "00004.parquet", [[1, 2, 3]])
-    with pytest.raises(DataError, match="00004.parquet holds blocks of 3.*of 4.*again"):
+    last = folder / "00004.arrow"
+    shard(last, [[1, 2, 3]])
+    with pytest.raises(DataError, match="00004.arrow holds blocks of 3.*of 4.*again"):
         Blocks(folder)
-    shard(folder / "00004.parquet", [[1, 2, 3, 4]], tokenizer="xyz")
+    shard(last, [[1, 2, 3, 4]], tokenizer="xyz")
     with pytest.raises(DataError, match="by tokenizer xyz"):
         Blocks(folder)
-    shard(folder / "00004.parquet", [[1, 2, 3, 4]], format=99)
+    relabel(last, format=99)
     with pytest.raises(DataError, match="format 99.*again"):
         Blocks(folder)
 
@@ -147,27 +255,33 @@ def test_shards_that_do_not_belong_together(folder):
 def test_what_cannot_be_opened(tmp_path):
     with pytest.raises(DataError, match="no blocks at .*none; run jobs.data first"):
         Blocks(tmp_path / "none")
-    with pytest.raises(DataError, match="no .parquet files"):
+    with pytest.raises(DataError, match="no shards"):
         Blocks(tmp_path)
-    shard(tmp_path / "00000.parquet", np.empty((0, 8)))
+    file = tmp_path / "00000.arrow"
+    shard(file, np.empty((0, 8)))
     with pytest.raises(DataError, match="no whole block of 8"):
         Blocks(tmp_path)
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "00000.parquet")
+    table = pa.table({"text": ["a"]})
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
     with pytest.raises(DataError, match="no token blocks"):
         Blocks(tmp_path)
-    (tmp_path / "00000.parquet").write_bytes(b"broken")
-    with pytest.raises(DataError, match="cannot be read|can be read"):
-        Blocks(tmp_path)
+    shard(file, np.ones((100, 8)))
+    whole = file.read_bytes()
+    for content in (b"broken", b"", whole[:-200]):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="00000.arrow is no file .* or not whole.* again"):
+            Blocks(tmp_path)
 
 
 def test_a_shard_is_written_as_a_whole_or_not(tmp_path, monkeypatch):
-    def fails(table, path, **_):
-        path.write_bytes(b"half")
+    def fails(sink, schema):
+        sink.write(b"half")
         raise OSError("disk full")
 
-    shard(tmp_path / "00000.parquet", [[1, 2]])
-    monkeypatch.setattr(pq, "write_table", fails)
+    shard(tmp_path / "00000.arrow", [[1, 2]])
+    monkeypatch.setattr(pa.ipc, "new_file", fails)
     with pytest.raises(OSError, match="disk full"):
-        shard(tmp_path / "00000.parquet", [[3, 4]])
-    assert [path.name for path in tmp_path.iterdir()] == ["00000.parquet"]
+        shard(tmp_path / "00000.arrow", [[3, 4]])
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.arrow"]
     assert Blocks(tmp_path).rows([0]).tolist() == [[1, 2]]
