@@ -2,9 +2,8 @@
 
     python -m jobs.compare runs/mine/target runs/other/target --out comparison.png
 
-A run is the folder that training left, with run.json, and evaluation.json where jobs.evaluate has
-written one there.
-"""
+A run is the folder that training left, with run.json; what jobs.evaluate found of it is shown, too,
+if its evaluation.json lies there (`out=runs/mine/target`)."""
 
 from __future__ import annotations
 
@@ -20,6 +19,9 @@ from rich.console import Console
 
 from jobs import measure
 from linearized.errors import ConfigError, DataError, LinearizedError
+
+NUMBERS = ("accuracy", "perplexity", "divergence", "right", "seconds")
+"""Of a score's numbers, those that are shown, each before the others."""
 
 
 def main(
@@ -76,7 +78,21 @@ def _read(folder: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not JSON ({error}); was it cut short?") from None
     if not isinstance(done, dict) or not isinstance(done.get("losses"), list):
         raise DataError(f"{file} is no run of training: it has no losses")
-    return done
+    return {**done, "scores": _scores(file.with_name("evaluation.json"))}
+
+
+def _scores(file: Path) -> dict[str, float]:
+    """What jobs.evaluate found of a model, the first number of each score."""
+    try:
+        found = json.loads(file.read_text())["scores"]
+        cells = {name: cells["model"] for name, cells in found.items() if "model" in cells}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    firsts = {
+        name: next((cell[number] for number in NUMBERS if number in cell), None)
+        for name, cell in cells.items()
+    }
+    return {name: number for name, number in firsts.items() if number is not None}
 
 
 def _summary(name: str, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +108,7 @@ def _summary(name: str, done: Mapping[str, Any]) -> dict[str, Any]:
         "last loss": done["losses"][-1][2] if done["losses"] else None,
         **{f"perplexity: {part}": value for part, value in perplexity.items()},
         "× teacher": round(after / teacher, 4) if teacher and after else None,
+        **done["scores"],
     }
 
 

@@ -65,7 +65,7 @@ class Sources:
         """
         from linearized.training.tokenizer import load
 
-        tokenizer = load(config.model)
+        tokenizer = load(config.teacher or config.model)
         alone = tokenizer("", verbose=False)["input_ids"]
         begin = alone[0] if alone and alone[0] != tokenizer.eos_token_id else None
         wanted = max(config.tokens, config.rows * config.positions)

@@ -9,9 +9,10 @@ with as many."""
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from jobs.recall import Report
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, DataError
 from linearized.evaluation import ablation
-from linearized.evaluation.perplexity import negative_log_likelihood
+from linearized.evaluation.perplexity import token_losses
 from linearized.models import new_state
 from linearized.training import fit
+from linearized.training.batch import IGNORED, Batch, keep_apart
 from linearized.training.blocks import Blocks
 from linearized.training.optim import Optim
 
@@ -99,7 +101,8 @@ def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[st
     blocks, held_out = Blocks(setting.data / "train"), Blocks(setting.data / "held_out")
     teacher = linearized.load(setting.teacher).to(device)  # type: ignore[arg-type]
     student = _student(trial, teacher)
-    order = _order(len(blocks), trial)
+    for model in (teacher, student):
+        keep_apart(model)
     began = time.perf_counter()
     measured = _spread(held_out, setting.eval_blocks)
     found: dict[str, Any] = {
@@ -107,13 +110,19 @@ def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[st
         "teacher": _perplexity(teacher, measured),
         "before": _perplexity(student, measured),
     }
+    batches = (
+        blocks.batch(step, batch_size=trial.batch, seed=trial.seed) for step in itertools.count()
+    )
+    steps = trial.transfer + trial.steps
     if trial.attention != SOFTMAX and trial.transfer:
-        rows = [blocks.rows(next(order)) for _ in range(trial.transfer)]
+        rows = [batch.tokens for batch in itertools.islice(batches, trial.transfer)]
         optim = Optim(lr=trial.lr, new_lr=trial.new_lr, warmup=min(20, trial.transfer // 5))
         fit.fit(student, teacher, rows, optim=optim)
         found["transferred"] = _perplexity(student, measured)
-    steps = trial.steps + (trial.transfer if trial.attention == SOFTMAX else 0)
-    found["losses"] = _distil(trial, student, teacher, blocks, order, steps, report)
+        steps = trial.steps
+    found["losses"] = _distil(
+        trial, student, teacher, itertools.islice(batches, steps), steps, report
+    )
     found["seconds"] = round(time.perf_counter() - began, 1)
     found["tokens"] = (trial.transfer + trial.steps) * trial.batch * blocks.block
     found["after"] = _perplexity(student, measured)
@@ -153,23 +162,11 @@ def _student(trial: Trial, teacher: PreTrainedModel) -> PreTrainedModel:
     return linearized.linearize(student, LinearConfig.named(trial.attention, **settings))
 
 
-def _order(size: int, trial: Trial) -> Iterator[list[int]]:
-    """Indices of blocks, a batch at a time; each epoch in an order of its own."""
-    generator = torch.Generator().manual_seed(trial.seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < trial.batch:
-            waiting += torch.randperm(size, generator=generator).tolist()
-        yield waiting[: trial.batch]
-        waiting = waiting[trial.batch :]
-
-
 def _distil(
     trial: Trial,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    blocks: Blocks,
-    order: Iterator[list[int]],
+    batches: Iterable[Batch],
     steps: int,
     report: Report | None,
 ) -> list[list[float]]:
@@ -179,11 +176,10 @@ def _distil(
     rates = [group["lr"] for group in optimizer.param_groups]
     losses: list[list[float]] = []
     student.train()
-    for step in range(steps):
+    for step, batch in enumerate(batches):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * optim.scale(step, steps)
-        tokens = blocks.rows(next(order)).to(teacher.device)
-        loss = _loss(trial, student, teacher, tokens)
+        loss = _loss(trial, student, teacher, batch.to(teacher.device))
         loss.backward()
         value = check_loss(trial, step, loss)
         torch.nn.utils.clip_grad_norm_(student.parameters(), optim.clip)
@@ -197,28 +193,35 @@ def _distil(
     return losses
 
 
-def _loss(
-    trial: Trial, student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor
-) -> Tensor:
-    """Nats a token."""
-    logits = student(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    loss = trial.text * F.cross_entropy(logits, tokens[:, 1:].flatten())
+def _loss(trial: Trial, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tensor:
+    """Nats a token, of those whose prediction is learned."""
+    labels = batch.labels()[:, 1:]
+    asked = labels != IGNORED
+    logits = student(**batch.inputs(student)).logits[:, :-1][asked].float()
+    loss = trial.text * F.cross_entropy(logits, labels[asked])
     if trial.text == 1:
         return loss
     with torch.no_grad():
-        wanted = teacher(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        wanted = teacher(**batch.inputs(teacher)).logits[:, :-1][asked].float()
     return loss + (1 - trial.text) * F.kl_div(
         logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean"
     )
 
 
-def _spread(held_out: Blocks, count: int) -> list[Tensor]:
+def _spread(held_out: Blocks, count: int) -> list[Batch]:
     """Blocks that are spread over all documents, eight at a time."""
     count = min(count, len(held_out))
     indices = [i * len(held_out) // count for i in range(count)]
-    return [held_out.rows(indices[i : i + 8]) for i in range(0, count, 8)]
+    return [held_out.batch_of(indices[i : i + 8]) for i in range(0, count, 8)]
 
 
-def _perplexity(model: PreTrainedModel, batches: list[Tensor]) -> float:
-    total, count = negative_log_likelihood(model, batches)
-    return round(math.exp(total / count), 4)
+def _perplexity(model: PreTrainedModel, batches: list[Batch]) -> float:
+    nats, count = 0.0, 0
+    for batch in batches:
+        batch = batch.to(model.device)
+        inputs = batch.inputs(model)
+        del inputs["use_cache"]
+        asked = batch.labels()[:, 1:] != IGNORED
+        losses = token_losses(model, inputs.pop("input_ids"), **inputs)[asked]
+        nats, count = nats + float(losses.double().sum()), count + losses.numel()
+    return round(math.exp(nats / count), 4)

@@ -32,11 +32,19 @@ def test_a_table_and_curves(tmp_path):
         written(tmp_path / "a" / "target"),
         written(tmp_path / "b" / "target", losses=old, perplexity={"after": 50.0}),
     ]
+    scores = {
+        "perplexity: wiki": {"teacher": {"perplexity": 10.0}, "model": {"perplexity": 11.5}},
+        "task: piqa": {"model": {"accuracy": 0.625, "perplexity": 9.0, "right": "01"}},
+        "pass key at 8": {"model": {"right": 0.5, "nats": 1.0}},
+    }
+    (runs[0] / "evaluation.json").write_text(json.dumps({"scores": scores}))
     said = io.StringIO()
     picture = tmp_path / "out" / "comparison.png"
     found = compare.compare(runs, picture, Console(file=said, width=250))
     assert [row["run"] for row in found] == ["a/target", "b/target"]
     assert found[0]["× teacher"] == 1.05 and found[0]["tokens/s"] == 1000
+    assert found[0]["perplexity: wiki"] == 11.5 and found[0]["task: piqa"] == 0.625
+    assert found[0]["pass key at 8"] == 0.5
     assert found[1]["× teacher"] is None and found[1]["tokens/s"] is None
     assert found[1]["last loss"] == 6.0
     assert picture.read_bytes().startswith(b"\x89PNG")

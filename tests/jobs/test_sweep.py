@@ -14,7 +14,7 @@ from jobs.grids import GRIDS, PAPER
 from jobs.trial import SOFTMAX, Setting, Trial
 from linearized.allocation import state_bytes
 from linearized.errors import ConfigError, DataError, JobError
-from linearized.training.blocks import ShardInfo, fill, write_shard
+from linearized.training.blocks import Document, fill, write_shard
 
 
 @pytest.fixture
@@ -22,13 +22,13 @@ def folder(tmp_path, llama):
     """A softmax model of 61 tokens, and blocks for it."""
     llama(layers=2).save_pretrained(tmp_path / "teacher")
     for split, size in (("train", 1200), ("held_out", 200)):
-        rows, _ = fill([np.arange(size, dtype=np.int32) * 7 % 60 + 1], block=24, end=0)
-        info = ShardInfo(
-            block=24, blocks=len(rows), tokens=rows.size, tokenizer="t", documents=1, dropped=0,
-            source="numbers", split=split,
-        )  # fmt: skip
+        ids = np.arange(size, dtype=np.int32) * 7 % 60 + 1
+        filled = fill([Document(ids[:50]), Document(ids[50:])], block=24)
         (tmp_path / "data" / split).mkdir(parents=True)
-        write_shard(tmp_path / "data" / split / "0.parquet", rows, info)
+        write_shard(
+            tmp_path / "data" / split / "0.arrow", filled, tokenizer="t", source="numbers",
+            split=split,
+        )  # fmt: skip
     (tmp_path / "data" / "data.json").write_text('{"key": "k"}')
     return tmp_path
 

@@ -77,6 +77,15 @@ def check(model):
     torch.testing.assert_close(again, want)
 
 
+def test_wrapped_by_peft(few, llama):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    check(model)
+
+
 def test_what_has_no_output_layer_is_refused(llama):
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
