@@ -22,6 +22,7 @@ from cluster.session import session
 from jobs.run import FlashShape, Heads, Run, Shape, Stage
 from linearized.errors import ConfigError, DataError, JobError
 from linearized.training.objective import OBJECTIVES
+from linearized.training.tokenizer import check_tokenizer
 
 
 def fit(run: Run) -> dict[str, Any]:
@@ -30,6 +31,9 @@ def fit(run: Run) -> dict[str, Any]:
     run = run.absolute()
     run.check_out()
     key = run.key()
+    for model in run.inputs:
+        if model != run.data:
+            check_tokenizer(run.data, model)
     report = run.out / "run.json"
     if run.fresh:
         shutil.rmtree(run.out, ignore_errors=True)
