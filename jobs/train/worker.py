@@ -108,7 +108,7 @@ class Worker:
         self._began = time.perf_counter()
         torch.set_num_threads(self.run.workers.cpus)
         torch.manual_seed(self.run.seed)
-        engine.build_nothing()
+        engine.prepare()
         self.blocks = Blocks(self.run.data / "train")
         self.held_out = Blocks(self.run.data / "held_out")
         self.student, self.teacher = models.build(self.run, device)
