@@ -86,6 +86,7 @@ def show(made: Run | list[Any]) -> None:
 
 def size_of(model: Module) -> Size:
     """Counts of a model, which may be on torch's meta device."""
+    import torch
     from torch import nn
 
     from linearized.models import new_parameters
@@ -94,9 +95,14 @@ def size_of(model: Module) -> Size:
     config: Any = model.config
     new = {id(p) for p in new_parameters(model)}
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linear = [m for m in model.modules() if hasattr(m, "weight") and m is not head]
-    linear = [m for m in linear if not isinstance(m, nn.Embedding) and m.weight.ndim == 2]
-    linear = [m for m in linear if id(m.weight) not in new]
+    linear: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+        and not isinstance(module, nn.Embedding)
+        and module is not head
+    ]
+    linear = [m for m in linear if m.weight.ndim == 2 and id(m.weight) not in new]
     attention = {id(p): p for m in attention_modules(model) for p in m.parameters()}
     return Size(
         all=sum(p.numel() for p in model.parameters()),
@@ -151,7 +157,9 @@ def _trained(stage: Stage, student: Size) -> int:
         return student.attention
     if stage.lora is not None:
         return stage.lora.rank * student.low_rank + student.new
-    return student.all
+    if stage.trained == "attention":
+        return student.attention
+    return student.matrices + student.new if stage.trained == "layers" else student.all
 
 
 def _activations(run: Run, stage: Stage, block: int, student: Size) -> float:
@@ -256,7 +264,6 @@ def _heads(heads: Heads, teacher: Size) -> Size:
         new=0,
         low_rank=0,
         layers=1,
-        inner=0,
     )
 
 
