@@ -86,6 +86,7 @@ def show(made: Run | list[Any]) -> None:
 
 def size_of(model: Module) -> Size:
     """Counts of a model, which may be on torch's meta device."""
+    import torch
     from torch import nn
 
     from linearized.models import new_parameters
@@ -94,9 +95,14 @@ def size_of(model: Module) -> Size:
     config: Any = model.config
     new = {id(p) for p in new_parameters(model)}
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linear = [m for m in model.modules() if hasattr(m, "weight") and m is not head]
-    linear = [m for m in linear if not isinstance(m, nn.Embedding) and m.weight.ndim == 2]
-    linear = [m for m in linear if id(m.weight) not in new]
+    linear: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+        and not isinstance(module, nn.Embedding)
+        and module is not head
+    ]
+    linear = [m for m in linear if m.weight.ndim == 2 and id(m.weight) not in new]
     attention = {id(p): p for m in attention_modules(model) for p in m.parameters()}
     return Size(
         all=sum(p.numel() for p in model.parameters()),
@@ -151,7 +157,9 @@ def _trained(stage: Stage, student: Size) -> int:
         return student.attention
     if stage.lora is not None:
         return stage.lora.rank * student.low_rank + student.new
-    return student.all
+    if stage.trained == "attention":
+        return student.attention
+    return student.matrices + student.new if stage.trained == "layers" else student.all
 
 
 def _activations(run: Run, stage: Stage, block: int, student: Size) -> float:
@@ -159,9 +167,10 @@ def _activations(run: Run, stage: Stage, block: int, student: Size) -> float:
     rows = min(stage.micro or stage.batch, stage.batch // run.workers.count)
     tokens = rows * min(stage.context or block, block)
     width = 2 if run.workers.gpu or run.workers.autocast else 4
-    layer = tokens * (12 * student.hidden + 3 * student.inner) * width
-    if stage.objective == "transfer":  # a layer's backward pass follows its forward pass
-        return float(layer + student.layers * tokens * student.hidden * width)
+    attention = tokens * 12 * student.hidden * width
+    if stage.objective == "transfer":  # nothing goes through feed-forward layers or logits
+        return float(student.layers * attention)
+    layer = attention + tokens * 3 * student.inner * width
     logits = tokens * (student.head // student.hidden) * (width + 8)
     kept = student.layers * layer
     if stage.checkpointing:
@@ -178,7 +187,7 @@ def _memory_table(run: Run, block: int, student: Size, teacher: Size | None) -> 
         table.add_column(name, justify="right")
     for zero in range(4):
         found = memory(run, zero, block, student, teacher)
-        cells = [f"{value / 1e9:,.1f}" for value in (*found.values(), sum(found.values()))]
+        cells = [f"{value / 1e9:,.2f}" for value in (*found.values(), sum(found.values()))]
         chosen = " (this run)" if zero == run.workers.zero else ""
         table.add_row(f"{zero}{chosen}", *cells)
     return table
@@ -210,16 +219,16 @@ def _rate(run: Run, student: Size) -> tuple[float, str]:
     try:
         rows = torch.zeros(1024, student.hidden, dtype=dtype, device=device)
         matrix = torch.zeros(student.hidden, student.inner, dtype=dtype, device=device)
-        times, began = 0, time.perf_counter()
-        while time.perf_counter() - began < PRODUCT_S:
+        best, end = float("inf"), time.perf_counter() + PRODUCT_S
+        while time.perf_counter() < end:
+            began = time.perf_counter()
             rows @ matrix
-            times += 1
             if gpu:
                 torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+            best = min(best, time.perf_counter() - began)
     finally:
         torch.set_num_threads(threads)
-    products = 2.0 * rows.numel() * matrix.shape[1] * times / seconds
+    products = 2.0 * rows.numel() * matrix.shape[1] / best
     return SHARE * products, (
         f"{SHARE:.0%} of the {products:.2g} a second that matrix products reach here"
     )
@@ -256,7 +265,6 @@ def _heads(heads: Heads, teacher: Size) -> Size:
         new=0,
         low_rank=0,
         layers=1,
-        inner=0,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,17 @@ def convert(file: Path | str, folder: Path | str) -> None:
         ModelError: the file holds no model that transformers knows, or not all of its weights.
     """
     file = Path(file)
-    try:
-        model = _model(file)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ModelError:
-        raise
-    except Exception as error:  # of any kind: gguf's reader raises what it stumbles over
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"cannot read a model from {file}: {reason}") from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars there
+        try:
+            model = _model(file)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except ModelError:
+            raise
+        except Exception as error:  # of any kind: gguf's reader raises what it stumbles over
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ModelError(f"cannot read a model from {file}: {reason}") from error
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _model(file: Path) -> Any:

@@ -108,15 +108,14 @@ def flash_110m() -> Run:
 def _large(name: str, model: Path) -> Run:
     """Ours, for GPUs: `adapt` with so many tokens as LoLCATs has for models of this size."""
     transfer, distillation = adapt().stages
-    at_once = {"micro": 1, "checkpoint_every": 100}
     return replace(
         adapt(model=model),
         name=name,
         data=Path("runs") / name / "data",
         out=Path("runs") / name / "target",
         stages=(
-            replace(transfer, steps=500, **at_once),
-            replace(distillation, steps=1000, checkpointing=True, **at_once),
+            replace(transfer, steps=500, checkpoint_every=100),
+            replace(distillation, steps=1000, checkpointing=True, checkpoint_every=100),
         ),
         workers=GPUS,
     )

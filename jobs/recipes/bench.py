@@ -68,8 +68,7 @@ def bench_draft() -> Run:
 
 
 def bench_softmax_draft() -> Run:
-    """The same draft for the softmax model, with which transformers' assisted generation is
-    measured."""
+    """The same draft for the softmax model, to measure transformers' assisted generation with."""
     return replace(
         bench_draft(),
         name="softmax_draft",

@@ -35,7 +35,7 @@ class Optim:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.floor <= 1:
-            raise ConfigError(f"floor must lie between 0 and 1, got {self.floor}")
+            raise ConfigError(f"floor must be from 0 to 1, got {self.floor}")
         for name in ("warmup", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
