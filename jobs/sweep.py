@@ -113,8 +113,8 @@ def sst2() -> SweepConfig:
 
 
 def recall() -> SweepConfig:
-    """Looking up pairs (MQAR) with states of 64 KB, by tiny models from scratch."""
-    base = Trial(name="base", steps=600, state_bytes=65_536)
+    """Looking up pairs (MQAR) with states of 128 KB, by tiny models from scratch."""
+    base = Trial(name="base", steps=600, state_bytes=131_072)
     return replace(variants(), grid="recall", base=base, out=Path("runs/sweep/recall"))
 
 
