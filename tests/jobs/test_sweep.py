@@ -175,7 +175,7 @@ def test_recall_is_measured_at_equal_bytes_of_state(monkeypatch):
     monkeypatch.setattr(associations, "PAIRS", 2)
     rows = {row.name: row for row in GRIDS["recall"](Trial(name="base", state_bytes=80_000)).rows}
     bytes_of = {}
-    for name in ("grouped + conv", "performer + conv", "yoso + conv", "anchored + conv"):
+    for name in ("grouped + conv", "performer + conv"):
         config = associations.config_of(rows[name])
         settings = associations.matched(config, rows[name].attention, 80_000)
         model = recall.model_of(replace(config, settings=settings), rows[name].attention)
