@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,27 +96,30 @@ def prepare(train: Path, held_out: Path, folder: Path) -> None:
 def _model(trial: Trial, vocab: int, kinds: int) -> tuple[PreTrainedModel, Classify]:
     """The last two tokens of the vocabulary are padding and the end of a sentence."""
     made: Any
+    t: Any = transformers
     pad, end = vocab - 2, vocab - 1
     if trial.shape == "gpt2":
-        made = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(
+        made = t.GPT2ForSequenceClassification(t.GPT2Config(
             vocab_size=vocab, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=LENGTH + 2,
             num_labels=kinds, pad_token_id=pad, bos_token_id=end, eos_token_id=end,
         ))  # fmt: skip
     elif trial.shape == "bert":
-        made = transformers.BertForSequenceClassification(transformers.BertConfig(
+        made = t.BertForSequenceClassification(t.BertConfig(
             vocab_size=vocab, hidden_size=WIDTH, num_hidden_layers=LAYERS,
             num_attention_heads=HEADS, intermediate_size=4 * WIDTH, num_labels=kinds,
             max_position_embeddings=LENGTH + 2, pad_token_id=pad,
         ))  # fmt: skip
     elif trial.shape == "t5":
-        made = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        made = t.T5ForConditionalGeneration(t.T5Config(
             vocab_size=vocab, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=4 * WIDTH, num_heads=HEADS,
             num_layers=LAYERS - 1, pad_token_id=pad, eos_token_id=end, decoder_start_token_id=pad,
         ))  # fmt: skip
     else:
         raise ConfigError(f"unknown shape {trial.shape!r}; choose from {', '.join(SHAPES)}")
     if trial.attention != SOFTMAX:
-        linearized.linearize(made, LinearConfig.named(trial.attention, **trial.settings))
+        with warnings.catch_warnings():  # that T5's relative positions are the convolution's now
+            warnings.filterwarnings("ignore", message=".*relative position bias")
+            linearized.linearize(made, LinearConfig.named(trial.attention, **trial.settings))
     return made, _first_word(kinds, pad) if trial.shape == "t5" else _head
 
 

@@ -113,8 +113,8 @@ def sst2() -> SweepConfig:
 
 
 def recall() -> SweepConfig:
-    """Looking up pairs (MQAR) with states of 64 KB, by tiny models from scratch."""
-    base = Trial(name="base", steps=600, state_bytes=65_536)
+    """Looking up pairs (MQAR) with states of 128 KB, by tiny models from scratch."""
+    base = Trial(name="base", steps=600, state_bytes=131_072)
     return replace(variants(), grid="recall", base=base, out=Path("runs/sweep/recall"))
 
 
@@ -199,7 +199,9 @@ def _run(
 ) -> dict[str, str]:
     """Run trials by Ray Tune; why some failed, by their names."""
     failed: dict[str, str] = {}
+    # Its own progress and files would stand beside ours.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     config.out.mkdir(parents=True, exist_ok=True)
     job = JOBS[config.whole.task]
     with (
@@ -246,7 +248,7 @@ def _run(
             ),
         )
         results = tuner.fit()
-        for result in results:
+        for result in (results[index] for index in range(len(results))):
             if result.error is not None:
                 row = (result.config or {}).get("trial")
                 name = f"{row.name}, seed {row.seed}" if row is not None else "a trial"

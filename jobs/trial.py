@@ -40,7 +40,7 @@ SOFTMAX = "softmax"
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     name: str
-    attention: str = SOFTMAX
+    attention: str = "grouped"
     """Name of an attention or of a combination such as `anchored`; `softmax` leaves the model as it
     is."""
     settings: Mapping[str, Any] = field(default_factory=dict)

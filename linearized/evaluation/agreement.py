@@ -65,8 +65,8 @@ def _agreement(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tenso
     pairs = zip(Reading(student, tokens).chunks(), Reading(teacher, tokens).chunks(), strict=True)
     for (_, given), (_, wanted) in pairs:
         wanted = wanted.to(given.device)
-        logs = [x.log_softmax(-1) for x in (given, wanted)]
-        nats += float(F.kl_div(*logs, log_target=True, reduction="sum"))
+        q, p = given.log_softmax(-1), wanted.log_softmax(-1)
+        nats += float(F.kl_div(q, p, log_target=True, reduction="sum"))
         same += int((given.argmax(-1) == wanted.argmax(-1)).sum())
         count += len(given)
     return Agreement(nats, same, count)

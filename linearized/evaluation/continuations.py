@@ -63,15 +63,13 @@ def scores(
 
 
 def split(encode: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of its continuation, as the two are tokenized together. Spaces at
-    the end of the context go to the continuation, to which most tokenizers join them. `encode`
-    gives the ids of a text."""
-    kept = context.rstrip()
-    whole = encode(context + continuation)
-    begin = encode(kept)
-    if not begin:
-        return [], whole
-    return whole[: len(begin)], whole[len(begin) :]
+    """Token ids of a context and of its continuation, as the two are tokenized together. What a
+    tokenizer joins across the border goes to the continuation: spaces at the end of the context, or
+    bytes of characters. `encode` gives the ids of a text."""
+    whole, alone = encode(context + continuation), encode(context.rstrip())
+    pairs = enumerate(zip(whole, alone, strict=False))
+    size = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(alone)))
+    return whole[:size], whole[size:]
 
 
 def _batches(pairs: Sequence[Pair], batch_tokens: int, longest: int | None) -> list[list[int]]:

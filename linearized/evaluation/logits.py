@@ -32,8 +32,9 @@ class Reading:
         Raises:
             ModelError: the model has no output layer apart from its body.
         """
-        if hasattr(model, "get_base_model"):  # PEFT's wrapper; its layers are inside the model
-            model = model.get_base_model()
+        wrapped: Any = getattr(model, "get_base_model", None)
+        if wrapped is not None:  # by PEFT, whose layers are inside the model
+            model = wrapped()
         base = model.base_model
         if base is model or getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(

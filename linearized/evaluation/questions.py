@@ -228,11 +228,10 @@ def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _table(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    tabs = path.suffix == ".tsv"
+    # GLUE's tables have tabs and do not quote: a quotation mark is one.
+    csv.register_dialect("glue", csv.excel_tab, quoting=csv.QUOTE_NONE)
     with path.open(encoding="utf-8", newline="") as opened:
-        # GLUE's tables do not quote: a quotation mark is one.
-        how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-        rows = csv.DictReader(opened, **how)  # type: ignore[arg-type]
+        rows = csv.DictReader(opened, dialect="glue" if path.suffix == ".tsv" else "excel")
         for row in rows:
             yield rows.line_num, {str(name): value for name, value in row.items()}
 

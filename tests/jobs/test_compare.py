@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from jobs import compare
 from linearized.errors import ConfigError, DataError
@@ -68,11 +68,8 @@ def test_what_is_no_run_is_named(tmp_path):
 
 
 def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "jobs.compare", str(tmp_path / "gone")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: ")
-        and "Traceback" not in done.stderr
-    )
-    assert len(done.stderr.splitlines()) == 1
+    app = typer.Typer()
+    app.command()(compare.main)
+    done = CliRunner().invoke(app, [str(tmp_path / "gone")])
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and "holds no run.json" in done.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import linearized
-from jobs import cli, evaluate, evaluation_report, scores
+from jobs import cli, evaluate, evaluation_report, measure, scores
 from linearized.errors import ConfigError, DataError
 from linearized.models import new_parameters
 
@@ -33,6 +33,16 @@ def folder(tmp_path, llama, tokenizer):
     (tmp_path / "animals.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "sst2.tsv").write_text("sentence\tlabel\na lazy dog\t0\nthe fox\t1\n")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """What a machine can do is measured elsewhere."""
+    known = measure.Machine(
+        device="a processor", instructions=(), threads=1, cores=1, version="", load=0.0, copy=1.0,
+        flops=1.0,
+    )  # fmt: skip
+    monkeypatch.setattr(measure.Machine, "measure", lambda device, dtype: known)
 
 
 def small(folder, *assignments: str) -> evaluate.EvaluateConfig:
