@@ -131,8 +131,9 @@ class _Near(torch.autograd.Function):
         for first in range(0, len(weights), BLOCK):
             part = slice(first, first + BLOCK)
             to_weights = torch.bmm(to_mean[part], values[part].mT)
-            best = weights[part].argmax(-1, keepdim=True)
-            to_weights.scatter_add_(-1, best, to_largest[part])
+            best = (weights[part] == weights[part].amax(-1, keepdim=True)).to(weights.dtype)
+            share = to_largest[part] / best.sum(-1, keepdim=True)  # of equal ones
+            to_weights.addcmul_(best, share)
             to_scores[part] = torch._softmax_backward_data(
                 to_weights, weights[part], -1, weights.dtype
             )
