@@ -135,7 +135,7 @@ def demo() -> ProbeConfig:
     )
 
 
-ON_THE_WAY = 4
+ON_THE_WAY = 2
 """Rows of each held-out text on which distillation is watched."""
 RECIPES = {"probe": probe, "demo": demo}
 
@@ -261,6 +261,8 @@ def _candidate(
         student = _linearized(name, teacher)
     seconds = time.perf_counter() - started
     distilled = _distil(config, name, student, teacher, texts, wanted) if config.distil else None
+    if config.save and (fitted or config.distil):  # before measuring, which may be given up
+        student.save_pretrained(config.out / (name if fitted else Path(name).name))
     linear = linear_config(student)
     errors = fit.errors(student, teacher, list(texts.aside[:, None]))
     found: dict[str, Any] = {
@@ -302,9 +304,6 @@ def _candidate(
         found["kept"] = keep
         with ablation.softmax_in(student, keep):
             extra("hybrid", texts.held_out, f", {len(keep)} layers softmax,")
-    if config.save and (fitted or config.distil):
-        folder = config.out / (name if fitted else Path(name).name)
-        student.to(teacher.dtype).save_pretrained(folder)  # type: ignore[arg-type]
     return found
 
 

@@ -39,21 +39,21 @@ def attend_narrow(
     near, ring = form.near, form.near.ring
     width = queries.shape[-1] - form.features
     own = values[..., 1:]
+    begin = (queries[..., :width], keys[..., :width], own)
+    q, k, v = (x[:, :, :ring].to(dtype) for x in begin)
     first = F.scaled_dot_product_attention(  # all is near
-        *(x[:, :, :ring].to(dtype) for x in (queries[..., :width], keys[..., :width], own)),
-        is_causal=True, scale=1.0, enable_gqa=queries.shape[1] != keys.shape[1],
-    ).to(values.dtype)  # fmt: skip
+        q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+    ).to(values.dtype)
     num_tokens = queries.shape[2]
     if num_tokens <= ring:
         return first
     missing = -num_tokens % near.group
     if missing:
         queries, keys, values = (F.pad(x, (0, 0, 0, missing)) for x in (queries, keys, values))
+        own = values[..., 1:]
     heads, kv_heads = queries.shape[1], keys.shape[1]
     asked = _grouped(queries[:, :, ring:], kv_heads, near.group)  # B K C R·G D+F
-    mean, mass = _near(
-        asked[..., :width], keys[..., :width], values[..., 1:], near=near, dtype=dtype
-    )
+    mean, mass = _near(asked[..., :width], keys[..., :width], own, near=near, dtype=dtype)
     memories = _memories(keys[..., width:], values, near, asked.shape[2])
     weights = alpha.repeat_interleave(near.group).view(kv_heads, 1, -1, 1)
     far = (asked[..., width:] * weights) @ memories  # B K C R·G 1+E
@@ -131,8 +131,9 @@ class _Near(torch.autograd.Function):
         for first in range(0, len(weights), BLOCK):
             part = slice(first, first + BLOCK)
             to_weights = torch.bmm(to_mean[part], values[part].mT)
-            best = weights[part].argmax(-1, keepdim=True)
-            to_weights.scatter_add_(-1, best, to_largest[part])
+            best = (weights[part] == weights[part].amax(-1, keepdim=True)).to(weights.dtype)
+            share = to_largest[part] / best.sum(-1, keepdim=True)  # of equal ones
+            to_weights.addcmul_(best, share)
             to_scores[part] = torch._softmax_backward_data(
                 to_weights, weights[part], -1, weights.dtype
             )

@@ -19,7 +19,6 @@ from linearized.errors import ConfigError, DataError
 from linearized.medusa import output_matrix
 from linearized.models import attention_modules, new_parameters
 from linearized.training.divergence import linear_divergence
-from linearized.training.objective import cross_entropy, divergence
 from linearized.training.optim import Optim
 
 TRAINED = ("all", "layers", "attention")
@@ -127,9 +126,12 @@ def loss_from_logits(
 ) -> Tensor:
     with torch.no_grad():
         wanted = teacher(input_ids=tokens, use_cache=False).logits
-    logits = student(input_ids=tokens, use_cache=False).logits
-    told = cross_entropy(logits, tokens) * (tokens.shape[0] * (tokens.shape[1] - 1))
-    return (1 - text) * divergence(logits, wanted) * tokens.numel() + text * told
+    logits = student(input_ids=tokens, use_cache=False).logits.float()
+    apart = F.kl_div(
+        logits.log_softmax(-1), wanted.float().log_softmax(-1), log_target=True, reduction="sum"
+    )
+    told = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    return (1 - text) * apart + text * told
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def test_every_way_is_timed(llama, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = json.loads(result.output.splitlines()[-1])
     assert len(found["speeds"]) == 7 and all(speed > 0 for speed in found["speeds"].values())
-    assert found["config"]["linear"]["window"] == 0
+    assert found["config"]["row"] == 80
     assert "only attention learns" in result.output
 
 
