@@ -1,4 +1,4 @@
-"""The folder that a run leaves: weights, tokenizer, run.json. Whole or not there at all."""
+"""The folder that a run leaves: weights, tokenizer, run.json, card. Whole or not there at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jobs import card
 from jobs.run import Run
 from jobs.train import engine, lora
 
@@ -47,6 +48,7 @@ def export(
     for file in (run.data / "tokenizer").iterdir():
         shutil.copy(file, part / file.name)
     (part / "run.json").write_text(json.dumps(done, indent=2) + "\n")
+    card.write(part, run, done)
     if run.out.exists():
         os.rename(run.out, _beside(run.out, "old"))
     os.rename(part, run.out)

@@ -28,6 +28,7 @@ from jobs.train.export import export
 from jobs.train.guard import Guard
 from jobs.train.log import Log
 from linearized.errors import ConfigError, DataError, LinearizedError, TrainingError
+from linearized.evaluation import ablation
 from linearized.evaluation.perplexity import negative_log_likelihood
 from linearized.training.blocks import Blocks
 from linearized.training.objective import OBJECTIVES, chosen
@@ -255,8 +256,20 @@ class Worker:
             found["accuracies"] = self._accuracies()
         else:
             self.state.perplexity["after"] = self._perplexity(self.student)
+            for name, without in self._parts().items():
+                with without():
+                    self.state.perplexity[name] = self._perplexity(self.student)
         self.times("evaluation", time.perf_counter() - began)
         return found
+
+    def _parts(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+        """What the student can do without for a while: a score says little without its score then.
+        Nothing, where its weights are shared out over workers."""
+        student = self.student
+        shared = any(hasattr(parameter, "ds_id") for parameter in student.parameters())
+        if shared or not isinstance(student, PreTrainedModel):
+            return {}
+        return ablation.parts(student)
 
     def _perplexity(self, model: Any) -> float:
         """Of all workers together, each on its share of the held-out blocks."""

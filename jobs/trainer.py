@@ -1,5 +1,0 @@
-"""The door to training, by its former name."""
-
-from jobs.train import fit
-
-__all__ = ["fit"]
