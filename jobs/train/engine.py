@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -218,12 +219,14 @@ def zero_stage(workers: Workers) -> int:
     return max(workers.zero, 1) if workers.gpu else workers.zero
 
 
-def build_nothing() -> None:
-    """Keep DeepSpeed from compiling an extension at first use, which takes minutes without a word.
-    It would speed up inference on CPUs, and no training."""
+def prepare() -> None:
+    """Keep DeepSpeed from compiling an extension at first use, which takes minutes without a word
+    and would speed up inference on CPUs, and no training; and from warning at every step of names
+    that torch has changed."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 @contextlib.contextmanager

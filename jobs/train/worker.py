@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Worker:
         self._began = time.perf_counter()
         torch.set_num_threads(self.run.workers.cpus)
         torch.manual_seed(self.run.seed)
-        engine.build_nothing()
+        engine.prepare()
         self.blocks = Blocks(self.run.data / "train")
         self.held_out = Blocks(self.run.data / "held_out")
         self.student, self.teacher = models.build(self.run, device)
@@ -322,15 +322,22 @@ def _recomputed(student: nn.Module, wanted: bool, zero: int) -> Iterator[None]:
         raise ConfigError(f"{type(student).__name__} cannot be trained with checkpointing=true")
     assert isinstance(student, PreTrainedModel)
     # What is recomputed is compared with what was there by shape, which ZeRO-3 takes away.
-    student.gradient_checkpointing_enable({"use_reentrant": zero == 3})
+    _checkpointing(student, "enable")({"use_reentrant": zero == 3})
     if zero == 3:
         student.enable_input_require_grads()
     try:
         yield
     finally:
-        student.gradient_checkpointing_disable()
+        _checkpointing(student, "disable")()
         if zero == 3:
             student.disable_input_require_grads()
+
+
+def _checkpointing(student: PreTrainedModel, verb: str) -> Callable[..., None]:
+    """What transformers 5.24 calls activation checkpointing was gradient checkpointing before."""
+    found = getattr(student, f"activation_checkpointing_{verb}", None)
+    method: Callable[..., None] = found or getattr(student, f"gradient_checkpointing_{verb}")
+    return method
 
 
 def _seed(seed: int, stage: int, place: int) -> int:

@@ -26,7 +26,9 @@ LINEAR = linearized.LinearConfig(attention="grouped", group=8, taps=4)
 
 RANK = """
 import os, torch
+from jobs.train import log
 torch.set_num_threads(1)
+log.EVERY = 1
 from jobs.train.worker import Worker
 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
 torch.distributed.init_process_group(

@@ -52,6 +52,7 @@ def test_they_begin_as_nothing_and_merge_into_what_they_were(student):
     assert not hasattr(student, "peft_config")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_without_merging_the_weights_are_what_they_were(student, tmp_path):
     before = logits(student)
     learned(student, Lora(rank=2, alpha=8.0))

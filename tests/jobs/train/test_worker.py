@@ -16,8 +16,13 @@ from linearized.models import new_parameters
 
 KILLED = """
 import os, signal
+from jobs.train.checkpoints import Writer
 from jobs.train.engine import Engine
-step, count = Engine.step, []
+save, step, count = Writer.save, Engine.step, []
+def save_and_wait(self, *arguments):
+    save(self, *arguments)
+    self.wait()
+Writer.save = save_and_wait
 def until(self, *arguments):
     count.append(1)
     if len(count) == {step}:
@@ -51,16 +56,18 @@ def close(run: Run, other: Run, atol: float) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(run, go):
-    whole, cut = on(run, 1, 0, "whole"), on(run, 1, 2, "cut")
+    whole = on(run, 1, 0, "whole")
     assert go(whole) == [0]
-    assert go(cut, before=KILLED.format(step=7)) == [-9]
-    at = checkpoints.latest(cut.checkpoints(cut.key()))[0].position
-    assert (at.stage, at.step) == (1, 2) and not cut.out.exists()
-    again = replace(cut, workers=Workers(count=1, zero=0))
-    assert go(again) == [0]
-    assert losses(again) == losses(whole)
-    close(whole, again, 1e-6)
-    assert report(again)["perplexity"] == pytest.approx(report(whole)["perplexity"], abs=2e-4)
+    for zero in (0, 2):
+        cut = on(run, 1, zero, f"cut-{zero}")
+        assert go(cut, before=KILLED.format(step=7)) == [-9]
+        at = checkpoints.latest(cut.checkpoints(cut.key()))[0].position
+        assert (at.stage, at.step) == (1, 2) and not cut.out.exists()
+        again = replace(cut, workers=Workers(count=1, zero=0))
+        assert go(again) == [0]
+        assert losses(again) == pytest.approx(losses(whole), abs=1e-4 if zero else 0)
+        close(whole, again, 1e-4 if zero else 0)
+        assert report(again)["perplexity"] == pytest.approx(report(whole)["perplexity"], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -103,7 +110,7 @@ def test_what_saves_memory_changes_nothing(run, go, settings, zero):
     assert changed.key() == plain.key()
     assert go(plain) == go(changed) == [0]
     assert losses(changed) == pytest.approx(losses(plain), abs=1e-4)
-    close(plain, changed, 1e-5)
+    close(plain, changed, 1e-4)
 
 
 @pytest.mark.slow
@@ -176,6 +183,7 @@ def test_a_run_with_adapters_is_taken_up_too(run, go, zero):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_may_be_left_beside_the_weights(run, go):
     peft = pytest.importorskip("peft")
     stages = (run.stages[0], replace(run.stages[1], lora=Lora(rank=2, merge=False)))
