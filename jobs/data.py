@@ -1,35 +1,38 @@
-"""Turn text into token blocks: read, split by document, tokenize, fill blocks, write Arrow.
+"""Turn text into token blocks: read, split by document, tokenize, fill blocks, write Arrow files.
 
-Writes to `out`: tokenizer/, train/*.arrow, held_out/*.arrow and data.json, all of it or
-nothing. With several nodes, `out` must be on storage that all of them see. A second run with the
-same settings and the same files reuses what is there.
+Writes to `out`: tokenizer/, train/*.arrow, held_out/*.arrow and data.json, all of it or nothing.
+Workers read and write the files themselves: with several nodes, the source and `out` must be on
+storage that all of them see. A second run with the same settings and the same files reuses what is
+there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from cluster.progress import Progress, note
 from cluster.session import session
 from jobs import cli, models
+from jobs.shards import HELD_OUT, TRAIN, Shard, Sides, Writer, plan, speed, texts
 from linearized.errors import ConfigError, DataError
-from linearized.training import corpus, tokenizer
-from linearized.training.blocks import FORMAT, Document, fill, write_shard
+from linearized.training import chat, corpus, pieces, tokenizer
+from linearized.training.blocks import FORMAT
+from linearized.training.corpus import Skipped, Source
+from linearized.training.pieces import Piece
 
+REPORT = "data.json"
+_OURS = {REPORT, "tokenizer", TRAIN, HELD_OUT, "download"}
+"""What this job writes into a folder."""
 TOKENIZER_BYTES = 2**28
 """A tokenizer is trained on at most about this much text, documents evenly spaced."""
 
@@ -38,7 +41,8 @@ TOKENIZER_BYTES = 2**28
 class DataConfig:
     source: str = corpus.STDLIB
     """Where the text comes from: "stdlib", a file, folder or glob of text, JSON Lines or Parquet,
-    or a Hugging Face dataset as name or name:config."""
+    or a Hugging Face dataset as name or name:config. Rows of `messages`, or of `prompt` and
+    `completion`, are conversations; only what the assistant says is learned."""
     split: str = "train"
     """The split of a Hugging Face dataset to read."""
     text_column: str | None = None
@@ -48,6 +52,9 @@ class DataConfig:
     """Folder or Hub name of an existing tokenizer, or a GGUF file. null trains one."""
     vocab_size: int = 2048
     """Number of entries of a tokenizer that is trained here."""
+    end: str | None = None
+    """The token that ends a document. null means the tokenizer's own end of text, which chat models
+    often say at the end of a turn, too."""
     block: int = 256
     """Number of tokens in a block."""
     held_out: float = 0.05
@@ -91,20 +98,18 @@ def prepare(config: DataConfig) -> dict[str, Any]:
     """Do the job, and return what `out/data.json` holds."""
     out = config.out.absolute()
     key = _key(config)
-    report = out / "data.json"
-    if out.exists() and not report.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not this job's; choose another out")
-    if report.exists() and not config.fresh:
-        done: dict[str, Any] = json.loads(report.read_text())
-        if done.get("key") == key:
-            note(f"data: reused {out}")
-            return done
     part = out.with_name(out.name + ".part")
+    for folder in (out, part):
+        _check_ours(folder)
+    done = _report(out)
+    if done.get("key") == key and not config.fresh:
+        note(f"data: reused {out}")
+        return done
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         done = {"key": key, **_write(config, part)}
-        (part / "data.json").write_text(json.dumps(done, indent=2) + "\n")
+        (part / REPORT).write_text(json.dumps(done, indent=2) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         part.rename(out)
     finally:
@@ -112,103 +117,190 @@ def prepare(config: DataConfig) -> dict[str, Any]:
     return done
 
 
+def _check_ours(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: it holds what this job did not write, and would be deleted.
+    """
+    if not folder.exists():
+        return
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    strange = sorted(there - _OURS)
+    if strange or (REPORT in there and not _report(folder)):
+        raise ConfigError(
+            f"{folder} holds {(strange or [REPORT])[0]}, which is not this job's; choose another "
+            "out"
+        )
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """What an earlier run said, if there was one."""
+    try:
+        found = json.loads((folder / REPORT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "tokenizer" in found else {}
+
+
 def _write(config: DataConfig, folder: Path) -> dict[str, Any]:
     """Everything but data.json, whose contents it returns."""
     began = time.perf_counter()
-    table = corpus.read(config.source, text_column=config.text_column, split=config.split)
-    train, held_out = corpus.split_documents(table["document"].to_pylist(), config.held_out)
-    splits = {"train": table.take(train), "held_out": table.take(held_out)}
-    read = time.perf_counter()
-    end = _tokenizer(config, splits["train"], folder / "tokenizer")
-    info = {
-        "block": config.block,
-        "tokenizer": tokenizer.fingerprint(folder / "tokenizer"),
-        "source": config.source,
-    }
-    tokenized = time.perf_counter()
-    counts = _fill(splits, folder, end, info)
-    for name, count in counts.items():
-        if count["blocks"] == 0:
-            raise DataError(
-                f"the {name} split of {config.source!r} has {count['dropped']} tokens, fewer than "
-                f"one block of {config.block}; bring more text, or change block or held_out"
-            )
+    scratch = folder / "download"
+    source = corpus.find(
+        config.source, text_column=config.text_column, split=config.split, scratch=scratch
+    )
+    if source.chat and config.tokenizer is None:
+        raise ConfigError(
+            f"{config.source!r} holds conversations; set tokenizer to that of the model that is to "
+            "learn from them"
+        )
+    with _cluster():
+        if not source.is_text:
+            source = source.numbered(_counts(source))
+        sides = Sides.of(source, config.held_out)
+        shards = plan(source, sides, folder)
+        read = time.perf_counter()
+        edges = _tokenizer(config, source, sides, shards, folder / "tokenizer")
+        writer = Writer(
+            source=replace(source, pieces=()),
+            sides=sides,
+            folder=str(folder / "tokenizer"),
+            edges=edges,
+            tokenizer=tokenizer.fingerprint(folder / "tokenizer"),
+            block=config.block,
+        )
+        alone = _alone(writer, shards)
+        tokenized = time.perf_counter()
+        counts, skipped = _fill(writer, shards, folder)
     seconds = {"read": read - began, "tokenizer": tokenized - read}
     seconds |= {"fill": time.perf_counter() - tokenized, "total": time.perf_counter() - began}
+    _check(config, counts, skipped)
+    tokens = sum(count["tokens"] + count["dropped"] for count in counts.values())
+    rates = {"tokens_per_second": tokens / seconds["fill"], "tokenizer_alone": alone}
+    note(
+        f"data: {tokens:,} tokens, {rates['tokens_per_second']:,.0f} a second; "
+        f"the tokenizer alone makes {alone:,.0f}"
+    )
+    shutil.rmtree(scratch, ignore_errors=True)
     return {
         "format": FORMAT,
-        **info,
+        "block": config.block,
+        "tokenizer": writer.tokenizer,
+        "source": config.source,
         **counts,
+        "skipped": asdict(skipped),
+        "speed": {name: round(value) for name, value in rates.items()},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
 
 
-def _tokenizer(config: DataConfig, train: pa.Table, folder: Path) -> int:
-    """Train or open the tokenizer, save it to the folder, and return the id of its end of text."""
-    if config.tokenizer is not None:
-        opened = tokenizer.load(config.tokenizer)
-        opened.save_pretrained(folder)
-        return int(opened.eos_token_id)
-    stride = -(-train["text"].nbytes // TOKENIZER_BYTES)
-    sample = range(0, train.num_rows, stride)
-    with Progress("data: train tokenizer", total=len(sample), unit="documents") as progress:
-
-        def texts() -> Iterator[str]:
-            for done, i in enumerate(sample):
-                yield train["text"][i].as_py()
-                progress.update(done + 1)
-
-        return int(tokenizer.train(texts(), config.vocab_size, folder).eos_token_id)
-
-
-def _fill(
-    splits: dict[str, pa.Table], folder: Path, end: int, info: dict[str, Any]
-) -> dict[str, dict[str, int]]:
-    """Write the shards of all splits in parallel; the counts of each split.
-
-    What a shard holds depends on the corpus only, and it carries its own name, so the files are
-    the same for any number of workers and any order in which they finish.
-    """
-    shards = []
-    counts = {}
-    for split, table in splits.items():
-        (folder / split).mkdir()
-        counts[split] = dict.fromkeys(("documents", "tokens", "blocks", "dropped"), 0)
-        for number, rows in enumerate(_shards(table)):
-            path = str(folder / split / f"{number:05d}.arrow")
-            size = len(rows)
-            columns = {"path": [path] * size, "split": [split] * size, "text": rows["text"]}
-            shards.append(pa.table(columns))
-    total = sum(map(len, shards))
-    done = 0
-    with Progress("data: tokenize and fill blocks", total=total, unit="documents") as progress:
-        settings = {"folder": str(folder / "tokenizer"), "end": end, "info": info}
-        for shard in _dataset(shards, settings):
-            for name in counts[shard["split"]]:
-                counts[shard["split"]][name] += shard[name]
-            done += shard["documents"]
-            tokens = sum(count["tokens"] for count in counts.values())
-            progress.update(done, tokens=tokens)
+def _counts(source: Source) -> list[int]:
+    """Number of rows of each piece."""
+    tasks = [{"at": at, **asdict(piece)} for at, piece in enumerate(source.pieces)]
+    counts = [0] * len(tasks)
+    with Progress("data: count rows", total=len(tasks), unit="pieces") as progress:
+        for done, found in enumerate(_map(_count, tasks)):
+            counts[found["at"]] = found["rows"]
+            progress.update(done + 1)
     return counts
 
 
-def _shards(table: pa.Table) -> list[pa.Table]:
-    """Consecutive documents of 1 to 64 MiB of text together, at most about 1,000 shards if that
-    can be; the sizes follow from the corpus alone."""
-    sizes = pc.binary_length(table["text"]).to_numpy()
-    limit = min(max(int(sizes.sum()) // 1000, 2**20), 2**26)
-    starts, filled = [0], 0
-    for row, size in enumerate(sizes):
-        if filled and filled + size > limit:
-            starts.append(row)
-            filled = 0
-        filled += int(size)
-    ends = [*starts[1:], table.num_rows]
-    return [table.slice(start, end - start) for start, end in zip(starts, ends, strict=True)]
+def _count(task: dict[str, Any]) -> dict[str, Any]:
+    piece = Piece(**{name: value for name, value in task.items() if name != "at"})
+    return {"at": task["at"], "rows": pieces.count(piece)}
 
 
-def _dataset(shards: Sequence[pa.Table], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row of counts for each shard, as they are written."""
+def _tokenizer(
+    config: DataConfig, source: Source, sides: Sides, shards: Sequence[Shard], folder: Path
+) -> tokenizer.Edges:
+    """Train or open the tokenizer, and save it to the folder. What it puts around a document."""
+    if config.tokenizer is not None:
+        opened = tokenizer.load(config.tokenizer)
+        edges = tokenizer.edges(opened, config.end)
+        opened.save_pretrained(folder)
+        if source.chat and "prompt" not in source.columns:
+            chat.check_template(folder)
+        return edges
+    train = [shard for shard in shards if shard.split == TRAIN]
+    size = sum(shard.size for shard in train)
+    train = train[:: size // (4 * TOKENIZER_BYTES) + 1]
+    size = sum(shard.size for shard in train)
+    stride = -(-size // TOKENIZER_BYTES)
+    with Progress("data: train tokenizer", total=len(train), unit="shards") as progress:
+
+        def sample() -> Iterator[str]:
+            number = 0
+            for done, shard in enumerate(train):
+                for _, text in texts(shard, source, sides, Skipped()):
+                    if number % stride == 0:
+                        yield text
+                    number += 1
+                progress.update(done + 1)
+
+        return tokenizer.edges(tokenizer.train(sample(), config.vocab_size, folder), config.end)
+
+
+def _alone(writer: Writer, shards: Sequence[Shard]) -> float:
+    """Tokens a second that the tokenizer makes on this machine, without anything around it."""
+    documents = (
+        text
+        for shard in shards
+        if shard.split == TRAIN
+        for _, text in texts(shard, writer.source, writer.sides, Skipped())
+    )
+    return speed(tokenizer.Encoder(writer.folder), documents)
+
+
+def _fill(
+    writer: Writer, shards: Sequence[Shard], folder: Path
+) -> tuple[dict[str, dict[str, int]], Skipped]:
+    """Write the shards of all splits in parallel; the counts of each split."""
+    skipped = Skipped()
+    names = ("documents", "tokens", "trained", "blocks", "dropped")
+    counts = {split: dict.fromkeys(names, 0) for split in (TRAIN, HELD_OUT)}
+    for split in counts:
+        (folder / split).mkdir()
+    tasks = [asdict(shard) for shard in shards]
+    with Progress("data: tokenize and fill blocks", total=len(tasks), unit="shards") as progress:
+        for done, shard in enumerate(_map(_write_shard, tasks, writer=writer)):
+            if "error" in shard:
+                raise DataError(shard["error"])
+            for name in names:
+                counts[shard["split"]][name] += shard[name]
+            skipped.join(Skipped(**shard["skipped"]))
+            tokens = sum(count["tokens"] for count in counts.values())
+            progress.update(done + 1, tokens=tokens)
+    return counts, skipped
+
+
+def _write_shard(task: dict[str, Any], *, writer: Writer) -> dict[str, Any]:
+    return writer.write(Shard.from_dict(task))
+
+
+def _check(config: DataConfig, counts: dict[str, dict[str, int]], skipped: Skipped) -> None:
+    """Say what was left out.
+
+    Raises:
+        DataError: nothing, or too little, is left.
+    """
+    if not any(count["documents"] for count in counts.values()):
+        raise corpus.no_text(config.source, skipped)
+    if skipped.unreadable:
+        note(
+            f"data: left out {skipped.unreadable:,} files or rows that cannot be used; the first: "
+            + "; ".join(skipped.examples[:3])
+        )
+    for split, count in counts.items():
+        if count["blocks"] == 0:
+            raise DataError(
+                f"the {split} split of {config.source!r} has {count['dropped']} tokens, fewer than "
+                f"one block of {config.block}; bring more text, or change block or held_out"
+            )
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[None]:
+    """In which `_map` works."""
     import ray.data
 
     with warnings.catch_warnings():
@@ -218,31 +310,24 @@ def _dataset(shards: Sequence[pa.Table], settings: dict[str, Any]) -> Iterator[d
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # A table becomes a block, and batch_size=None hands a block over whole.
-    fill_shard: Any = _fill_shard
     with session(log_to_driver=False):
-        dataset = ray.data.from_arrow(list(shards)).map_batches(
-            fill_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
-        )
-        yield from dataset.iter_rows()
+        yield
 
 
-def _fill_shard(shard: pa.Table, *, folder: str, end: int, info: dict[str, Any]) -> pa.Table:
-    """Runs in a worker of one CPU."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    paths, splits = set(shard["path"].to_pylist()), set(shard["split"].to_pylist())
-    assert len(paths) == len(splits) == 1, "Ray Data split or joined shards"
-    encoded = tokenizer.Encoder(folder)(shard["text"].to_pylist())
-    documents = (Document(np.array([*ids, end], np.int32)) for ids in encoded)
-    filled = fill(documents, block=info["block"])
-    counts = write_shard(
-        Path(paths.pop()),
-        filled,
-        tokenizer=info["tokenizer"],
-        source=info["source"],
-        split=splits.pop(),
-    )
-    return pa.Table.from_pylist([asdict(counts)])
+def _map(
+    function: Callable[..., dict[str, Any]], tasks: Sequence[dict[str, Any]], **settings: Any
+) -> Iterator[dict[str, Any]]:
+    """The function of each task, on the cluster, in the order in which they are done. What goes
+    there and back is JSON: file names need not be text for Arrow's taste."""
+    import ray.data
+
+    def call(row: dict[str, Any]) -> dict[str, Any]:
+        return {"json": json.dumps(function(json.loads(row["json"]), **settings))}
+
+    rows = [{"json": json.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call)
+    for row in dataset.iter_rows():
+        yield json.loads(row["json"])
 
 
 def _key(config: DataConfig) -> str:

@@ -126,6 +126,7 @@ def main(config: ProbeConfig) -> None:
 
     from jobs import probe_text
     from linearized.folder import load
+    from linearized.training.tokenizer import check_tokenizer
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -136,6 +137,8 @@ def main(config: ProbeConfig) -> None:
     if not config.fresh and _done(config.out / "probe.json") == asked:
         note(f"probe: {config.out / 'probe.json'} is of the same model, texts and settings")
         return
+    for name in filter(config.is_folder, config.candidates):
+        check_tokenizer(config.model, name)
     teacher = load(config.model).float().eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from cluster.session import session
 from jobs.run import Run
 from jobs.train import checkpoints
 from linearized.errors import JobError, LinearizedError
+from linearized.training.tokenizer import check_tokenizer
 
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out", re.IGNORECASE)
 """What a worker says when another one is gone."""
@@ -39,6 +40,9 @@ def fit(run: Run) -> dict[str, Any]:
         if done.get("key") == key:
             note(f"{run.name}: reused {run.out}")
             return done
+    for model in run.inputs:
+        if model != run.data:
+            check_tokenizer(run.data, model)
     # Ray gives its workers nice 15: beside anything else they would starve.
     os.environ.setdefault("RAY_worker_niceness", "0")
     with session(num_cpus=run.workers.count * run.workers.cpus):

@@ -127,7 +127,7 @@ def test_a_shard_is_plain_arrow(folder):
 
 def test_a_large_corpus_takes_no_more_memory_than_a_small_one(tmp_path):
     """What is mapped can be given back at any time, and is no memory of the process's own."""
-    shard(tmp_path / "00000.arrow", np.ones((30_000, 1024), np.int32))  # 154 MB
+    shard(tmp_path / "00000.arrow", np.ones((12_000, 1024), np.int32))  # 61 MB
     code = """
 import sys
 from linearized.training.blocks import Blocks

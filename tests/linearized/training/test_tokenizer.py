@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import functools
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +87,7 @@ def test_training_is_deterministic(folder, tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "other")],
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         check=True,
-        timeout=60,
+        timeout=300,
     )
     assert tokenizer.fingerprint(tmp_path / "other") == tokenizer.fingerprint(folder)
     tokenizer.train(TEXTS[1:], VOCAB, tmp_path / "less")
@@ -128,3 +131,110 @@ def test_what_cannot_be_opened(folder, tmp_path):
     endless.save_pretrained(tmp_path)
     with pytest.raises(DataError, match="no eos_token"):
         tokenizer.load(tmp_path)
+
+
+def changed(folder, to, change):
+    """A copy of a tokenizer folder whose tokenizer.json is another."""
+    shutil.copytree(folder, to)
+    content = json.loads((to / "tokenizer.json").read_text())
+    change(content)
+    (to / "tokenizer.json").write_text(json.dumps(content))
+    return to
+
+
+def test_the_fingerprint_is_of_what_turns_text_into_ids(folder, tmp_path):
+    def another_layout(content):
+        content["truncation"] = {
+            "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
+        }  # fmt: skip
+
+    def another_rule(content):
+        content["model"]["merges"].pop()
+
+    same = changed(folder, tmp_path / "same", another_layout)
+    other = changed(folder, tmp_path / "other", another_rule)
+    assert tokenizer.fingerprint(same) == tokenizer.fingerprint(folder)
+    assert tokenizer.fingerprint(other) != tokenizer.fingerprint(folder)
+
+
+def model_folder(path, tokenizer_folder, **config):
+    shutil.copytree(tokenizer_folder, path) if tokenizer_folder else path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_a_models_own_tokenizer(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(folder, tmp_path / "data" / "tokenizer")
+    check = functools.partial(tokenizer.check_tokenizer, tmp_path / "data")
+    check(model_folder(tmp_path / "same", folder, vocab_size=VOCAB))
+    check(model_folder(tmp_path / "padded", folder, vocab_size=VOCAB + 64))
+    check(model_folder(tmp_path / "inner", folder, text_config={"vocab_size": VOCAB}))
+    check(model_folder(tmp_path / "bare", None, vocab_size=VOCAB))
+    more = tokenizer.load(folder)
+    more.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    more.save_pretrained(tmp_path / "more")
+    (tmp_path / "more" / "config.json").write_text(json.dumps({"vocab_size": VOCAB + 1}))
+    check(tmp_path / "more")
+    with pytest.raises(DataError, match=r"data has ids up to 599, .*small a vocabulary of 599"):
+        check(model_folder(tmp_path / "small", None, vocab_size=VOCAB - 1))
+
+
+def test_another_tokenizer_is_refused_with_the_remedy(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(folder, tmp_path / "data" / "tokenizer")
+    tokenizer.train(TEXTS, VOCAB - 50, tmp_path / "smaller")
+    with pytest.raises(
+        DataError, match=r"600 entries, and the model's 550; make data with jobs.data to"
+    ):
+        tokenizer.check_tokenizer(tmp_path / "data", tmp_path / "smaller")
+    tokenizer.train([text.upper() for text in TEXTS], VOCAB, tmp_path / "upper")
+    with pytest.raises(DataError, match=r"'Hello, world!' is \[.* there, and to the model \["):
+        tokenizer.check_tokenizer(tmp_path / "data", tmp_path / "upper")
+    # One that only has more tokens than the data's does not know what the data's ids mean.
+    more = tokenizer.load(folder)
+    more.add_tokens(["xyzzy"])
+    more.save_pretrained(tmp_path / "data" / "tokenizer")
+    with pytest.raises(DataError, match="601 entries, and the model's 600"):
+        tokenizer.check_tokenizer(tmp_path / "data", folder)
+
+
+def test_what_goes_around_a_document(folder, tmp_path):
+    opened = tokenizer.load(folder)
+    assert tokenizer.edges(opened) == ((), (0,))
+    assert tokenizer.edges(opened, PAD) == ((), (1,))
+    with pytest.raises(ConfigError, match=r"end='</s>' is no token .*<\|endoftext\|>"):
+        tokenizer.edges(opened, "</s>")
+
+    def adds(*around):
+        def change(content):
+            pieces = [{"SpecialToken": {"id": token, "type_id": 0}} for token in around]
+            pieces.insert(1, {"Sequence": {"id": "A", "type_id": 0}})
+            tokens = {t: {"id": t, "ids": [i], "tokens": [t]} for i, t in enumerate((END, PAD))}
+            content["post_processor"] = {
+                "type": "TemplateProcessing", "single": pieces, "pair": pieces,
+                "special_tokens": tokens,
+            }  # fmt: skip
+
+        return change
+
+    begins = tokenizer.load(changed(folder, tmp_path / "begins", adds(PAD)))
+    assert tokenizer.edges(begins) == ((1,), (0,))
+    both = tokenizer.load(changed(folder, tmp_path / "both", adds(PAD, END)))
+    assert tokenizer.edges(both) == ((1,), (0,))
+    assert tokenizer.edges(both, PAD) == ((1,), (1,))
+
+
+@pytest.mark.parametrize("piece", ["x", "=", " ", "x=1;", "日"])
+def test_training_on_one_huge_line_ends(tmp_path, piece):
+    """It took hours, and the time limit of a test is minutes. (huggingface/tokenizers#86)"""
+    line = (piece * 10**6)[: 10**6]
+    small = tokenizer.train(["some text\n" * 9, line], 300, tmp_path)
+    assert small.decode(small(line[:999]).input_ids) == line[:999]
+    assert "{1,256}" not in (tmp_path / "tokenizer.json").read_text()
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="no tokenizer that can be read"):
+        Encoder(tmp_path)
