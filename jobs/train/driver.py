@@ -31,9 +31,6 @@ def fit(run: Run) -> dict[str, Any]:
     run = run.absolute()
     run.check_out()
     key = run.key()
-    for model in run.inputs:
-        if model != run.data:
-            check_tokenizer(run.data, model)
     root = run.checkpoints(key)
     report = run.out / "run.json"
     if run.fresh:
