@@ -121,15 +121,15 @@ def _say_what_is_missing(run: Run) -> None:
 def _reasons(error: Any) -> list[BaseException]:
     """What workers raised or died of; else what Ray itself stumbled over."""
     found = list(getattr(error, "worker_failures", {}).values())
-    return [getattr(reason, "_base_exc", reason) for reason in found] or [error]
+    found = found or [getattr(error, "controller_failure", error)]
+    return [getattr(reason, "_base_exc", reason) for reason in found]
 
 
 def _may_pass(reason: BaseException) -> bool:
     """Might it go well another time? It would not if a worker's own code raised it."""
     from ray.exceptions import RayError
-    from ray.train import TrainingFailedError
 
-    return isinstance(reason, RayError | TrainingFailedError) or bool(_LOST.search(str(reason)))
+    return isinstance(reason, RayError) or bool(_LOST.search(str(reason)))
 
 
 def _first_line(reason: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -221,11 +222,12 @@ def zero_stage(workers: Workers) -> int:
 
 def prepare() -> None:
     """Keep DeepSpeed from compiling an extension at first use, which takes minutes without a word
-    and would speed up inference on CPUs, and no training; and from warning at every step of names
-    that torch has changed."""
+    and would speed up inference on CPUs, and no training; and from warnings: that it has not tested
+    our optimizer, and, at every step, that torch has changed names."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 

@@ -18,7 +18,7 @@ import pytest
 from cluster.local import LocalCluster
 from jobs.run import Run, Workers
 from jobs.train import checkpoints, fit
-from jobs.train.driver import _first_line, _may_pass
+from jobs.train.driver import _first_line, _may_pass, _reasons
 from linearized.errors import ConfigError, LinearizedError
 
 ROOT = Path(__file__).parents[3]
@@ -145,6 +145,13 @@ def test_what_may_pass_is_told_from_what_would_repeat():
     assert not _may_pass(ValueError("shapes do not match"))
     assert _first_line(ValueError("\n one \n two")) == "ValueError: one"
     assert _first_line(KeyError()) == "KeyError: it says nothing"
+
+
+def test_what_ray_itself_stumbles_over_is_named():
+    from ray.train import ControllerError, WorkerGroupError
+
+    assert _reasons(ControllerError(KeyError("x")))[0].args == ("x",)
+    assert str(_reasons(WorkerGroupError("said", {0: ValueError("y")}))[0]) == "y"
 
 
 def test_errors_of_workers_survive_the_way_to_the_driver():
