@@ -7,6 +7,7 @@ same for any number of workers and any order in which they finish.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -106,7 +107,7 @@ class Writer:
     def _documents(self, shard: Shard, skipped: Skipped) -> Iterator[Document]:
         named = texts(shard, self.source, self.sides, skipped)
         if self.source.chat:
-            encode = chat.ChatEncoder(self.folder, self.edges)
+            encode = _chat_encoder(self.folder, self.edges, self.tokenizer)
             for name, conversation in named:
                 try:
                     yield encode(conversation)
@@ -114,7 +115,7 @@ class Writer:
                     skipped.add(f"row {name} {error}")
             return
         before, after = self.edges
-        encoder = tokenizer.Encoder(self.folder)
+        encoder = _encoder(self.folder, self.tokenizer)
         for together in _together(text for _, text in named):
             for ids in encoder(together):
                 yield Document(np.array([*before, *ids, *after], np.int32))
@@ -161,6 +162,18 @@ def speed(encoder: tokenizer.Encoder, documents: Iterable[str], seconds: float =
         if passed >= seconds:
             break
     return tokens / passed if passed else 0.0
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: str, fingerprint: str) -> tokenizer.Encoder:
+    """A worker opens the tokenizer once, for all of its shards: that takes as long as some hundred
+    thousand tokens."""
+    return tokenizer.Encoder(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _chat_encoder(folder: str, edges: tokenizer.Edges, fingerprint: str) -> chat.ChatEncoder:
+    return chat.ChatEncoder(folder, edges)
 
 
 def _together(documents: Iterable[str]) -> Iterator[list[str]]:
