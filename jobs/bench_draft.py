@@ -41,7 +41,8 @@ from linearized.training.blocks import Blocks
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation
 from serve_apps.link.protocol import Endpoint
-from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target.config import TargetConfig
+from serve_apps.target.replica import TargetReplica
 
 PLAIN, TURNS, REPLICA = "plain", "taking turns", "replica"
 LATE = {"late, 45 ms": 0.045, "late, 500 ms": 0.5}

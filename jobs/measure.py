@@ -257,7 +257,7 @@ def last_line(command: str, machine: Machine, **results: Any) -> str:
     record = {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": asdict(machine),
         **results,
     }
@@ -272,7 +272,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the repository that this runs in, as `git describe` says it."""
     root = Path(__file__).parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:

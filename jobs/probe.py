@@ -1,16 +1,17 @@
 """How well would this model linearize? In one process, in minutes, without Ray and DeepSpeed.
 
 Fits each candidate's attention layer by layer to that of the softmax model on a few ten thousand
-tokens, and then measures on held-out text what it costs: perplexity over the softmax model's, by
-position up to four times the length of the rows it was fitted on; the extra nats by the place in a
-group; each layer's error; and what its far part, its convolution and each layer's softmax are
-worth. Writes tables, a picture and probe.json to `out`.
+tokens, distils it if asked to, and then measures on held-out text what it costs: perplexity over
+the softmax model's, by position up to four times the length of the rows it was fitted on; the extra
+nats by the place in a group; each layer's error; and what its far part, its convolution and each
+layer's softmax are worth. Writes tables, a picture and probe.json to `out`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -60,10 +61,22 @@ class ProbeConfig:
     softmax: float = 0.25
     """Share of the layers that a hybrid keeps. They are chosen by what each is worth alone, on rows
     of `text` that are neither fitted nor measured on."""
+    keep: tuple[int, ...] | None = None
+    """The layers that a hybrid keeps, if they are known: then it is not measured what each layer is
+    worth, which takes a forward of four rows a layer."""
     lr: float = 5e-4
     """Learning rate of the projections."""
     new_lr: float = 2e-2
     """Learning rate of the parameters that linearizing adds."""
+    distil: int = 0
+    """Number of tokens to distil every candidate on after its fit, a row a step: it learns to say
+    what the softmax model says. 0 leaves it as it was fitted."""
+    distil_lr: float = 1e-4
+    """Learning rate of the weights in distillation."""
+    distil_new_lr: float = 2e-3
+    """Learning rate of the added parameters in distillation."""
+    trained: str = "layers"
+    """What learns in distillation: `all` weights, those of the `layers`, or of `attention`."""
     autocast: bool | None = None
     """Whether to multiply in bfloat16. null does so on a GPU, and on a CPU if that is faster."""
     threads: int = 0
@@ -77,13 +90,17 @@ class ProbeConfig:
     """Whether to start over even if this has been done."""
 
     def __post_init__(self) -> None:
-        least_of = {"tokens": 2, "row": 2, "rows": 1, "length": 2, "passkeys": 0, "threads": 0}
+        least_of = {
+            "tokens": 2, "row": 2, "rows": 1, "length": 2, "passkeys": 0, "threads": 0, "distil": 0,
+        }  # fmt: skip
         for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if self.tokens < self.row:
             raise ConfigError(f"tokens={self.tokens} do not fill a row of {self.row}")
+        if 0 < self.distil < self.row:
+            raise ConfigError(f"distil={self.distil} tokens do not fill a row of {self.row}")
         if not self.candidates:
             raise ConfigError("candidates must name an attention, such as anchored")
         if not 0 <= self.softmax < 1:
@@ -118,6 +135,8 @@ def demo() -> ProbeConfig:
     )
 
 
+ON_THE_WAY = 2
+"""Rows of each held-out text on which distillation is watched."""
 RECIPES = {"probe": probe, "demo": demo}
 
 
@@ -145,7 +164,7 @@ def main(config: ProbeConfig) -> None:
     length = _length(config, getattr(teacher.config, "max_position_embeddings", None))
     texts = probe_text.read(
         config.model, config.text, config.held_out, text_column=config.text_column,
-        tokens=config.tokens, row=config.row, rows=config.rows, length=length,
+        tokens=config.tokens, distil=config.distil, row=config.row, rows=config.rows, length=length,
         passkeys=config.passkeys, seed=config.seed,
     )  # fmt: skip
     autocast = config.autocast
@@ -166,6 +185,7 @@ def main(config: ProbeConfig) -> None:
         "model": config.model,
         "text": config.text,
         "tokens": int(texts.fit.numel()),
+        "distil": int(texts.distil.numel()),
         "row": config.row,
         "rows": {name: list(rows.shape) for name, rows in texts.held_out.items()},
         "seed": config.seed,
@@ -235,11 +255,14 @@ def _candidate(
     curve: list[float] = []
     started = time.perf_counter()
     if fitted:
-        student = fit.student_of(teacher, config.candidate(name))
+        student = fit.student_of(teacher, config.candidate(name), shared=not config.distil)
         curve = _fit(config, name, student, teacher, texts)
     else:
         student = _linearized(name, teacher)
     seconds = time.perf_counter() - started
+    distilled = _distil(config, name, student, teacher, texts, wanted) if config.distil else None
+    if config.save and (fitted or config.distil):  # before measuring, which may be given up
+        student.save_pretrained(config.out / (name if fitted else Path(name).name))
     linear = linear_config(student)
     errors = fit.errors(student, teacher, list(texts.aside[:, None]))
     found: dict[str, Any] = {
@@ -248,6 +271,7 @@ def _candidate(
         "state_bytes": new_state(student, 1).nbytes,
         "fit_seconds": round(seconds, 1),
         "curve": [round(x, 5) for x in curve],
+        "distilled": distilled,
         "errors": {layer_number(module): round(x, 5) for module, x in errors.items()},
         "texts": {text: {} for text in wanted},
     }
@@ -269,16 +293,17 @@ def _candidate(
     if ablation.has_convolution(student):
         with ablation.without_convolution(student):
             extra("convolution off", texts.held_out, " without convolution")
-    worth = _worth(student, name, texts.aside)
-    order = sorted(worth, key=lambda layer: -worth[layer])
-    found["worth"] = {layer: round(worth[layer], 5) for layer in sorted(worth)}
-    found["order"] = order
-    if keep := sorted(order[: int(config.softmax * len(order))]):
+    keep = sorted(config.keep or ())
+    if config.keep is None:
+        worth = _worth(student, name, texts.aside)
+        order = sorted(worth, key=lambda layer: -worth[layer])
+        found["worth"] = {layer: round(worth[layer], 5) for layer in sorted(worth)}
+        found["order"] = order
+        keep = sorted(order[: int(config.softmax * len(order))])
+    if keep:
         found["kept"] = keep
         with ablation.softmax_in(student, keep):
             extra("hybrid", texts.held_out, f", {len(keep)} layers softmax,")
-    if config.save and fitted:
-        student.to(teacher.dtype).save_pretrained(config.out / name)  # type: ignore[arg-type]
     return found
 
 
@@ -303,6 +328,53 @@ def _fit(
 
         fit.fit(student, teacher, list(texts.fit[:, None]), optim=optim, report=report)
     return curve
+
+
+def _distil(
+    config: ProbeConfig,
+    name: str,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Texts,
+    wanted: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """The loss of each row, and perplexity over the softmax model's on the way, on a few rows of
+    each held-out text: [tokens, ratio], before the first row, after an eighth, a quarter, …"""
+    from linearized.training.distil import distil
+    from linearized.training.optim import Optim
+
+    optim = Optim(lr=config.distil_lr, new_lr=config.distil_new_lr, warmup=5, weight_decay=0.0)
+    steps = len(texts.distil)
+    stops = {steps // 8, steps // 4, steps // 2, steps}
+    losses: list[float] = []
+    ratios: dict[str, list[tuple[int, float]]] = {text: [] for text in wanted}
+
+    def measure_on() -> None:
+        for text, rows in texts.held_out.items():
+            found = _losses(student, rows[:ON_THE_WAY], f"{name} on {text}")
+            extra = found - wanted[text][:ON_THE_WAY, : found.shape[1]]
+            ratio = math.exp(float(extra.double().mean()))
+            ratios[text].append((len(losses) * config.row, round(ratio, 4)))
+
+    measure_on()
+    seconds, began = 0.0, time.perf_counter()
+    with Progress(f"distil {name}", total=steps, unit="rows") as progress:
+
+        def report(step: int, loss: float) -> None:
+            nonlocal seconds, began
+            losses.append(round(loss, 4))
+            seconds += time.perf_counter() - began
+            rate = round(step * config.row / seconds)
+            progress.update(step, nats=losses[-1], tokens_per_second=rate)
+            if step in stops:
+                measure_on()
+            began = time.perf_counter()
+
+        distil(
+            student, teacher, list(texts.distil[:, None]), optim=optim, trained=config.trained,
+            report=report,
+        )  # fmt: skip
+    return {"seconds": round(seconds, 1), "losses": losses, "ratios": ratios}
 
 
 def _linearized(folder: str, teacher: PreTrainedModel) -> PreTrainedModel:

@@ -50,6 +50,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     if result["passkey"] is not None:
         console.print(_passkeys(result))
     for found in result["candidates"]:
+        if found.get("distilled"):
+            console.print(_distilled(found))
         console.print(_layers(found))
         if "kept" in found:
             console.print(f"A hybrid keeps softmax in layers {', '.join(map(str, found['kept']))}")
@@ -88,6 +90,18 @@ def _passkeys(result: dict[str, Any]) -> Table:
     return table
 
 
+def _distilled(found: dict[str, Any]) -> Table:
+    """Perplexity over the softmax model's, on a few rows, on the way."""
+    ratios = found["distilled"]["ratios"]
+    table = Table(title=f"{found['name']}: distilled in {found['distilled']['seconds']:.0f} s")
+    table.add_column("tokens", justify="right")
+    for text in ratios:
+        table.add_column(text, justify="right")
+    for points in zip(*ratios.values(), strict=True):
+        table.add_row(f"{points[0][0]:,}", *(f"{ratio:.3f}" for _, ratio in points))
+    return table
+
+
 def _layers(found: dict[str, Any]) -> Table:
     table = Table(
         title=f"{found['name']}: {found['state_bytes']:,} bytes of state"
@@ -95,8 +109,10 @@ def _layers(found: dict[str, Any]) -> Table:
     )
     for name in ("layer", "error", "worth in nats if it keeps softmax"):
         table.add_column(name, justify="right")
-    for layer in found["order"]:
-        table.add_row(str(layer), f"{found['errors'][layer]:.4f}", f"{found['worth'][layer]:+.4f}")
+    worth = found.get("worth", {})
+    for layer in found.get("order", found["errors"]):
+        gain = f"{worth[layer]:+.4f}" if worth else "–"
+        table.add_row(str(layer), f"{found['errors'][layer]:.4f}", gain)
     return table
 
 
@@ -120,7 +136,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             by_slot.plot(range(len(slots)), slots, label=f"{found['name']}, {text}")
         layers = list(found["errors"])
         by_layer.plot(layers, [found["errors"][x] for x in layers], label=f"{found['name']}: error")
-        by_layer.plot(layers, [found["worth"][x] for x in layers], ":", label="worth in nats")
+        if "worth" in found:
+            by_layer.plot(layers, [found["worth"][x] for x in layers], ":", label="worth in nats")
         curve.plot([result["row"] * (i + 1) for i in range(len(found["curve"]))], found["curve"],
                    label=found["name"])  # fmt: skip
     by_position.set(title="Perplexity over the softmax model's", xlabel="position")

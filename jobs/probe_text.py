@@ -28,6 +28,8 @@ ASIDE = 4
 class Texts:
     fit: Tensor
     """[rows, T]."""
+    distil: Tensor
+    """[rows, T], others, to distil on."""
     aside: Tensor
     """[rows, T], more like them, to choose layers by."""
     held_out: dict[str, Tensor]
@@ -43,6 +45,7 @@ def read(
     *,
     text_column: str | None = None,
     tokens: int,
+    distil: int = 0,
     row: int,
     rows: int,
     length: int,
@@ -50,9 +53,10 @@ def read(
     seed: int,
 ) -> Texts:
     """Rows of tokens that follow each other in one document; documents that are shorter than a row
-    are joined, if there are no others. Those to fit on, `tokens` in rows of
-    `row`, are spread over all documents of `source`; those to measure on, `rows` rows of `length`,
-    are the first ones of each text of `held_out`, or of documents of `source` that are held out.
+    are joined, if there are no others. Those to fit on, `tokens` in rows of `row`, and those to
+    distil on, `distil` tokens, are spread over all documents of `source`; those to measure on,
+    `rows` rows of `length`, are the first ones of each text of `held_out`, or of documents of
+    `source` that are held out.
     `passkeys` rows of the same length ask for a pass key.
 
     Raises:
@@ -71,17 +75,18 @@ def read(
     else:
         train, kept = corpus.split_documents(table["document"].to_pylist(), 0.05)
         documents, held = table["text"].take(train), {"held out": table["text"].take(kept)}
-    wanted = tokens // row + ASIDE
+    wanted = tokens // row + distil // row + ASIDE
     fit = _spread(encode, documents, row, wanted, seed)
     if len(fit) < wanted:
         raise DataError(
             f"{source!r} fills {len(fit)} rows of {row} tokens, not {wanted} ({tokens} tokens to "
-            f"fit on, and {ASIDE} rows aside); bring more text, or choose a smaller row or fewer "
-            "tokens"
+            f"fit on, {distil} to distil on, and {ASIDE} rows aside); bring more text, or choose a "
+            "smaller row or fewer tokens"
         )
     measured = {n: _first(encode, texts, length, rows, n) for n, texts in held.items()}
     keys = _passkeys(encode, next(iter(measured.values())), passkeys, seed)
-    return Texts(fit[ASIDE:], fit[:ASIDE], measured, keys)
+    aside, fit, others = fit.split([ASIDE, tokens // row, distil // row])
+    return Texts(fit, others, aside, measured, keys)
 
 
 def _names(sources: Sequence[str]) -> list[str]:

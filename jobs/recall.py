@@ -6,7 +6,7 @@ model, of each candidate, and of each candidate without its far part.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ from linearized.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+Report = Callable[[int, float], None]
+"""Is told the number of steps that are done, and the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +84,8 @@ def main(config: RecallConfig) -> None:
     rows, results = [], {}
     for name in ("softmax", *config.candidates):
         began = time.perf_counter()
-        model = _model(config, name)
-        _train(config, name, model)
+        model = model_of(config, name)
+        train(config, name, model)
         found = {"answers": _right(config, model)}
         if name != "softmax" and ablation.has_far_part(model):
             with ablation.without_far_part(model):
@@ -97,7 +101,8 @@ def main(config: RecallConfig) -> None:
     print(measure.last_line("jobs.recall", machine, results=results))
 
 
-def _model(config: RecallConfig, name: str) -> PreTrainedModel:
+def model_of(config: RecallConfig, name: str) -> PreTrainedModel:
+    """A tiny Llama with random weights and this attention; `softmax` leaves it as it is."""
     import torch
     import transformers
 
@@ -122,7 +127,10 @@ def _model(config: RecallConfig, name: str) -> PreTrainedModel:
     return model
 
 
-def _train(config: RecallConfig, name: str, model: PreTrainedModel) -> None:
+def train(
+    config: RecallConfig, name: str, model: PreTrainedModel, report: Report | None = None
+) -> list[list[float]]:
+    """Train it. The loss of every tenth step, as [step, loss]. `report` is told each."""
     import torch
     from torch.nn import functional as F
 
@@ -130,12 +138,9 @@ def _train(config: RecallConfig, name: str, model: PreTrainedModel) -> None:
 
     generator = torch.Generator().manual_seed(config.seed)
     optim = Optim(lr=config.lr, new_lr=1e-2, weight_decay=0.0)
-    if name == "softmax":  # it has no new parameters
-        groups: Any = [{"params": list(model.parameters()), "lr": config.lr}]
-    else:
-        groups = optim.groups(model)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(optim.groups(model), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
+    losses: list[list[float]] = []
     with Progress(name, total=config.steps, unit="steps") as progress:
         for step in range(config.steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -148,7 +153,11 @@ def _train(config: RecallConfig, name: str, model: PreTrainedModel) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step % 10 == 9 or step == config.steps - 1:
-                progress.update(step + 1, loss=round(float(loss.detach()), 3))
+                losses.append([step, round(float(loss.detach()), 4)])
+                progress.update(step + 1, loss=losses[-1][1])
+                if report is not None:
+                    report(step + 1, losses[-1][1])
+    return losses
 
 
 def _right(config: RecallConfig, model: PreTrainedModel) -> float:

@@ -106,7 +106,10 @@ def _compare(model: PreTrainedModel, found: Tensor, wanted: Tensor, reason: str)
     if not wanted.isfinite().all():
         return  # weights that are not those of a model yet
     error = float((found - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
-    if not error < _TOLERANCE.get(model.dtype, 0.2):
+    dtype = model.dtype
+    if torch.is_autocast_enabled(found.device.type):
+        dtype = torch.get_autocast_dtype(found.device.type)
+    if not error < _TOLERANCE.get(dtype, 0.2):
         raise ModelError(f"{reason} (logits differ by {error:.2g}, as a relative norm)")
 
 

@@ -40,7 +40,8 @@ from serve_apps.link.targets import Targets
 from serve_apps.prometheus import ServeMeter
 from serve_apps.scaling import TEXTS, scale_drafts, scale_targets
 from serve_apps.settings import AppArgs, device, place
-from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target.config import TargetConfig
+from serve_apps.target.replica import TargetReplica
 
 T = TypeVar("T")
 ANSWER_S = 3.0
@@ -205,7 +206,12 @@ class Handle:
         return self.description
 
     async def pick(
-        self, *, seconds: float, fingerprint: str | None, avoid: Collection["Handle"]
+        self,
+        *,
+        seconds: float,
+        fingerprint: str | None = None,
+        avoid: Collection["Handle"] = (),
+        job: Generation | None = None,
     ) -> "Handle | None":
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -218,6 +224,9 @@ class Handle:
                         return self
                     await asyncio.sleep(RETRY_S)
         return None
+
+    async def lend(self, job: Generation, link: "Handle", /) -> Generation:
+        return job  # nobody knows on which replica it will be
 
     def leave(self, job: Generation) -> None:
         pass  # Serve lets texts end before it ends a replica

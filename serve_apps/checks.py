@@ -20,7 +20,7 @@ from linearized.errors import ConfigError
 from serve_apps.draft.replica import DraftConfig
 from serve_apps.memory import Needs
 from serve_apps.settings import AppArgs
-from serve_apps.target.replica import TargetConfig
+from serve_apps.target.config import TargetConfig
 from serve_apps.tokenizers import tokenizer_in
 
 DRAFT = "draft"

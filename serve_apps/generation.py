@@ -48,9 +48,13 @@ class Generation:
     """Whether Deltas name what was drafted."""
     owner: str = ""
     """Whose prefixes it may go on from: those of texts with an equal owner."""
+    request: str = ""
+    """The request that it belongs to, for logs."""
     state: bytes = b""
     """What another replica handed over: a state that has read some of prompt and text. Empty: they
-    are read from the start."""
+    are read from the start, or from the longest prefix that is known."""
+    lent: bytes = b""
+    """A prefix that another replica knows (see `Prefixes.export`), to be known here, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

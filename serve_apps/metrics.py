@@ -100,6 +100,7 @@ QUERIES = _counter("prefix_cache_queries", "Tokens of prompts that were looked f
 HITS = _counter("prefix_cache_hits", "Those of them that were found there.")
 SNAPSHOTS = _gauge("prefix_cache_snapshots", "States of prompts and answers that are kept.")
 SNAPSHOT_BYTES = _gauge("prefix_cache_bytes", "What they take.")
+LENT = _counter("prefix_cache_lent", "Tokens that another replica's snapshots spared a text.")
 STATE_BYTES = _gauge("state_bytes", "What the states of all texts in progress take.")
 DRAFT_LATENCY = _seconds("draft_latency", "From asking a draft replica for a tree to its answer.")
 DRAFT_LATE = _counter("draft_late", "Trees that came after the text had gone on.")

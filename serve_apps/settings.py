@@ -16,7 +16,7 @@ from serve_apps.draft.replica import DraftConfig
 from serve_apps.http.ingress import IngressConfig
 from serve_apps.http.keys import load as load_keys
 from serve_apps.link.listener import ANY_PORT
-from serve_apps.target.replica import TargetConfig
+from serve_apps.target.config import TargetConfig
 
 _NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

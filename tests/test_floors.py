@@ -76,6 +76,7 @@ DOORS = {
     "deepspeed": ("jobs",),
     "ray": ("jobs", "serve_apps", "cluster"),
     "fastapi": ("serve_apps",),
+    "lm_eval": ("jobs.harness", "jobs.harness_model"),
     "xgrammar": ("linearized.speculative.guide", "linearized.speculative.compiling"),
 }
 

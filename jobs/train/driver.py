@@ -31,6 +31,9 @@ def fit(run: Run) -> dict[str, Any]:
     run = run.absolute()
     run.check_out()
     key = run.key()
+    for model in run.inputs:
+        if model != run.data:
+            check_tokenizer(run.data, model)
     root = run.checkpoints(key)
     report = run.out / "run.json"
     if run.fresh:
@@ -40,9 +43,6 @@ def fit(run: Run) -> dict[str, Any]:
         if done.get("key") == key:
             note(f"{run.name}: reused {run.out}")
             return done
-    for model in run.inputs:
-        if model != run.data:
-            check_tokenizer(run.data, model)
     # Ray gives its workers nice 15: beside anything else they would starve.
     os.environ.setdefault("RAY_worker_niceness", "0")
     with session(num_cpus=run.workers.count * run.workers.cpus):

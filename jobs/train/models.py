@@ -34,9 +34,10 @@ def build(run: Run, device: torch.device) -> tuple[nn.Module, PreTrainedModel | 
         ModelError: one of them cannot be loaded, linearized, or taught documents in a row.
     """
     dtype = torch.bfloat16 if run.workers.gpu else torch.float32
-    teacher = None if run.teacher is None else linearized.load(run.teacher, dtype=dtype).to(device)
+    teacher = None if run.teacher is None else linearized.load(run.teacher, dtype=dtype)
     if teacher is not None:
-        keep_apart(teacher)
+        module: nn.Module = teacher
+        keep_apart(module.to(device))
     if isinstance(run.student, Heads):
         if teacher is None:
             raise ConfigError("Medusa's heads need a target, as the run's teacher")

@@ -258,7 +258,7 @@ class Worker:
         self.times("evaluation", time.perf_counter() - began)
         return found
 
-    def _perplexity(self, model: nn.Module) -> float:
+    def _perplexity(self, model: Any) -> float:
         """Of all workers together, each on its share of the held-out blocks."""
         totals = torch.zeros(2, dtype=torch.float64)
         with engine.reading(model, self.run.stages[-1], self.run.workers) as call:

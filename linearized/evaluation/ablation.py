@@ -5,7 +5,9 @@ variants and their parameters; knows no text.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -13,6 +15,18 @@ from transformers import PreTrainedModel
 
 from linearized.attention import LinearAttention
 from linearized.slots import SUBMODULE, layer_number, linear_modules, variant_of
+
+
+def parts(model: PreTrainedModel) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """What can be taken out of this model, by a name for tables. A score of a linearized model says
+    little without those of the model with each part off: a window or a few softmax layers may do
+    all the work. The weights must be whole, not shared out among processes."""
+    found: dict[str, Callable[[], AbstractContextManager[None]]] = {}
+    if has_far_part(model):
+        found["far part off"] = functools.partial(without_far_part, model)
+    if has_convolution(model):
+        found["convolution off"] = functools.partial(without_convolution, model)
+    return found
 
 
 def has_far_part(model: PreTrainedModel) -> bool:

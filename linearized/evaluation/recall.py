@@ -8,7 +8,7 @@ a number in a sentence somewhere in a long text, asked for at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError
+from linearized.evaluation.logits import Reading
 
 IGNORED = -100
 """A label that says that nothing is asked here."""
@@ -70,11 +71,33 @@ def passkey(
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokens: Tensor, size: int) -> tuple[float, bool]:
     """Nats a token of the last `size` of [T] tokens, and would the model say just these?"""
-    tokens = tokens.to(model.device)[None]
-    logits = model(input_ids=tokens, use_cache=False).logits[0, -1 - size : -1].float()
-    wanted = tokens[0, -size:]
-    said = bool((logits.argmax(-1) == wanted).all())
-    return float(F.cross_entropy(logits, wanted)), said
+    labels = torch.full_like(tokens, IGNORED)
+    labels[-1 - size : -1] = tokens[-size:]
+    right, nats, _ = answers(model, tokens[None], labels[None])
+    return nats / size, right == size
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> tuple[int, float, int]:
+    """How many questions of [B, T] tokens and labels a model answers, the nats of the right
+    answers, and how many questions there are."""
+    places = (labels != IGNORED).flatten().nonzero()[:, 0].to(model.device)
+    wanted = labels.to(model.device).flatten()[places]
+    right, nats = 0, 0.0
+    for part, logits in Reading(model, tokens).chunks(places):
+        right += int((logits.argmax(-1) == wanted[part]).sum())
+        nats += float(F.cross_entropy(logits, wanted[part], reduction="sum"))
+    return right, nats, len(wanted)
+
+
+def spoken(
+    tokens: Tensor, labels: Tensor, words: Sequence[int], filler: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of `mqar` in the tokens of a model that has learnt a language: `words` stand for 1 …
+    vocab-1, `filler` for 0."""
+    table = torch.tensor([filler, *words], dtype=torch.int64)
+    asked = labels != IGNORED
+    return table[tokens], torch.where(asked, table[labels.clamp(min=0)], IGNORED)
 
 
 def _drawn(rows: int, of: int, count: int, generator: torch.Generator) -> Tensor:

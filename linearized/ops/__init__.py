@@ -13,6 +13,7 @@ from linearized.ops.form import Form
 from linearized.ops.grouped import attend, attend_tree, mix
 from linearized.ops.layout import FEW, Layout
 from linearized.ops.memory import pick, recall, remember
+from linearized.ops.narrow import attend_narrow
 from linearized.ops.operator import convolve, fold_, linear_attention
 from linearized.ops.reference import unit
 
@@ -23,6 +24,7 @@ __all__ = [
     "Form",
     "Layout",
     "attend",
+    "attend_narrow",
     "attend_tree",
     "choose",
     "convolve",

@@ -93,8 +93,10 @@ class Batch:
         return given
 
     def _each(self, change: Any) -> Batch:
-        kept = (self.tokens, self.segment_ids, self.trained)
-        return Batch(*(None if x is None else change(x) for x in kept))
+        segment_ids, trained = (
+            None if x is None else change(x) for x in (self.segment_ids, self.trained)
+        )
+        return Batch(change(self.tokens), segment_ids, trained)
 
 
 @torch.no_grad()
@@ -128,18 +130,21 @@ _MASKED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _leaks(model: nn.Module) -> bool:
     """Do the logits of a second document depend on the first?"""
     device = next(model.parameters()).device
-    size = model.config.get_text_config().vocab_size
+    config: Any = model.config
+    size = config.get_text_config().vocab_size
     apart = torch.tensor([[0, 0, 0, 1, 1, 1]], device=device)
     found = []
     for first in ([1, 2, 3], [7, 8, 9]):
         tokens = torch.tensor([[*first, 4, 5, 6]], device=device) % size
         found.append(model(**Batch(tokens, apart).inputs(model))[0][:, 3:].float())
-    return not torch.allclose(*found, rtol=1e-3, atol=1e-3)
+    one, other = found
+    return not torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def _takes(model: nn.Module) -> set[str]:
     """Names of the arguments of a model's forward. PEFT's wrappers hand on what they are given."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped: Any = getattr(model, "get_base_model", lambda: model)
+    inner = unwrapped()
     return set(inspect.signature(type(inner).forward).parameters)
 
 

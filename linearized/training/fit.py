@@ -26,12 +26,14 @@ Report = Callable[[int, dict[str, float]], None]
 """Is told after each step how many there were, and the error of each layer."""
 
 
-def student_of(teacher: PreTrainedModel, config: LinearConfig) -> PreTrainedModel:
+def student_of(
+    teacher: PreTrainedModel, config: LinearConfig, *, shared: bool = True
+) -> PreTrainedModel:
     """A linearized copy with attention weights of its own. All other weights are the teacher's, in
-    memory, too."""
+    memory, too; unless `shared` is False."""
     own = {id(p) for module in attention_modules(teacher) for p in module.parameters()}
     others = [x for x in (*teacher.parameters(), *teacher.buffers()) if id(x) not in own]
-    copied = copy.deepcopy(teacher, {id(x): x for x in others})
+    copied = copy.deepcopy(teacher, {id(x): x for x in others} if shared else None)
     return linearize(copied, config)
 
 
@@ -63,6 +65,7 @@ def fit(
                 nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            torch.clear_autocast_cache()  # it holds the weights of before this step
             if report is not None:
                 report(step + 1, errors)
     student.eval().requires_grad_(True)

@@ -33,6 +33,7 @@ from serve_apps.generation import (
 )
 from serve_apps.http.streams import TargetLost
 from serve_apps.link.connection import LinkError
+from serve_apps.logs import REQUEST
 from serve_apps.metrics import Meter
 
 PATIENCE_S = 60.0
@@ -72,8 +73,12 @@ class Replicas(Protocol[R]):
     """All that there are."""
 
     async def pick(
-        self, *, seconds: float, fingerprint: str | None, avoid: Collection[R]
+        self, *, seconds: float, fingerprint: str | None, avoid: Collection[R], job: Generation
     ) -> R | None: ...
+
+    async def lend(self, job: Generation, link: R, /) -> Generation:
+        """The job with what other replicas know of it, if this one knows less."""
+        ...
 
     def others(self, link: R, avoid: Collection[R], /) -> bool: ...
 
@@ -111,7 +116,7 @@ class Relay(Generic[R]):
         Raises:
             TargetLost: no replica goes on with a text that had been started.
         """
-        text = _Text(job)
+        text = _Text(replace(job, request=REQUEST.get() or ""))
         avoid: list[R] = []
         fingerprint: str | None = None
         deadline, pause = time.monotonic() + self._patience_s, 0.0
@@ -119,7 +124,10 @@ class Relay(Generic[R]):
         while True:
             await asyncio.sleep(pause)
             left = max(0.0, deadline - time.monotonic())
-            replica = await self._replicas.pick(seconds=left, fingerprint=fingerprint, avoid=avoid)
+            rest = text.rest()
+            replica = await self._replicas.pick(
+                seconds=left, fingerprint=fingerprint, avoid=avoid, job=rest
+            )
             if replica is None or text.failures > MAX_FAILURES:
                 problem = f"no replica of the model goes on with this text: {text.problem}"
                 if text.started:
@@ -128,7 +136,7 @@ class Relay(Generic[R]):
                 return
             if fingerprint is None and replica.description is not None:
                 fingerprint = replica.description.fingerprint
-            before, rest = text.num_tokens, text.rest()
+            before, rest = text.num_tokens, await self._replicas.lend(rest, replica)
             try:
                 async with aclosing(replica.complete(rest)) as events:
                     async for event in events:

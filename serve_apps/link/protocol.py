@@ -40,7 +40,7 @@ from linearized.speculative import Sampling, TokenTree
 from serve_apps.link import texts
 from serve_apps.link.wire import BYTES, COUNT, SAMPLING, TEXT, TOKENS, TREE, Field, integer
 
-VERSION = 4
+VERSION = 5
 HEADER = 4
 MAX_FRAME = 8 * 2**20
 """Bytes after the header; an Open with 1.6 million tokens."""
@@ -170,6 +170,8 @@ Message = (
     | texts.Said
     | texts.PromptPart
     | texts.Leave
+    | texts.Lend
+    | texts.Lent
     | texts.StatePart
     | texts.Failed
     | texts.Status

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -51,6 +51,9 @@ class _Nothing:
 
     async def check_health(self) -> None:
         pass
+
+    async def lend(self, tokens: Sequence[int], owner: str) -> bytes:
+        return b""
 
     def leave(self, job: Generation) -> None:
         pass

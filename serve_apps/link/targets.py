@@ -1,6 +1,7 @@
-"""All target replicas, as the ingress sees them: which one takes the next text.
+"""All target replicas, as the ingress sees them: which one takes the next text, and which one has
+read its beginning.
 
-Knows fingerprints and load; knows no text.
+Knows fingerprints, load, and what was read where; knows nothing of what becomes of a text.
 """
 
 from __future__ import annotations
@@ -9,12 +10,22 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-from serve_apps.generation import Description
+from linearized.speculative.prefixes import SPARED
+from serve_apps.generation import Description, Generation
 from serve_apps.link.connection import HEARTBEAT_S
 from serve_apps.link.discovery import Find, Peers
 from serve_apps.link.text_link import TextLink
+
+CROWDED = 1.25
+"""Times the mean load of all replicas, and a text more, up to which one is chosen that has read the
+text's beginning (Mirrokni et al., "Consistent Hashing with Bounded Loads", 2018)."""
+WORTH_IT = 256
+"""Tokens at least that a prefix must spare for one replica to lend it to another, …"""
+BYTES_A_TOKEN = 2**16
+"""… and one for each so many bytes of its state."""
 
 
 class Targets:
@@ -48,15 +59,20 @@ class Targets:
         seconds: float,
         fingerprint: str | None = None,
         avoid: Collection[TextLink] = (),
+        job: Generation | None = None,
     ) -> TextLink | None:
-        """The less loaded of two replicas, drawn from those that have this fingerprint; one to be
-        avoided if there is no other. None: there was none for so long."""
+        """A replica of those that have this fingerprint: the one that has read most of the text's
+        beginning, if it has little more to do than the others; else the less loaded of two. One to
+        be avoided if there is no other. None: there was none for so long."""
         self._peers.start()
         deadline = time.monotonic() + seconds
         while True:
             able = self._able(fingerprint)
             able = [link for link in able if link not in avoid] or able
             if able:
+                reader = _reader(able, job)
+                if reader is not None:
+                    return reader
                 two = random.sample(able, min(2, len(able)))
                 return min(two, key=lambda link: link.load)
             self._changed.clear()
@@ -66,6 +82,21 @@ class Targets:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left if left < float("inf") else None):
                     await self._changed.wait()
+
+    async def lend(self, job: Generation, link: TextLink) -> Generation:
+        """The job for this replica, with a prefix of it that another one knows, if that spares more
+        than it takes to send."""
+        if job.state or link.description is None:
+            return job
+        tokens = job.prompt + job.text
+        others = [one for one in self._able(link.description.fingerprint) if one is not link]
+        lender = max(others, key=lambda one: one.known.spares(tokens, job.owner), default=None)
+        if lender is None:
+            return job
+        own, theirs = (one.known.spares(tokens, job.owner) for one in (link, lender))
+        if theirs - own < max(WORTH_IT, link.description.state_bytes // BYTES_A_TOKEN):
+            return job
+        return replace(job, lent=await lender.lend(tokens[:theirs], job.owner))
 
     def others(self, link: TextLink, avoid: Collection[TextLink]) -> bool:
         """Is there another replica, but for those, that could go on with a text of this one?"""
@@ -86,3 +117,15 @@ class Targets:
     def _on_change(self) -> None:
         self._peers.turned()
         self._changed.set()
+
+
+def _reader(links: Sequence[TextLink], job: Generation | None) -> TextLink | None:
+    """The one of them that has read most of the text's beginning, unless it is crowded."""
+    if job is None or len(links) < 2:
+        return None
+    tokens = job.prompt + job.text
+    spared = {link: link.known.spares(tokens, job.owner) for link in links}
+    best = max(spared, key=lambda link: (spared[link], -link.load))
+    room = best.description.room if best.description is not None else 1
+    crowded = CROWDED * sum(link.load for link in links) / len(links) + 1 / max(1, room)
+    return best if spared[best] >= SPARED and best.load <= crowded else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from linearized.speculative import Alternatives
 from serve_apps.generation import (
+    Delta,
     Description,
     Event,
     Finished,
@@ -19,6 +20,7 @@ from serve_apps.generation import (
     Started,
 )
 from serve_apps.link.connection import HEARTBEAT_S, Connection, LinkError, dial
+from serve_apps.link.known import Known
 from serve_apps.link.protocol import Endpoint, GoAway, Message, ProtocolError
 from serve_apps.link.texts import (
     MAX_STATE,
@@ -26,6 +28,8 @@ from serve_apps.link.texts import (
     Cancel,
     Failed,
     Leave,
+    Lend,
+    Lent,
     More,
     PromptPart,
     Said,
@@ -37,6 +41,8 @@ from serve_apps.link.texts import (
 
 LEAVE_S = 10.0
 """Seconds within which a state is handed over, or the text is read again."""
+LEND_S = 2.0
+"""The same for a prefix."""
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +63,13 @@ class TextLink:
         """Has it asked to go on elsewhere?"""
         self.description: Description | None = None
         """What it has said of itself last."""
+        self.known = Known()
+        """What it has read."""
         self._changed = changed
         self._heartbeat_s = heartbeat_s
         self._connection: Connection | None = None
         self._texts: dict[int, _Events] = {}
+        self._lending: dict[int, _Prefix] = {}
         self._numbers = itertools.count()
         self._handing = asyncio.Lock()
         self._task = asyncio.create_task(self._run())
@@ -104,14 +113,19 @@ class TextLink:
             raise LinkError("the connection has ended")
         number = next(self._numbers)
         self._texts[number] = events = _Events(job)
-        ended, taken = False, 0
+        ended, taken, tokens = False, 0, [*job.prompt, *job.text]
         try:
             await self._submit(connection, number, job)
             while not ended:
                 event = await events.queue.get()
                 ended = isinstance(event, Finished | Left | Refused | LinkError)
-                if isinstance(event, LinkError):
-                    raise event
+                match event:
+                    case LinkError():
+                        raise event
+                    case Delta():
+                        tokens += event.tokens
+                    case Started() | Finished():
+                        self.known.note(tokens, job.owner)
                 yield event
                 taken += 1
                 if taken == WINDOW // 2:
@@ -137,13 +151,32 @@ class TextLink:
                 loop = asyncio.get_running_loop()
                 events.impatient = loop.call_later(LEAVE_S, events.queue.put_nowait, late)
 
+    async def lend(self, tokens: Sequence[int], owner: str) -> bytes:
+        """The state behind the longest prefix of a text that the replica knows, for another one.
+        Empty: it knows none, or does not say so in time."""
+        connection = self._connection
+        if connection is None:
+            return b""
+        number = next(self._numbers)
+        self._lending[number] = prefix = _Prefix()
+        try:
+            connection.send(Lend(number, tuple(tokens), owner))
+            async with asyncio.timeout(LEND_S):
+                return await prefix.whole
+        except (TimeoutError, ProtocolError):
+            return b""
+        finally:
+            del self._lending[number]
+
     async def _submit(self, connection: Connection, number: int, job: Generation) -> None:
-        if job.state:
+        state = job.state or job.lent
+        if state:
             async with self._handing:  # one state at a time, which is all that a target keeps
-                for part in parts(number, job.state):
+                for part in parts(number, state):
                     connection.send(part)
                     await connection.room()
-        connection.send(Submit(number, replace(job, state=b"")))
+        lent = bool(state and not job.state)
+        connection.send(Submit(number, replace(job, state=b"", lent=b""), lent))
 
     async def _run(self) -> None:
         reason = LinkError("the target's connection has ended")
@@ -162,6 +195,8 @@ class TextLink:
             self._connection = None
             for text in self._texts.values():
                 text.queue.put_nowait(reason)
+            for prefix in self._lending.values():
+                prefix.end()
             asyncio.get_running_loop().call_soon(self._changed)  # once this task is done
 
     def _take(self, message: Message) -> None:
@@ -175,6 +210,11 @@ class TextLink:
             case StatePart(number, state):
                 if number in self._texts:
                     self._texts[number].add_state(state)
+                if number in self._lending:
+                    self._lending[number].add(state)
+            case Lent(number):
+                if number in self._lending:
+                    self._lending[number].end(known=True)
             case Failed(number, reason):
                 if number in self._texts:
                     self._texts[number].queue.put_nowait(LinkError(reason))
@@ -187,6 +227,23 @@ class TextLink:
                 self._changed()
             case _:
                 raise LinkError(f"a target does not send {type(message).__name__}")
+
+
+class _Prefix:
+    """That the replica was asked for."""
+
+    def __init__(self) -> None:
+        self.whole: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._state = bytearray()
+
+    def add(self, part: bytes) -> None:
+        if len(self._state) + len(part) > MAX_STATE:
+            raise LinkError("a target does not lend a state as large as that")
+        self._state += part
+
+    def end(self, *, known: bool = False) -> None:
+        if not self.whole.done():
+            self.whole.set_result(bytes(self._state) if known else b"")
 
 
 class _Events:

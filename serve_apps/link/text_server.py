@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
@@ -25,6 +25,8 @@ from serve_apps.link.texts import (
     Cancel,
     Failed,
     Leave,
+    Lend,
+    Lent,
     More,
     Said,
     StatePart,
@@ -33,10 +35,13 @@ from serve_apps.link.texts import (
     parts,
     said,
 )
+from serve_apps.logs import REQUEST
 
 STATUS_S = 0.25
 """Seconds between two looks at what peers should know of the target."""
 DRAIN_S = 0.02
+MAX_LENDING = 8
+"""Prefixes that one peer may wait for. To one more it is said that nothing is known."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,10 @@ class Completes(Protocol):
 
     def leave(self, job: Generation) -> None:
         """Stop with this text, which is being completed: its last event is Left, with its state."""
+        ...
+
+    async def lend(self, tokens: Sequence[int], owner: str) -> bytes:
+        """The state behind the longest prefix that is known of the owner's; empty: none is."""
         ...
 
     async def ready(self) -> Description: ...
@@ -138,7 +147,7 @@ class TextServer:
             while True:
                 self._take(peer, await connection.receive())
         finally:
-            tasks = [text.task for text in peer.texts.values()]
+            tasks = [*(text.task for text in peer.texts.values()), *peer.lending]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -146,14 +155,15 @@ class TextServer:
     def _take(self, peer: _Peer, message: Message) -> None:
         texts = peer.texts
         match message:
-            case Submit(number, _) if number in texts:
+            case Submit(number) if number in texts:
                 raise LinkError(f"an ingress does not submit text {number} twice")
-            case Submit(number, _) if self._leaving:
+            case Submit(number) if self._leaving:
                 peer.states.pop(number, None)
                 peer.connection.send(Failed(number, "this target is about to end"))
-            case Submit(number, job):
+            case Submit(number, job, lent):
                 state = bytes(peer.states.pop(number, b""))
-                texts[number] = text = _Text(replace(job, state=state))
+                given = replace(job, lent=state) if lent else replace(job, state=state)
+                texts[number] = text = _Text(given)
                 text.task = asyncio.create_task(self._say(peer, number, text))
             case StatePart(number, part):
                 peer.keep(number, part)
@@ -164,6 +174,12 @@ class TextServer:
             case Leave(number):
                 if number in texts:
                     self._target.leave(texts[number].job)
+            case Lend(number) if len(peer.lending) >= MAX_LENDING:
+                peer.connection.send(Lent(number))
+            case Lend():
+                task = asyncio.create_task(self._lend(peer.connection, message))
+                peer.lending.add(task)
+                task.add_done_callback(peer.lending.discard)
             case More(number, events):
                 if number in texts:
                     texts[number].allow(events)
@@ -172,6 +188,8 @@ class TextServer:
 
     async def _say(self, peer: _Peer, number: int, text: _Text) -> None:
         connection = peer.connection
+        if text.job.request:
+            REQUEST.set(text.job.request)  # for all that is logged in this task
         self._num_texts += 1
         try:
             async with aclosing(self._target.complete(text.job)) as events:
@@ -193,13 +211,27 @@ class TextServer:
             self._num_texts -= 1
             del peer.texts[number]
 
+    async def _lend(self, connection: Connection, asked: Lend) -> None:
+        try:
+            state = await self._target.lend(asked.tokens, asked.owner)
+        except Exception:  # the other target reads all of the text
+            log.exception("a prefix could not be lent")
+            state = b""
+        with contextlib.suppress(LinkError):
+            await self._send(connection, asked.text, state, Lent(asked.text))
+
     async def _hand_over(self, connection: Connection, number: int, left: Left) -> None:
-        """Text by text, or a peer would look as if it did not read."""
+        await self._send(connection, number, left.state, Said(number, Left()))
+
+    async def _send(
+        self, connection: Connection, number: int, state: bytes, end: Said | Lent
+    ) -> None:
+        """State by state, or a peer would look as if it did not read."""
         async with self._handing:
-            for part in parts(number, left.state if len(left.state) <= MAX_STATE else b""):
+            for part in parts(number, state if len(state) <= MAX_STATE else b""):
                 connection.send(part)
                 await connection.room()
-            connection.send(Said(number, Left()))
+            connection.send(end)
 
 
 class _Peer:
@@ -210,6 +242,7 @@ class _Peer:
         self.texts: dict[int, _Text] = {}
         self.states: dict[int, bytearray] = defaultdict(bytearray)
         """As far as they have come, of texts that will be submitted."""
+        self.lending: set[asyncio.Task[None]] = set()
 
     def keep(self, number: int, part: bytes) -> None:
         if sum(map(len, self.states.values())) + len(part) > MAX_STATE:

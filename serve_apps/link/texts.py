@@ -3,6 +3,8 @@
     ingress   Submit, Cancel, More, Leave ->   one text each; any number side by side
     target    <- Said, PromptPart, Failed      the same
     both      StatePart                        the same
+    ingress   Lend ->                          a prefix that another target wants
+    target    <- StatePart, Lent               the same
     target    <- Status, GoAway                about itself
 
 A text's Said are numbered by nothing: a connection keeps their order, and a text ends with its
@@ -67,6 +69,8 @@ MAX_STATE = 2**26
 class Submit:
     text: int
     job: Generation
+    lent: bool = False
+    """Whether the state that came before it is of a prefix that another target lent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +109,25 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Lend:
+    """Asks for the state behind the longest prefix of these tokens that the target knows."""
+
+    text: int
+    tokens: tuple[int, ...]
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """The state's bytes came before this; none, if the target knows nothing of the text."""
+
+    text: int
+
+
+@dataclass(frozen=True, slots=True)
 class StatePart:
-    """The next of a state's bytes. The Left or the Submit that they belong to comes after them,
-    without any."""
+    """The next of a state's bytes. The Left, the Lent or the Submit that they belong to comes after
+    them, without any."""
 
     text: int
     state: bytes
@@ -154,6 +174,7 @@ _GENERATION = record(
         ),
         "speculate": optional(choice(*SPECULATE)),
         "owner": TEXT,
+        "request": TEXT,
         "trees": FLAG,
     },
 )
@@ -221,12 +242,14 @@ def _pack_event(event: Event) -> list[Any]:
 
 
 FIELDS: dict[type[Any], tuple[Field, ...]] = {
-    Submit: (COUNT, _GENERATION),
+    Submit: (COUNT, _GENERATION, FLAG),
     Cancel: (COUNT,),
     More: (COUNT, wire.integer(1, WINDOW)),
     Said: (COUNT, Field(_event, _pack_event)),
     PromptPart: (COUNT, _PROMPT_LOGPROBS),
     Leave: (COUNT,),
+    Lend: (COUNT, TOKENS, TEXT),
+    Lent: (COUNT,),
     StatePart: (COUNT, wire.blob(STATE_PART)),
     Failed: (COUNT, TEXT),
     Status: (_DESCRIPTION,),

@@ -77,6 +77,44 @@ def test_a_linear_model_is_measured_as_it_is(folder, capsys):
         assert first[kind] == second[kind]
 
 
+def test_what_is_saved_is_what_was_measured_under_autocast(folder, capsys):
+    """Autocast keeps copies of weights until its outermost block ends; all of a probe is in one."""
+    probe.main(small(folder, "candidates=[anchored]", "save=true", "autocast=true", "lr=0.01"))
+    fitted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    saved = folder / "out" / "anchored"
+    settings = "settings={}", "autocast=true", f"out={folder / 'again'}"
+    probe.main(small(folder, f"candidates=[{saved}]", *settings))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (first,), (second,) = fitted["candidates"], found["candidates"]
+    assert first["errors"] == pytest.approx(second["errors"], rel=1e-3)
+    ratios = [one["texts"]["held"]["whole"]["ratio"] for one in (first, second)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
+
+
+def test_a_candidate_is_distilled_and_watched(folder, capsys):
+    config = small(
+        folder, "candidates=[anchored]", "save=true", "distil=256", "distil_lr=0.003", "keep=[1]"
+    )
+    probe.main(config)
+    said = capsys.readouterr().out
+    last = json.loads(said.splitlines()[-1])
+    (found,) = last["candidates"]
+    distilled = found["distilled"]
+    assert last["distil"] == 256 and len(distilled["losses"]) == 8
+    assert [tokens for tokens, _ in distilled["ratios"]["held"]] == [0, 32, 64, 128, 256]
+    assert found["kept"] == [1] and "worth" not in found and "distilled in" in said
+    whole = found["texts"]["held"]["whole"]["ratio"]
+    assert distilled["ratios"]["held"][-1][1] == pytest.approx(whole, abs=1e-4)
+    probe.main(small(folder, f"candidates=[{folder / 'out' / 'anchored'}]", "keep=[1]"))
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["candidates"][0]["texts"]["held"]["whole"]["ratio"] == pytest.approx(whole)
+
+
+def test_too_few_tokens_to_distil_on_are_refused(folder):
+    with pytest.raises(ConfigError, match="distil=31 tokens do not fill a row of 32"):
+        small(folder, "distil=31")
+
+
 def test_folders_are_told_from_names(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "local").mkdir()

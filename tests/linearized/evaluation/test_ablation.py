@@ -63,3 +63,15 @@ def test_layers_back_to_softmax(llama):
 def test_what_has_no_such_part(llama):
     assert not ablation.has_far_part(made(llama, attention="local"))
     assert not ablation.has_far_part(made(llama, attention="relu"))
+
+
+def test_parts_are_named(llama):
+    model = made(llama, attention="grouped")
+    whole = logits(model)
+    assert list(ablation.parts(model)) == ["far part off", "convolution off"]
+    for part in ablation.parts(model).values():
+        with part():
+            assert not torch.allclose(logits(model), whole)
+    assert torch.equal(logits(model), whole)
+    assert list(ablation.parts(made(llama, attention="relu"))) == ["convolution off"]
+    assert ablation.parts(made(llama, attention="local", augment=False)) == {}

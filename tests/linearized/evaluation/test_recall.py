@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linearized.errors import ConfigError
-from linearized.evaluation.recall import IGNORED, mqar, passkey
+from linearized.evaluation.recall import IGNORED, answer, answers, mqar, passkey, spoken
 
 
 def seeded() -> torch.Generator:
@@ -43,3 +43,32 @@ def test_a_passkey_is_stated_and_asked(depth):
     assert found == round(depth * text.count("x"))
     with pytest.raises(ConfigError, match="50 tokens has no room"):
         passkey(encode, filler[:50], depth=0, generator=seeded())
+
+
+def test_answers_are_counted_where_something_is_asked(llama):
+    tokens, labels = mqar(3, 40, pairs=4, vocab=30, generator=seeded())
+    words = list(range(31, 60))
+    spoken_tokens, spoken_labels = spoken(tokens, labels, words, 7)
+    assert set(spoken_tokens[tokens == 0].tolist()) == {7}
+    assert torch.equal(spoken_tokens[tokens > 0], tokens[tokens > 0] + 30)
+    assert torch.equal(spoken_labels == IGNORED, labels == IGNORED)
+    model = llama()
+    right, nats, asked = answers(model, spoken_tokens, spoken_labels)
+    with torch.no_grad():
+        logits = model(input_ids=spoken_tokens, use_cache=False).logits
+    where = spoken_labels != IGNORED
+    assert asked == 12
+    assert right == int((logits.argmax(-1) == spoken_labels)[where].sum())
+    want = torch.nn.functional.cross_entropy(logits[where], spoken_labels[where], reduction="sum")
+    assert nats == pytest.approx(float(want), rel=1e-4)
+
+
+def test_an_answer_is_the_end_of_a_text(llama):
+    model = llama()
+    tokens = torch.randint(1, 61, (20,), generator=seeded())
+    nats, said = answer(model, tokens, 3)
+    with torch.no_grad():
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0, 16:19]
+    want = torch.nn.functional.cross_entropy(logits, tokens[-3:])
+    assert nats == pytest.approx(float(want), rel=1e-4)
+    assert said == bool((logits.argmax(-1) == tokens[-3:]).all())

@@ -47,6 +47,26 @@ def test_what_is_no_attention_is_shared(llama):
         assert same == ("self_attn" not in name), name
 
 
+def test_autocast_around_all_steps_shows_each_step_the_weights_of_then(llama):
+    """Autocast keeps copies of weights in half precision until its outermost block ends."""
+    teacher = llama()
+    found = []
+    for whole in (True, False):
+        student = student_of(teacher, CONFIG)
+        told: list[float] = []
+
+        def report(step: int, of: dict[str, float], told: list[float] = told, whole=whole) -> None:
+            told.append(sum(of.values()))
+            if not whole:
+                torch.clear_autocast_cache()
+
+        with torch.autocast("cpu", torch.bfloat16):
+            fit(student, teacher, rows(6), optim=OPTIM, report=report)
+            told.append(sum(errors(student, teacher, rows(1, seed=1)).values()))
+        found.append(told)
+    assert found[0] == found[1]
+
+
 def test_it_is_the_objective_transfer(llama):
     teacher = llama()
     student = student_of(teacher, CONFIG)

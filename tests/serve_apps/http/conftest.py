@@ -15,7 +15,8 @@ from linearized.speculative import Alternatives, TokenTree
 from serve_apps.generation import Delta, Description, Finished, Refused, Started
 from serve_apps.http.ingress import IngressConfig, http_app
 from serve_apps.http.models import Model
-from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target.config import TargetConfig
+from serve_apps.target.replica import TargetReplica
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -70,7 +70,10 @@ class Fixed:
     async def ready(self):
         return self.all[0].description
 
-    async def pick(self, *, seconds, fingerprint, avoid):
+    async def lend(self, job, link):
+        return job
+
+    async def pick(self, *, seconds, fingerprint, avoid, job):
         able = [one for one in self.all if fingerprint in (None, one.description.fingerprint)]
         able = [one for one in able if not one.leaving]
         able = [one for one in able if one not in avoid] or able[-1:]

@@ -238,7 +238,8 @@ def greedy(temperature: float) -> list:
         ([14, 1, [1, ["a", [True], 0, [], [[], [], []]]]], "token ids"),
         ([14, 1, [1, ["a", [5], 0, [], [[5], [0], []]]]], "earlier node"),
         ([14, 1, [2, ["done", [], [], 1, ""]]], "expected one of"),
-        ([11, 1, []], "11 values"),
+        ([11, 1, []], "3 fields"),
+        ([11, 1, [], False], "12 values"),
     ],
 )
 def test_refused(values, says):

@@ -21,7 +21,7 @@ from serve_apps.generation import (
     Refused,
     Started,
 )
-from serve_apps.link import discovery, listener, text_link, text_server
+from serve_apps.link import discovery, listener, targets, text_link, text_server
 from serve_apps.link.connection import LinkError, dial
 from serve_apps.link.listener import Listener
 from serve_apps.link.protocol import Close
@@ -38,6 +38,7 @@ from serve_apps.link.texts import (
     Status,
     Submit,
 )
+from serve_apps.logs import REQUEST
 
 
 class Words:
@@ -51,6 +52,9 @@ class Words:
         self.fingerprint = fingerprint
         self.state = b""
         self.given: list[bytes] = []
+        self.lent: list[bytes] = []
+        self.asked: list[tuple[int, ...]] = []
+        self.requests: list[str | None] = []
         self.left: set[int] = set()
 
     async def ready(self):
@@ -67,12 +71,22 @@ class Words:
         if self.ill:
             raise RuntimeError("ill")
 
+    async def lend(self, tokens, owner):
+        self.asked.append((owner, *tokens))
+        if owner == "broken":
+            raise RuntimeError("broken")
+        if owner in ("slow", "gone"):
+            await asyncio.sleep(60)
+        return self.state
+
     def leave(self, job):
         self.left.add(job.prompt[0])
 
     async def complete(self, job):
         name = job.prompt[0]
         self.given.append(job.state)
+        self.lent.append(job.lent)
+        self.requests.append(REQUEST.get())
         try:
             if name == 66:
                 raise RuntimeError("broken")
@@ -459,3 +473,74 @@ async def test_a_state_that_nobody_has_asked_for_ends_the_connection():
         await read(link, job(1))
     await them.close()
     await place.close()
+
+
+async def test_a_text_is_logged_under_its_request_and_no_other():
+    target = Words()
+    async with over_link(target) as link:
+        await read(link, job(request="req-7"))
+        await read(link, job())
+        assert target.requests == ["req-7", None] and REQUEST.get() is None
+
+
+async def test_prefixes_are_lent_side_by_side():
+    target = Words()
+    target.state = bytes(range(256)) * (STATE_PART * 3 // 256) + b"the end"
+    async with over_link(target) as link:
+        found = await asyncio.gather(*(link.lend((name, 2), "a") for name in range(4)))
+        assert found == [target.state] * 4
+        assert sorted(target.asked) == [("a", name, 2) for name in range(4)]
+        assert len(await read(link, job(lent=target.state))) == 7
+        assert target.lent == [target.state] and target.given == [b""]
+        target.state = b""
+        assert await link.lend((1,), "a") == b""
+
+
+@pytest.mark.parametrize("why", ["broken", "slow", "large", "many", "gone"])
+async def test_a_prefix_that_does_not_come_is_not_waited_for(monkeypatch, why):
+    monkeypatch.setattr(text_link, "LEND_S", 30 if why == "gone" else 0.2)
+    target = Words()
+    target.state = b"x" * 100
+    if why == "large":
+        monkeypatch.setattr(text_server, "MAX_STATE", 99)
+    if why == "many":
+        monkeypatch.setattr(text_server, "MAX_LENDING", 0)
+    async with served(target) as server, linked(server) as them:
+        link = await them.pick(seconds=20)
+        asked = asyncio.create_task(link.lend((1, 2), why))
+        if why == "gone":
+            await asyncio.sleep(0)
+            await server.close()
+        assert await asked == b"" and not link._lending
+        if why != "gone":
+            assert len(await read(link, job())) == 7
+        else:
+            assert await link.lend((1, 2), "a") == b""
+
+
+async def test_a_text_goes_where_its_beginning_was_read_unless_that_is_crowded(monkeypatch):
+    monkeypatch.setattr(targets, "WORTH_IT", 5)
+    one, two = Words(), Words()
+    beginning = tuple(range(1, 30))
+    wanted = replace(job(), prompt=(*beginning, 50))
+    async with served(one) as first, served(two) as second, linked(first, second) as them:
+        await them.pick(seconds=20)
+        await until(lambda: sum(link.usable for link in them.links) == 2)
+        reader = await them.pick(seconds=1)
+        await read(reader, replace(wanted, prompt=beginning))
+        (other,) = [link for link in them.links if link is not reader]
+        for _ in range(20):
+            assert await them.pick(seconds=1, job=wanted) is reader
+        picked = {await them.pick(seconds=1, job=replace(wanted, owner="b")) for _ in range(20)}
+        assert picked == {reader, other}
+        busy = one if (await reader.lend((), "")) == b"" and one.asked else two
+        busy.texts = 9
+        await until(lambda: reader.description.texts == 9)
+        assert await them.pick(seconds=1, job=wanted) is other
+        busy.state = b"prefix"
+        assert (await them.lend(wanted, other)).lent == b"prefix"
+        assert busy.asked[-1] == ("", *beginning)
+        assert not (await them.lend(wanted, reader)).lent
+        assert not (await them.lend(replace(wanted, owner="b"), other)).lent
+        monkeypatch.setattr(targets, "WORTH_IT", len(beginning) + 1)
+        assert not (await them.lend(wanted, other)).lent

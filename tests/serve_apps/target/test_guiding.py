@@ -14,8 +14,9 @@ from linearized.speculative import Sampling
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import GUIDES, Delta, Finished, Generation, Guide, Refused
 from serve_apps.target import guiding
+from serve_apps.target.config import TargetConfig
 from serve_apps.target.guiding import Guiding
-from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target.replica import TargetReplica
 
 SCHEMA = {
     "type": "object",

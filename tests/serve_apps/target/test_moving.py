@@ -17,10 +17,12 @@ from linearized.speculative import Sampling
 from serve_apps.generation import Delta, Finished, Generation, Guide, Left
 from serve_apps.http import relay
 from serve_apps.http.relay import Relay
+from serve_apps.link import targets
 from serve_apps.link.connection import LinkError
 from serve_apps.link.targets import Targets
-from serve_apps.target import replica as replicas
-from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target import rounds
+from serve_apps.target.config import TargetConfig
+from serve_apps.target.replica import TargetReplica
 
 PROMPT = tuple(range(40, 60))
 SCHEMA = json.dumps(
@@ -77,6 +79,9 @@ class Dying:
 
     async def pick(self, **_):
         return self
+
+    async def lend(self, wanted, _):
+        return wanted
 
     def others(self, *_):
         return False
@@ -162,7 +167,7 @@ async def test_a_guided_text_whose_new_replica_has_another_guide_ends_with_an_er
 
 
 async def test_a_text_that_nobody_reads_gives_up_its_place_and_goes_on_later(folders, monkeypatch):
-    monkeypatch.setattr(replicas, "READ_AHEAD", 4)
+    monkeypatch.setattr(rounds, "READ_AHEAD", 4)
     async with replica(folders, max_sessions=1) as target:
         sampling = Sampling(temperature=0.9, seed=3, presence_penalty=0.3)
         wanted = job(max_tokens=60, sampling=sampling, speculate="none")
@@ -174,14 +179,14 @@ async def test_a_text_that_nobody_reads_gives_up_its_place_and_goes_on_later(fol
                     tokens += event.tokens
                 if len(tokens) in (1, 20, 41):
                     async with asyncio.timeout(60):
-                        while target._engine.busy or target._pieces:
+                        while target._engine.busy or target._rounds.held()["pieces"]:
                             await asyncio.sleep(0.01)
                         assert len((await said(target, job(max_tokens=5)))[1]) == 5
-        assert tokens == whole[1] and not target._paused and not target._pieces
+        assert tokens == whole[1] and not any(target.held().values())
 
 
 async def test_whoever_leaves_a_text_that_waits_leaves_nothing(folders, monkeypatch):
-    monkeypatch.setattr(replicas, "READ_AHEAD", 2)
+    monkeypatch.setattr(rounds, "READ_AHEAD", 2)
     async with replica(folders) as target:
         for pause in (0.0, 0.3):
             async with aclosing(target.complete(job(max_tokens=1000))) as events:
@@ -189,7 +194,7 @@ async def test_whoever_leaves_a_text_that_waits_leaves_nothing(folders, monkeypa
                     await anext(events)
                 await asyncio.sleep(pause)
         async with asyncio.timeout(60):
-            while target._engine.busy or target._pieces or target._paused or target.num_texts:
+            while target._engine.busy or any(target.held().values()):
                 await asyncio.sleep(0.01)
 
 
@@ -292,7 +297,7 @@ async def test_a_text_that_ends_as_it_is_to_leave_ends(folders):
             assert count(events) == 30 and isinstance(events[-1], Finished)
             text = "".join(event.text for event in events if isinstance(event, Delta))
             assert text == whole[0]
-        assert not target._running and not target._paused and not target._engine.busy
+        assert not target._running and not any(target.held().values())
 
 
 def count(events):
@@ -316,3 +321,51 @@ async def test_a_state_of_no_use_is_not_used(folders, caplog):
         caplog.clear()
         assert (await said(target, job(text=ids[:20], state=blob)))[1] == whole[1][20:]
         assert caplog.text == ""
+
+
+async def test_a_prefix_that_one_replica_has_read_is_lent_to_another(folders, monkeypatch, caplog):
+    monkeypatch.setattr(targets, "WORTH_IT", 10)
+    monkeypatch.setattr(targets, "CROWDED", -100.0)  # nobody is chosen for what it has read
+    prompt = PROMPT * 10
+    wanted = job(prompt=(*prompt, 3, 1, 2), owner="a")
+    async with replica(folders) as calm:
+        whole = await said(calm, wanted)
+    async with replica(folders) as first, replica(folders) as second, behind(first, second) as it:
+        await said(it, job(prompt=prompt, max_tokens=5, owner="a"))
+        (knows,) = [one for one in (first, second) if len(one._prefixes)]
+        other = second if knows is first else first
+        (link,) = [one for one in it._replicas.links if one.known.spares(prompt, "a")]
+        monkeypatch.setattr(link, "leaving", True)  # new texts go to the other one
+        (away,) = [one for one in it._replicas.links if one is not link]
+        monkeypatch.setattr(it._replicas, "_able", lambda _: [link, away])
+        pick = it._replicas.pick
+
+        async def pick_other(**options):
+            return await pick(**{**options, "avoid": [link]})
+
+        monkeypatch.setattr(it._replicas, "pick", pick_other)
+        for owner, cached in (("b", 0), ("a", len(prompt) - 1)):
+            assert not len(other._prefixes) or owner == "a"
+            events = [event async for event in it.complete(replace(wanted, owner=owner))]
+            assert events[0].cached_tokens in (cached, cached and len(prompt))
+            ids = [id for event in events if isinstance(event, Delta) for id in event.tokens]
+            assert ids == whole[1]
+        assert caplog.text == ""
+
+
+async def test_a_prefix_of_no_use_is_not_used(folders, caplog):
+    async with replica(folders) as target, replica(folders, prefix_bytes=0) as forgetful:
+        whole = await said(target, job())
+        blob = await target.lend(PROMPT, "")
+        assert blob and await target.lend(PROMPT, "somebody else") == b""
+        assert await target.lend((90, 91), "") == await forgetful.lend(PROMPT, "") == b""
+        assert await said(forgetful, job(lent=blob)) == whole and caplog.text == ""
+        async with replica(folders) as other:
+            for wrong in (b"nonsense", blob[:-5]):
+                caplog.clear()
+                assert await said(other, job(lent=wrong)) == whole
+                assert "that another replica lent is of no use here" in caplog.text
+                other._prefixes.clear()
+            caplog.clear()
+            swapped = job(prompt=(*PROMPT[::-1], 5), lent=blob)
+            assert (await said(other, swapped))[3] == "length" and "of no use" in caplog.text

@@ -23,8 +23,8 @@ from linearized.speculative import Engine, Sampling
 from serve_apps.draft.replica import DraftConfig, DraftReplica
 from serve_apps.generation import Delta, Finished, Generation, Guide, Refused, Started
 from serve_apps.link import breaker, discovery, draft_peer, draft_session
-from serve_apps.target.replica import TargetConfig, TargetReplica
-from serve_apps.target.speculator import Speculator
+from serve_apps.target.config import TargetConfig
+from serve_apps.target.replica import TargetReplica
 
 PROMPT = (260, 311, 278, 258, 290, 78, 307, 88)
 """the quick brown fox"""
@@ -516,17 +516,17 @@ def test_no_such_type_or_device(folders, monkeypatch, settings, says):
 
 
 async def test_a_replica_that_no_longer_goes_on_is_not_healthy(folders, monkeypatch):
-    def broken(speculator, text):
+    def broken(text):
         raise RuntimeError("nobody expects this")
 
     async with replica(folders) as target:
         await target.ready()
         await target.check_health()
-        monkeypatch.setattr(Speculator, "advance", broken)
+        monkeypatch.setattr(target._rounds, "_advance", broken)
         with pytest.raises(LinearizedError, match="in the middle"):
             await read(target, job())
         async with asyncio.timeout(60):
-            while not target._rounds.done():
+            while not target._rounds.ended:
                 await asyncio.sleep(0.01)
         with pytest.raises(RuntimeError, match="nobody expects"):
             await target.check_health()

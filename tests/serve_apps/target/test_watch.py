@@ -9,7 +9,8 @@ import pytest
 from linearized.speculative import Sampling
 from serve_apps import metrics
 from serve_apps.generation import Finished, Generation, Started
-from serve_apps.target.replica import TargetConfig, TargetReplica
+from serve_apps.target.config import TargetConfig
+from serve_apps.target.replica import TargetReplica
 
 PROMPT = (260, 311, 278, 258, 290, 78, 307, 88) * 8
 
