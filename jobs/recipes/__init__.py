@@ -27,12 +27,15 @@ from jobs.recipes.bench import (
 )
 from jobs.recipes.demo import demo, flash, pretrain
 from jobs.recipes.drafts import draft, medusa, prune
+from jobs.recipes.smollm2 import smollm2, smollm2_hybrid
 
 RECIPES: dict[str, Callable[..., Any]] = {
     recipe.__name__: recipe
     for recipe in (
         demo,
         adapt,
+        smollm2,
+        smollm2_hybrid,
         pretrain,
         flash,
         draft,

@@ -40,9 +40,6 @@ def fit(run: Run) -> dict[str, Any]:
         if done.get("key") == key:
             note(f"{run.name}: reused {run.out}")
             return done
-    for model in run.inputs:
-        if model != run.data:
-            check_tokenizer(run.data, model)
     # Ray gives its workers nice 15: beside anything else they would starve.
     os.environ.setdefault("RAY_worker_niceness", "0")
     with session(num_cpus=run.workers.count * run.workers.cpus):

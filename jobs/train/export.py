@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from jobs import card
 from jobs.run import Run
@@ -33,6 +34,7 @@ def export(
     state = _state(student, first)
     if not first:
         return
+    disable_progress_bar()  # transformers would draw one into the lines of a job
     run.out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(run.out)
     part = _beside(run.out, "part")
