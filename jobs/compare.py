@@ -1,6 +1,6 @@
 """Runs of training side by side: one table, and a picture of their curves.
 
-    python -m jobs.compare runs/mine/target runs/other/target --out comparison.png
+    python -m jobs.compare --out comparison.png runs/mine/target runs/other/target
 
 A run is the folder that training left, with run.json; what jobs.evaluate found of it is shown, too,
 if its evaluation.json lies there (`out=runs/mine/target`)."""

@@ -106,12 +106,12 @@ def test_texts_are_scored_and_written_together(tasks, linear, tokenizer):
     asked.max_length = 16
     (rolled,) = asked.loglikelihood_rolling(instances((long,)), disable_tqdm=True)
     ids = tokenizer(long)["input_ids"]
-    want, first, width = 0.0, 0, 16
-    while first < len(ids):
+    want, width = 0.0, 16
+    for first in range(0, len(ids), width):  # the last one looks back as far as it can
         part = ids[first : first + width]
-        before = [tokenizer.eos_token_id] if first == 0 else ids[first - 1 : first]
+        earliest = first + len(part) - width - 1
+        before = ids[earliest:first] if first else [tokenizer.eos_token_id]
         want += _of(model, before, part)
-        first += width
     assert rolled == pytest.approx(want, rel=1e-3)
     how = {"until": ["fox"], "max_gen_toks": 6}
     written = asked.generate_until(instances(("the quick", how), ("a lazy", how)))

@@ -77,6 +77,7 @@ def check(model):
     torch.testing.assert_close(again, want)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at what PEFT calls
 def test_wrapped_by_peft(few, llama):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
