@@ -135,9 +135,27 @@ def demo() -> ProbeConfig:
     )
 
 
+def smollm2() -> ProbeConfig:
+    """SmolLM2-135M with a window of eight groups, as docs/quality.md shows it."""
+    return ProbeConfig(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        candidates=("anchored",),
+        settings={"window": 7, "augment": False},
+        keep=(8, 17, 18, 20, 23, 24, 28),
+        tokens=32_768,
+        row=2048,
+        rows=8,
+        length=2048,
+        lr=1e-4,
+        distil=102_400,
+        save=True,
+        out=Path("runs/smollm2/probe"),
+    )
+
+
 ON_THE_WAY = 2
 """Rows of each held-out text on which distillation is watched."""
-RECIPES = {"probe": probe, "demo": demo}
+RECIPES = {"probe": probe, "demo": demo, "smollm2": smollm2}
 
 
 def main(config: ProbeConfig) -> None:
