@@ -13,7 +13,6 @@ from cluster.session import session
 from jobs.run import Run
 from jobs.train import checkpoints
 from linearized.errors import JobError, LinearizedError
-from linearized.training.tokenizer import check_tokenizer
 
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out", re.IGNORECASE)
 """What a worker says when another one is gone."""
