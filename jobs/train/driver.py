@@ -13,6 +13,7 @@ from cluster.session import session
 from jobs.run import Run
 from jobs.train import checkpoints
 from linearized.errors import JobError, LinearizedError
+from linearized.training.tokenizer import check_tokenizer
 
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out", re.IGNORECASE)
 """What a worker says when another one is gone."""
@@ -30,6 +31,9 @@ def fit(run: Run) -> dict[str, Any]:
     run = run.absolute()
     run.check_out()
     key = run.key()
+    for model in run.inputs:
+        if model != run.data:
+            check_tokenizer(run.data, model)
     root = run.checkpoints(key)
     report = run.out / "run.json"
     if run.fresh:
