@@ -76,7 +76,13 @@ def _try(run: Run, key: str, root: str) -> None:
 
 
 def _trainer(run: Run, key: str, root: str) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from jobs.train.worker import Task, work
@@ -105,6 +111,8 @@ def _trainer(run: Run, key: str, root: str) -> Any:
             storage_path=root,
             failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            # Its controller would show a traceback of what a worker refuses, beside our one line.
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
 
