@@ -106,7 +106,7 @@ def _trainer(run: Run, key: str, root: str) -> Any:
             resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.gpu else {})},
         ),
         # Checkpoints are ours, so Ray has none to take up a run from, and does not try again.
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=f"ray-{attempt}",
             storage_path=root,
             failure_config=FailureConfig(max_failures=0),
