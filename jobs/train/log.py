@@ -63,8 +63,8 @@ class Log:
         if self._board is not None:
             at = self._before + step
             for name, value in (
-                ("loss", found.loss), ("learning rate", rate), ("gradient norm", found.norm),
-                ("tokens per second", speed), ("memory in GB", memory),
+                ("loss", found.loss), ("learning_rate", rate), ("gradient_norm", found.norm),
+                ("tokens_per_second", speed), ("memory_gb", memory),
             ):  # fmt: skip
                 if value is not None:
                     self._board.add_scalar(name, value, at)
