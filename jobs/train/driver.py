@@ -76,7 +76,13 @@ def _try(run: Run, key: str, root: str) -> None:
 
 
 def _trainer(run: Run, key: str, root: str) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from jobs.train.worker import Task, work
@@ -100,11 +106,13 @@ def _trainer(run: Run, key: str, root: str) -> Any:
             resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.gpu else {})},
         ),
         # Checkpoints are ours, so Ray has none to take up a run from, and does not try again.
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=f"ray-{attempt}",
             storage_path=root,
             failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            # Its controller would show a traceback of what a worker refuses, beside our one line.
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
 
