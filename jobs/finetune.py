@@ -21,16 +21,22 @@ from jobs.train import fit
 def main(made: Run | list[Any]) -> None:
     """Do a run, or a recipe's steps one after the other."""
     steps = made if isinstance(made, list) else [made]
-    for step in steps:
-        if isinstance(step, DataConfig):
-            data.main(step)
-        elif isinstance(step, Pruning):
-            pruning.prune(step)
-        else:
-            fit(with_folders(step))
-    for step in steps:
-        if isinstance(step, Pruning):
-            pruning.clear(step)
+    try:
+        for step in steps:
+            _do(step)
+    finally:
+        for step in steps:
+            if isinstance(step, Pruning):
+                pruning.clear(step)
+
+
+def _do(step: Any) -> None:
+    if isinstance(step, DataConfig):
+        data.main(step)
+    elif isinstance(step, Pruning):
+        pruning.prune(step)
+    else:
+        fit(with_folders(step))
 
 
 def with_folders(run: Run) -> Run:
