@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from jobs.run import Stage, Workers
 from linearized.training.batch import Batch
@@ -120,23 +121,35 @@ class Engine:
     ) -> None:
         """Go on after `steps` steps that were taken. `moments` are those of each of MOMENTS.
         `values` matter where the student's own are less precise than the optimizer's."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         parameters = dict(self.trained())
         for state in self._optimizer.state.values():
             state["step"].fill_(float(steps))
         for key, tensors in moments.items():
             for name, tensor in tensors:
-                parameter = parameters[name]
                 if self._zero:
-                    tensor = tensor.to(self._engine.device)
-                    safe_set_full_optimizer_state(parameter, tensor, key)
+                    self._put(parameters[name], tensor, key)
                 else:
-                    self._optimizer.state[parameter][key].copy_(tensor)
+                    self._optimizer.state[parameters[name]][key].copy_(tensor)
         if self._workers.gpu:
             for name, tensor in values:
                 if name in parameters:
-                    safe_set_full_fp32_param(parameters[name], tensor.to(self._engine.device))
+                    self._put(parameters[name], tensor, None)
+
+    def _put(self, parameter: nn.Parameter, tensor: Tensor, key: str | None) -> None:
+        """Into what the optimizer has of a parameter: one of MOMENTS, or its float32 value (None)."""
+        from deepspeed import utils
+
+        tensor = tensor.to(self._engine.device)
+        if self._zero == 3:  # its own functions for whole tensors stumble over the smallest ones
+            tensor = _share(tensor, parameter)
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, tensor)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, tensor, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, tensor)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, tensor, key)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -241,6 +254,15 @@ def _whole(*parameters: nn.Parameter, changed: bool = False) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(shared, modifier_rank=0 if changed else None):
         yield
+
+
+def _share(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What this worker holds of a tensor under ZeRO-3: equally much as each other, with zeros where
+    there is no more of it."""
+    size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    flat = tensor.flatten()
+    flat = F.pad(flat, (0, size * torch.distributed.get_world_size() - len(flat)))
+    return flat[size * torch.distributed.get_rank() :][:size]
 
 
 class _Call(nn.Module):

@@ -151,7 +151,8 @@ def test_a_target_is_pruned_to_its_draft(cluster, data, target, tmp_path):
     cut = ["cut.layers=2", "cut.kv_heads=1", "cut.channels=4", "blocks=8", "eval_blocks=16"]
     python(cluster, "-m", "jobs.finetune", "prune", *settings, *cut)
     done = json.loads((out / "run.json").read_text())
-    assert done["perplexity"]["after"] < done["perplexity"]["before"]
+    losses = [loss for _, _, loss, *_ in done["losses"]]
+    assert losses[-1] < losses[0]  # it says what the target says
     model, draft = linearized.load(target.out), linearized.load(out)
     assert draft.config.intermediate_size == 4 and draft.config.num_attention_heads == 1
     assert not list(tmp_path.glob("*.cut"))
