@@ -136,7 +136,7 @@ class Engine:
                     self._put(parameters[name], tensor, None)
 
     def _put(self, parameter: nn.Parameter, tensor: Tensor, key: str | None) -> None:
-        """Into what the optimizer has of a parameter: one of MOMENTS, or its float32 value (None)."""
+        """Into what the optimizer has of a parameter: a moment, or its float32 value (None)."""
         from deepspeed import utils
 
         tensor = tensor.to(self._engine.device)

@@ -17,12 +17,9 @@ from transformers import PreTrainedModel
 
 from linearized.errors import ConfigError, DataError
 from linearized.medusa import output_matrix
-from linearized.models import attention_modules, new_parameters
 from linearized.training.divergence import linear_divergence
+from linearized.training.objective import TRAINED, chosen
 from linearized.training.optim import Optim
-
-TRAINED = ("all", "layers", "attention")
-"""What learns: all weights; all but the embeddings and the output matrix; only the attention."""
 
 Report = Callable[[int, float], None]
 """Is told after each step how many there were, and the loss in nats a token."""
@@ -80,24 +77,16 @@ def choose(student: PreTrainedModel, teacher: PreTrainedModel, trained: str) -> 
     if trained not in TRAINED:
         raise ConfigError(f"trained must be one of {', '.join(TRAINED)}, got {trained!r}")
     student.requires_grad_(False)
-    chosen: list[nn.Parameter] = list(student.parameters())
-    if trained == "attention":
-        chosen = [p for module in attention_modules(student) for p in module.parameters()]
-    if trained == "layers":
-        ends = [student.get_input_embeddings(), student.get_output_embeddings()]
-        left_out = {id(p) for end in ends if end is not None for p in end.parameters()}
-        chosen = [p for p in chosen if id(p) not in left_out]
-    known = {id(p) for p in chosen}
-    chosen += [p for p in new_parameters(student) if id(p) not in known]
+    found = chosen(student, trained)
     taught = {p.data_ptr() for p in teacher.parameters()}
-    if any(p.data_ptr() in taught for p in chosen):
+    if any(p.data_ptr() in taught for p in found):
         raise ConfigError(
             f"trained={trained!r} would train weights that the teacher has in the same memory; "
             "give the student a copy of its own"
         )
-    for parameter in chosen:
+    for parameter in found:
         parameter.requires_grad_(True)
-    return chosen
+    return found
 
 
 def _loss_of(
