@@ -48,7 +48,11 @@ def marked(run: Path) -> list[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=["ctrl-c", "term"],
+)
 def test_an_interrupted_demo_leaves_nothing_behind(tmp_path, how):
     demo = start(tmp_path)
     try:

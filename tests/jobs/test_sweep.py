@@ -170,6 +170,7 @@ def test_what_is_not_there_is_named(folder):
         sweep.main(small(folder, f"teacher={folder / 'gone'}"))
 
 
+@pytest.mark.slow
 def test_recall_is_measured_at_equal_bytes_of_state(monkeypatch):
     monkeypatch.setattr(associations, "LENGTHS", (64, 96))
     monkeypatch.setattr(associations, "PAIRS", 2)
@@ -201,6 +202,7 @@ def tables(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape,steps", [("gpt2", 30), ("t5", 12), ("bert", 12)])
 def test_sentences_are_learnt(tables, shape, steps):
     sentences.prepare(tables / "train.tsv", tables / "dev.tsv", tables / "data")

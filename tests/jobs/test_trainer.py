@@ -143,6 +143,7 @@ def test_heads_are_trained_and_the_target_is_not(cluster, data, target):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_target_is_pruned_to_its_draft(cluster, data, target, tmp_path):
     out = tmp_path / "pruned"
