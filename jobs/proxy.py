@@ -9,7 +9,7 @@ import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from serve_apps.link.protocol import Endpoint
 
@@ -28,6 +28,7 @@ class Proxy:
         self._there = there
         self._server: asyncio.Server | None = None
         self._wires: set[_Wire] = set()
+        self._accepting: set[asyncio.Task[Any]] = set()
 
     @property
     def num_connections(self) -> int:
@@ -43,7 +44,11 @@ class Proxy:
         if self._server is not None:
             self._server.close()
             self.drop()
+            for task in self._accepting:
+                task.cancel()
+            await asyncio.gather(*self._accepting, return_exceptions=True)
             await self._server.wait_closed()
+            await asyncio.sleep(0)  # what was aborted is closed in the loop's next turn
 
     async def __aenter__(self) -> Self:
         return self
@@ -64,21 +69,29 @@ class Proxy:
             wire.garble(draw)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._accepting.add(task)
         try:
             back, there = await asyncio.open_connection(self._there.host, self._there.port)
-        except OSError:
-            writer.transport.abort()
-            return
-        wire = _Wire(writer, there)
-        self._wires.add(wire)
-        try:
-            await asyncio.gather(
-                self._pass(wire, reader, there, 0), self._pass(wire, back, writer, 1)
-            )
+            await self._join(_Wire(writer, there), (reader, there), (back, writer))
         except OSError:
             pass  # one end is gone, so is the other
         except asyncio.CancelledError:
             pass  # a task of asyncio's own: raising would only be logged
+        finally:
+            self._accepting.discard(task)
+            writer.transport.abort()
+
+    async def _join(
+        self,
+        wire: _Wire,
+        *ways: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    ) -> None:
+        self._wires.add(wire)
+        try:
+            passing = (self._pass(wire, *ends, way) for way, ends in enumerate(ways))
+            await asyncio.gather(*passing)
         finally:
             self._wires.discard(wire)
             wire.abort()

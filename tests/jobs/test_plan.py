@@ -51,12 +51,13 @@ def test_zero_shares_out_more_from_stage_to_stage(run):
 
 def test_low_rank_changes_and_checkpointing_take_less(run):
     size = plan.size_of(linearized.load(run.student))
-    stage = replace(run.stages[1], lora=None, micro=1)
+    stage = replace(run.stages[1], micro=1, trained="all")
 
     def bytes_of(**settings) -> dict[str, float]:
         return plan.memory(replace(run, stages=(replace(stage, **settings),)), 0, 128, size, size)
 
     assert bytes_of(lora=Lora(rank=1))["optimizer"] < bytes_of()["optimizer"]
+    assert bytes_of(trained="layers")["optimizer"] < bytes_of()["optimizer"]
     assert bytes_of(checkpointing=True)["activations"] < bytes_of()["activations"]
     assert bytes_of(micro=2)["activations"] == 2 * bytes_of()["activations"]
     assert plan.operations(replace(stage, checkpointing=True), size, size) > plan.operations(
