@@ -148,20 +148,34 @@ class Vocabulary:
     spelled: list[bytes]
     """Empty for tokens that are never in one."""
     text: Words
-    """[W], tokens that spell something."""
+    """[W], tokens that spell something, but no half of a surrogate pair: that is no character,
+    although xgrammar takes it for one where nearly all are allowed."""
     json: Words
     """[W], those of them without control characters but the end of line: in JSON no other can
     stand, although xgrammar allows it in strings of a limited length."""
+    after_half: Words
+    """[W], tokens that may follow one whose last byte is _HALF, as they complete no such half."""
 
     @classmethod
     def of(cls, spelled: list[bytes]) -> Vocabulary:
         controls = set(range(0x20)) - {0x0A}
-        text = [bool(one) for one in spelled]
-        json_ = [bool(one) and controls.isdisjoint(one) for one in spelled]
-        return cls(spelled, _words(np.array(text)), _words(np.array(json_)))
+        text = np.array([bool(one) and not _SURROGATE.search(one) for one in spelled])
+        json_ = text & np.array([controls.isdisjoint(one) for one in spelled])
+        after = np.array([not _SURROGATE.match(_HALF + one) for one in spelled])
+        return cls(spelled, _words(text), _words(json_), _words(after))
 
     def __len__(self) -> int:
         return len(self.spelled)
+
+    def joins(self, before: int | None, token: int) -> bool:
+        """May a text have this token, after that one?"""
+        if not 0 <= token < len(self) or not self.spelled[token]:
+            return False
+        ending = b"" if before is None else self.spelled[before][-1:]
+        return not _SURROGATE.search(ending + self.spelled[token])
+
+    def ends_in_half(self, token: int | None) -> bool:
+        return token is not None and self.spelled[token].endswith(_HALF)
 
     def some(self, tokens: Iterable[int]) -> Words:
         """[W], these tokens."""
@@ -199,6 +213,8 @@ class Follower:
         self._matcher: Any = None
         self._num_tokens = 0
         """How many tokens of the text the matcher has taken, below `_path`."""
+        self._last: int | None = None
+        """The last of these tokens."""
         self._path: tuple[int, ...] = ()
         self._known: dict[tuple[int, ...], Words | None] = {}
         """What `_allowed` has found, since the text has grown."""
@@ -244,6 +260,7 @@ class Follower:
         """Let go of what can be worked out again."""
         self._matcher = None
         self._num_tokens = 0
+        self._last = None
         self._path = ()
         self._known.clear()
 
@@ -259,6 +276,8 @@ class Follower:
         found = torch.empty(1, len(self._text_bits), dtype=torch.int32)
         self._matcher.fill_next_token_bitmask(found)
         words: Words = found.numpy()[0] & self._text_bits
+        if self._guide.vocabulary.ends_in_half(self._before()):
+            words = words & self._guide.vocabulary.after_half
         if self._matcher.is_completed():
             return words | self._end_bits if words.any() else None
         return words
@@ -292,7 +311,7 @@ class Follower:
                     f"token {token} at position {self._num_tokens} of the text does not obey its "
                     f"guide, a {_NAMES[self._guide.kind]}"
                 )
-            self._num_tokens += 1
+            self._num_tokens, self._last = self._num_tokens + 1, token
 
     def _go_to(self, path: tuple[int, ...]) -> bool:
         """Whether the guide allows this path; if so, the matcher stands at its end."""
@@ -311,11 +330,17 @@ class Follower:
         return True
 
     def _accepts(self, token: int) -> bool:
-        spelled = self._guide.vocabulary.spelled
-        known = 0 <= token < len(spelled) and bool(spelled[token])
-        return known and self._matcher.accept_token(token)
+        joins = self._guide.vocabulary.joins(self._before(), token)
+        return joins and self._matcher.accept_token(token)
+
+    def _before(self) -> int | None:
+        """The token behind which the matcher stands."""
+        return self._path[-1] if self._path else self._last
 
 
+_HALF = b"\xed"
+_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
+"""How UTF-8 would write half of a surrogate pair, if it could be written: U+D800 to U+DFFF."""
 _JSON = ("json", "json_schema")
 _INFINITY = 0x7F800000
 """Of 32 bits, without its sign."""
