@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs import recall
-from jobs.recall import RecallConfig, Report
+from jobs.recall import RecallConfig
 from jobs.trial import SOFTMAX, Setting, Trial, facts
 from linearized.allocation import state_bytes
 from linearized.evaluation import ablation
@@ -31,7 +31,7 @@ SIZES = {
 """The setting that decides how large a state is; None: none does. Of all others it is `group`."""
 
 
-def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[str, Any]:
+def run(trial: Trial, setting: Setting) -> dict[str, Any]:
     """Train, and count right answers: the score is that of rows as long as those trained on."""
     torch.set_num_threads(setting.threads)
     config = config_of(trial)
@@ -39,7 +39,7 @@ def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[st
     config = replace(config, settings=settings)
     began = time.perf_counter()
     model = recall.model_of(config, trial.attention)
-    losses = recall.train(config, trial.attention, model, report)
+    losses = recall.train(config, trial.attention, model)
     model.eval()
     found = {
         **facts(trial, model),

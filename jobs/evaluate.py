@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.progress import Progress, note
-from jobs import card, cli, measure
+from jobs import card, cli, measure, models
 from linearized.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     model: str
-    """Folder or Hub name of the model, linearized or not."""
+    """The model, linearized or not: a folder, a GGUF file or a name on the Hub."""
     teacher: str | None = None
-    """Folder or Hub name of the softmax model that it was made from, with the same tokenizer. null
-    measures the model alone."""
+    """The softmax model that it was made from, with the same tokenizer, likewise. null measures the
+    model alone."""
     texts: tuple[str, ...] = ()
     """What to measure perplexity on, each in the form that jobs.data takes. Nothing: what jobs.data
     would hold out of the standard library."""
@@ -139,22 +139,27 @@ def main(config: EvaluateConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
+    config = replace(
+        config,
+        model=_folder(config.model, config.out),
+        teacher=None if config.teacher is None else _folder(config.teacher, config.out),
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sources = scores.Sources.read(config)
     asked = _asked(config)
     cells = Cells(config.out / "cells.json", asked, fresh=config.fresh)
-    models = contestants(config, device)
+    measured = contestants(config, device)
     autocast = config.autocast
     if autocast is None:
         autocast = device.type == "cuda" or measure.bfloat16_is_faster(torch.get_num_threads())
     found: dict[str, dict[str, Any]] = {}
-    measures = scores.measures(config, sources, models)
-    with Progress("evaluate", total=len(measures) * len(models), unit="scores") as progress:
+    measures = scores.measures(config, sources, measured)
+    with Progress("evaluate", total=len(measures) * len(measured), unit="scores") as progress:
         done = 0
         for name, take in measures.items():
             timed = name.startswith("decoding")
             narrow = autocast and not timed
-            for contestant in models:
+            for contestant in measured:
                 with (
                     torch.autocast(device.type, torch.bfloat16, enabled=narrow),
                     torch.no_grad(),
@@ -169,7 +174,7 @@ def main(config: EvaluateConfig) -> None:
     result: dict[str, Any] = {
         "model": config.model,
         "teacher": config.teacher,
-        "models": {one.name: one.facts() for one in models if not one.is_part},
+        "models": {one.name: one.facts() for one in measured if not one.is_part},
         "autocast": bool(autocast),
         "scores": found,
         "asked": asked,
@@ -184,6 +189,10 @@ def main(config: EvaluateConfig) -> None:
         card.add_scores(Path(config.model), json.loads(line))
     note(f"picture: {config.out / 'evaluation.png'}")
     print(line)
+
+
+def _folder(model: str, out: Path) -> str:
+    return str(models.folder_of(model, out / models.CACHE))
 
 
 class Cells:

@@ -48,10 +48,12 @@ def main(config: LayersConfig) -> None:
     import linearized
     from linearized.speculative.skipping import Found, search
     from linearized.training.blocks import Blocks
+    from linearized.training.tokenizer import check_tokenizer
 
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
+    check_tokenizer(config.data, config.target)
     model = linearized.load(config.target)
     linearized.pack(model)
     blocks = Blocks(config.data / "train")

@@ -6,7 +6,7 @@ model, of each candidate, and of each candidate without its far part.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,6 @@ from linearized.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-
-Report = Callable[[int, float], None]
-"""Is told the number of steps that are done, and the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,36 +123,28 @@ def model_of(config: RecallConfig, name: str) -> PreTrainedModel:
     return model
 
 
-def train(
-    config: RecallConfig, name: str, model: PreTrainedModel, report: Report | None = None
-) -> list[list[float]]:
-    """Train it. The loss of every tenth step, as [step, loss]. `report` is told each."""
+def train(config: RecallConfig, name: str, model: PreTrainedModel) -> list[list[float]]:
+    """Train it. The loss of every tenth step, as [step, loss]."""
     import torch
     from torch.nn import functional as F
 
-    from linearized.training.optim import Optim
+    from linearized.training.optim import Descent, Optim
 
     generator = torch.Generator().manual_seed(config.seed)
     optim = Optim(lr=config.lr, new_lr=1e-2, weight_decay=0.0)
-    optimizer = torch.optim.AdamW(optim.groups(model), weight_decay=0.0)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    descent = Descent(optim, model, config.steps, betas=(0.9, 0.999))
     losses: list[list[float]] = []
     with Progress(name, total=config.steps, unit="steps") as progress:
         for step in range(config.steps):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * optim.scale(step, config.steps)
             tokens, labels = _rows(config, config.batch, generator)
             logits = model(tokens, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            descent.clip(model.parameters())
+            descent.step()
             if step % 10 == 9 or step == config.steps - 1:
                 losses.append([step, round(float(loss.detach()), 4)])
                 progress.update(step + 1, loss=losses[-1][1])
-                if report is not None:
-                    report(step + 1, losses[-1][1])
     return losses
 
 

@@ -24,12 +24,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 import linearized
-from jobs.recall import Report
 from jobs.trial import SOFTMAX, Setting, Trial, check_loss, facts
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError
 from linearized.evaluation.questions import labelled
-from linearized.training.optim import Optim
+from linearized.training.optim import Descent, Optim
 from linearized.training.tokenizer import Encoder
 
 SHAPES = ("gpt2", "t5", "bert")
@@ -44,7 +43,7 @@ Classify = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
 """Of tokens [B, T] and their mask, logits [B, kinds]."""
 
 
-def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[str, Any]:
+def run(trial: Trial, setting: Setting) -> dict[str, Any]:
     """Train, and measure accuracy on the sentences that are held out. `setting.data` holds a
     tokenizer, train and held_out, as `prepare` leaves them.
 
@@ -60,7 +59,7 @@ def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[st
     model, classify = _model(trial, _size(setting.data), kinds)
     model.to(device)  # type: ignore[arg-type]
     began = time.perf_counter()
-    losses = _train(trial, model, classify, train, report)
+    losses = _train(trial, model, classify, train)
     seconds = round(time.perf_counter() - began, 1)
     accuracy = _accuracy(model, classify, held_out)
     tokens = trial.steps * trial.batch
@@ -142,31 +141,21 @@ def _first_word(kinds: int, start: int) -> Classify:
 
 
 def _train(
-    trial: Trial,
-    model: PreTrainedModel,
-    classify: Classify,
-    examples: Sequence[Example],
-    report: Report | None,
+    trial: Trial, model: PreTrainedModel, classify: Classify, examples: Sequence[Example]
 ) -> list[list[float]]:
     optim = Optim(lr=trial.lr, new_lr=trial.new_lr, warmup=min(20, trial.steps // 5))
-    optimizer = torch.optim.AdamW(optim.groups(model), betas=(0.9, 0.98))
-    rates = [group["lr"] for group in optimizer.param_groups]
+    descent = Descent(optim, model, trial.steps, betas=(0.9, 0.98))
     losses: list[list[float]] = []
     model.train()
     for step, chosen in zip(range(trial.steps), _order(len(examples), trial), strict=False):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * optim.scale(step, trial.steps)
         tokens, mask, labels = _batch(model, [examples[i] for i in chosen])
         loss = F.cross_entropy(classify(model, tokens, mask).float(), labels)
         loss.backward()
         value = check_loss(trial, step, loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descent.clip(model.parameters())
+        descent.step()
         if step % 10 == 0 or step == trial.steps - 1:
             losses.append([step, round(value, 4)])
-        if report is not None:
-            report(step + 1, value)
     model.eval()
     return losses
 

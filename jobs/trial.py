@@ -19,20 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import linearized
-from jobs.recall import Report
+from jobs.likelihood import negative_log_likelihood
 from linearized.config import LinearConfig
 from linearized.errors import ConfigError, DataError
 from linearized.evaluation import ablation
-from linearized.evaluation.perplexity import token_losses
 from linearized.models import new_state
 from linearized.training import fit
-from linearized.training.batch import IGNORED, Batch, keep_apart
+from linearized.training.batch import Batch, keep_apart
 from linearized.training.blocks import Blocks
-from linearized.training.optim import Optim
+from linearized.training.objective import Distillation
+from linearized.training.optim import Descent, Optim
 
 SOFTMAX = "softmax"
 
@@ -88,7 +87,7 @@ class Setting:
     threads: int = 1
 
 
-def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[str, Any]:
+def run(trial: Trial, setting: Setting) -> dict[str, Any]:
     """Train and measure. Perplexities are of held-out blocks.
 
     Raises:
@@ -120,9 +119,7 @@ def run(trial: Trial, setting: Setting, report: Report | None = None) -> dict[st
         fit.fit(student, teacher, rows, optim=optim)
         found["transferred"] = _perplexity(student, measured)
         steps = trial.steps
-    found["losses"] = _distil(
-        trial, student, teacher, itertools.islice(batches, steps), steps, report
-    )
+    found["losses"] = _distil(trial, student, teacher, itertools.islice(batches, steps), steps)
     found["seconds"] = round(time.perf_counter() - began, 1)
     found["tokens"] = (trial.transfer + trial.steps) * trial.batch * blocks.block
     found["after"] = _perplexity(student, measured)
@@ -168,44 +165,24 @@ def _distil(
     teacher: PreTrainedModel,
     batches: Iterable[Batch],
     steps: int,
-    report: Report | None,
 ) -> list[list[float]]:
     """The loss of every tenth step, as [step, loss]."""
     optim = Optim(lr=trial.lr, new_lr=trial.new_lr, warmup=min(20, steps // 5))
-    optimizer = torch.optim.AdamW(optim.groups(student), betas=(0.9, 0.95))
-    rates = [group["lr"] for group in optimizer.param_groups]
+    objective = Distillation(student, teacher, text=trial.text)
+    descent = Descent(optim, student, steps)
     losses: list[list[float]] = []
     student.train()
     for step, batch in enumerate(batches):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * optim.scale(step, steps)
-        loss = _loss(trial, student, teacher, batch.to(teacher.device))
+        summed, count = objective(batch.to(teacher.device))
+        loss = summed / count
         loss.backward()
         value = check_loss(trial, step, loss)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descent.clip(student.parameters())
+        descent.step()
         if step % 10 == 0 or step == steps - 1:
             losses.append([step, round(value, 4)])
-        if report is not None:
-            report(step + 1, value)
     student.eval()
     return losses
-
-
-def _loss(trial: Trial, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tensor:
-    """Nats a token, of those whose prediction is learned."""
-    labels = batch.labels()[:, 1:]
-    asked = labels != IGNORED
-    logits = student(**batch.inputs(student)).logits[:, :-1][asked].float()
-    loss = trial.text * F.cross_entropy(logits, labels[asked])
-    if trial.text == 1:
-        return loss
-    with torch.no_grad():
-        wanted = teacher(**batch.inputs(teacher)).logits[:, :-1][asked].float()
-    return loss + (1 - trial.text) * F.kl_div(
-        logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
 
 
 def _spread(held_out: Blocks, count: int) -> list[Batch]:
@@ -216,12 +193,6 @@ def _spread(held_out: Blocks, count: int) -> list[Batch]:
 
 
 def _perplexity(model: PreTrainedModel, batches: list[Batch]) -> float:
-    nats, count = 0.0, 0
-    for batch in batches:
-        batch = batch.to(model.device)
-        inputs = batch.inputs(model)
-        del inputs["use_cache"]
-        asked = batch.labels()[:, 1:] != IGNORED
-        losses = token_losses(model, inputs.pop("input_ids"), **inputs)[asked]
-        nats, count = nats + float(losses.double().sum()), count + losses.numel()
+    found = [negative_log_likelihood(model, batch) for batch in batches]
+    nats, count = map(sum, zip(*found, strict=True))
     return round(math.exp(nats / count), 4)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from jobs.likelihood import negative_log_likelihood
 from jobs.run import Heads, Run
 from jobs.train import engine, lora, models
 from jobs.train.checkpoints import Checkpoint, Position, Writer
@@ -29,7 +30,7 @@ from jobs.train.guard import Guard
 from jobs.train.log import Log
 from linearized.errors import ConfigError, DataError, LinearizedError, TrainingError
 from linearized.evaluation import ablation
-from linearized.evaluation.perplexity import negative_log_likelihood
+from linearized.training.batch import Batch
 from linearized.training.blocks import Blocks
 from linearized.training.objective import OBJECTIVES, chosen
 
@@ -275,9 +276,8 @@ class Worker:
         """Of all workers together, each on its share of the held-out blocks."""
         totals = torch.zeros(2, dtype=torch.float64)
         with engine.reading(model, self.run.stages[-1], self.run.workers) as call:
-            for tokens, counts in self._share():
-                rows = tokens.to(next(model.parameters()).device)
-                found = call(lambda rows=rows: negative_log_likelihood(model, [rows]))
+            for batch, counts in self._share():
+                found = call(lambda batch=batch: negative_log_likelihood(model, batch))
                 totals += counts * torch.tensor(found, dtype=torch.float64)
         nats, count = self._summed(totals).tolist()
         return round(math.exp(nats / count), 4)
@@ -288,15 +288,15 @@ class Worker:
         target: Any = self.teacher
         heads.eval()
         found = [
-            counts * heads.right(target, tokens.to(target.device))
-            for tokens, counts in self._share()
+            counts * heads.right(target, batch.tokens.to(target.device))
+            for batch, counts in self._share()
         ]
         sums = self._summed(torch.stack(found).sum(0))
         rates = sums[:, :-1] / sums[:, -1:]
         heads.accuracies = [[round(rate, 4) for rate in row] for row in rates.tolist()]
         return heads.accuracies  # type: ignore[no-any-return]
 
-    def _share(self) -> Iterator[tuple[torch.Tensor, bool]]:
+    def _share(self) -> Iterator[tuple[Batch, bool]]:
         """This worker's batches of the held-out blocks that are evaluated, and whether they count.
         All workers have equally many, since each may need the others to read one."""
         count = min(self.run.eval_blocks, len(self.held_out))
@@ -304,7 +304,7 @@ class Worker:
         mine = spread[self.rank :: self.world]
         for first in range(0, len(spread[:: self.world]), EVALUATED):
             rows = mine[first : first + EVALUATED]
-            yield self.held_out.rows(rows or spread[:1]), bool(rows)
+            yield self.held_out.batch_of(rows or spread[:1]), bool(rows)
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
         """Over all workers."""

@@ -19,7 +19,7 @@ from linearized.errors import ConfigError, DataError
 from linearized.medusa import output_matrix
 from linearized.training.divergence import linear_divergence
 from linearized.training.objective import TRAINED, chosen
-from linearized.training.optim import Optim
+from linearized.training.optim import Descent, Optim
 
 Report = Callable[[int, float], None]
 """Is told after each step how many there were, and the loss in nats a token."""
@@ -45,28 +45,23 @@ def distil(
         DataError: the loss is no number any more.
     """
     parameters = choose(student, teacher, trained)
-    optimizer = torch.optim.AdamW(optim.groups(student), betas=(0.9, 0.95), fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    descent = Descent(optim, student, len(batches))
     teacher.eval().requires_grad_(False)
     student.train()
     loss_of = _loss_of(student, teacher, text)
     for step, tokens in enumerate(batches):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * optim.scale(step, len(batches))
         tokens = tokens.to(student.device)
         total, count = 0.0, tokens.numel()
         for rows in tokens.split(micro):
             loss = loss_of(rows)
             (loss / count).backward()
             total += float(loss.detach())
-        norm = nn.utils.clip_grad_norm_(parameters, optim.clip)
+        norm = descent.clip(parameters)
         if not bool(norm.isfinite()):
             raise DataError(
                 f"the gradient is {float(norm)} at step {step}; lower the learning rate"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # it holds the weights of before this step
+        descent.step()
         if report is not None:
             report(step + 1, total / count)
     student.eval().requires_grad_(True)

@@ -20,7 +20,7 @@ from linearized.config import LinearConfig
 from linearized.models import linear_modules, linearize
 from linearized.slots import attention_modules
 from linearized.training.objective import transfer_error
-from linearized.training.optim import Optim
+from linearized.training.optim import Descent, Optim
 
 Report = Callable[[int, dict[str, float]], None]
 """Is told after each step how many there were, and the error of each layer."""
@@ -52,20 +52,15 @@ def fit(
         parameter.requires_grad_(False)
     for module in modules.values():
         module.requires_grad_(True)
-    optimizer = torch.optim.AdamW(optim.groups(student), betas=(0.9, 0.99))
-    rates = [group["lr"] for group in optimizer.param_groups]
+    descent = Descent(optim, student, len(batches), betas=(0.9, 0.99))
     teacher.eval()
     student.train()
     with Lesson(student, teacher) as lesson:
         for step, tokens in enumerate(batches):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * optim.scale(step, len(batches))
             errors = lesson(tokens, learns=True)
             for module in modules.values():
-                nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch.clear_autocast_cache()  # it holds the weights of before this step
+                descent.clip(module.parameters())
+            descent.step()
             if report is not None:
                 report(step + 1, errors)
     student.eval().requires_grad_(True)

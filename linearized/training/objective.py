@@ -250,17 +250,6 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The Kullback–Leibler divergence of `logits` from `wanted`, both [B, T, V], in float32,
-    averaged over B and T."""
-    return F.kl_div(
-        logits.float().log_softmax(-1).flatten(0, 1),
-        wanted.float().log_softmax(-1).flatten(0, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
-
-
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """The negative log-likelihood of the next token under `logits` [B, T, V], in float32, averaged
     over the B·(T-1) predictions."""

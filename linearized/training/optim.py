@@ -1,11 +1,13 @@
-"""Parameter groups and the learning-rate curve. Knows no optimizer, no engine."""
+"""AdamW: settings, parameter groups, learning-rate curve, steps. Knows no loss and no engine."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from linearized.errors import ConfigError
@@ -74,6 +76,37 @@ class Optim:
             },
         ]
         return [group for group in groups if group["params"]]
+
+
+class Descent:
+    """AdamW in one process, over so many steps, with the rates of `Optim`."""
+
+    def __init__(
+        self,
+        optim: Optim,
+        model: nn.Module,
+        steps: int,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        self._optim, self._steps, self._taken = optim, steps, 0
+        self._optimizer = torch.optim.AdamW(optim.groups(model), betas=betas)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+
+    def clip(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        """Scale the gradients of these down to `Optim.clip`. Returns their norm before that."""
+        return nn.utils.clip_grad_norm_(parameters, self._optim.clip)
+
+    def step(self) -> None:
+        """One step along the gradients that are there; then there are none."""
+        scale = self._optim.scale(self._taken, self._steps)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * scale
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        # Inside autocast, copies of the weights of before this step would be used on.
+        torch.clear_autocast_cache()
+        self._taken += 1
 
 
 def _ndim(parameter: nn.Parameter) -> int:
