@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 import linearized
 from jobs.run import FlashShape, Heads, Run, Shape
@@ -75,8 +76,10 @@ def _shared(folder: Path, run: Run) -> PreTrainedModel:
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     kind = kind or transformers.AutoModelForCausalLM
     make = getattr(kind, "_from_config", None) or kind.from_config
-    with engine.shared_out(run.stages[0], run.workers):
+    # Random weights would be made of what a worker has of each, and read from the folder anyway.
+    with engine.shared_out(run.stages[0], run.workers), no_init_weights():
         student: PreTrainedModel = make(config, dtype=torch.float32)
+    student.tie_weights()
     put: set[str] = set()
     engine.put(student, _weights(folder, student, put))
     new = {id(parameter) for parameter in new_parameters(student)}

@@ -68,7 +68,7 @@ def folders(tokenizer, tmp_path_factory) -> Path:
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(base / "teacher")
     (base / "data" / "data.json").write_text(f'{{"key": "{fingerprint(base / "teacher")}"}}')
